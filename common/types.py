@@ -1,0 +1,266 @@
+"""The records that cross a process boundary, in flow order.
+
+    Prompt -> Lease -> CompletedGroup -> TrajectoryGroup     what is sampled and trained
+    Hello, Ready, Heartbeat, Bye / Welcome, Refused, ...     who takes part
+    WeightsCommand -> WeightsReport                          who holds which weights
+
+Axes: n members of a group, L tokens of one completion, T tokens of all n completions laid end to end.
+
+Example, n = 2 with completions of 3 and 2 tokens (T = 5):
+
+    lengths            [3, 2]
+    token_ids          [a0 a1 a2 | b0 b1]
+    behavior_logprobs  [.. .. .. | .. ..]    log-prob of each token when it was drawn, at the sampling temperature
+    versions           [ 4  4  5 |  4  5]    policy version that drew each token, stamped by the engine
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+PROTOCOL_VERSION = 1
+
+JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
+
+
+class ArraySpec(NamedTuple):
+    """How an array field travels: its dtype and number of dimensions."""
+
+    dtype: str
+    ndim: int
+
+
+Int32Array: TypeAlias = Annotated[npt.NDArray[np.int32], ArraySpec("int32", 1)]
+Float32Array: TypeAlias = Annotated[npt.NDArray[np.float32], ArraySpec("float32", 1)]
+
+
+class Verdict(StrEnum):
+    """What the verifier says of one response."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNANSWERED = "unanswered"
+    TIMED_OUT = "timed_out"
+
+
+class FinishReason(StrEnum):
+    """Why sampling ended: the end-of-sequence token was drawn, or max_tokens was reached (truncated)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Purpose(StrEnum):
+    """What a lease is for. Evaluation groups are never trained on."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+
+
+class DropReason(StrEnum):
+    """Why a group that was handed out did not reach the policy loss."""
+
+    STALE = "stale"  # its oldest token was over max_staleness versions old at consumption
+    ACTOR_LOST = "actor_lost"  # its actor missed heartbeats, said bye or was refused: back to pending
+    DUPLICATE = "duplicate"  # a second copy of a group already received
+    UNKNOWN_LEASE = "unknown_lease"  # a group for a lease that this actor does not hold
+    MALFORMED = "malformed"  # failed validation on arrival
+
+
+class WeightsPhase(StrEnum):
+    """The steps of one publication, in order. A phase starts when every member has acknowledged the one before."""
+
+    PAUSE = "pause"  # stop scheduling, keep requests
+    INIT = "init"  # join a new transfer group (only when the membership changed)
+    START = "start"  # prepare the model to be overwritten
+    UPDATE = "update"  # receive and load; runs while the learner sends
+    FINISH = "finish"  # post-process, stamp the version, score the probe
+    RESUME = "resume"  # schedule again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row of a task. `uid` is stable across runs; `row` holds what the verifier needs besides `reference`."""
+
+    uid: str
+    text: str
+    reference: str
+    row: dict[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Learner -> actor: sample `num_samples` completions of this prompt, verify them and send them as one group."""
+
+    lease_id: int
+    purpose: Purpose
+    prompt_uid: str
+    prompt_token_ids: Int32Array  # [prompt tokens]
+    reference: str
+    row: dict[str, JSON]
+    num_samples: int
+    seed: int
+    temperature: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedGroup:
+    """Actor -> learner: all completions of one lease. Raises ValueError when the lengths do not add up."""
+
+    lease_id: int
+    lengths: Int32Array  # [n]
+    token_ids: Int32Array  # [T]
+    behavior_logprobs: Float32Array  # [T]
+    versions: Int32Array  # [T]
+    rewards: Float32Array  # [n]
+    verdicts: tuple[Verdict, ...]  # [n]
+    finish_reasons: tuple[FinishReason, ...]  # [n]
+    generation_s: float
+    verification_s: float
+
+    def __post_init__(self) -> None:
+        num_tokens, n = int(self.lengths.sum()), len(self.lengths)
+        per_token = (len(self.token_ids), len(self.behavior_logprobs), len(self.versions))
+        per_member = (len(self.rewards), len(self.verdicts), len(self.finish_reasons))
+        if any(length != num_tokens for length in per_token) or any(length != n for length in per_member):
+            raise ValueError(
+                f"group of lease {self.lease_id}: lengths sum to {num_tokens} over {n} completions, but it carries "
+                f"{per_token} tokens, log-probs, versions and {per_member} rewards, verdicts, finish reasons"
+            )
+        if n == 0 or int(self.lengths.min()) < 1:
+            raise ValueError(f"group of lease {self.lease_id}: every completion needs at least one token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryGroup:
+    """A group in the learner's hands: what was leased, who sampled it, and what came back."""
+
+    lease: Lease
+    actor: str
+    completed: CompletedGroup
+    arrived_s: float  # learner's monotonic clock
+
+    @property
+    def oldest_version(self) -> int:
+        return int(self.completed.versions.min())
+
+    @property
+    def newest_version(self) -> int:
+        return int(self.completed.versions.max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """Actor -> learner, first message. The fingerprints must equal the learner's, else the actor is refused."""
+
+    protocol_version: int
+    name: str
+    capacity: int  # groups that it will hold at once
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome:
+    """Learner -> actor: you are a member."""
+
+    heartbeat_s: float  # send a heartbeat at least this often
+    timeout_s: float  # silence of the learner after which the actor gives up
+    probe_token_ids: Int32Array  # [probe tokens], scored after every update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Learner -> actor: the last message was not accepted; `fatal` means leave."""
+
+    reason: str
+    fatal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Actor -> learner: the engine is up and holds `version`; sent once after Welcome."""
+
+    version: int
+    probe_logprobs: Float32Array  # [probe tokens - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """Actor -> learner, every heartbeat_s: counters since the actor started."""
+
+    held_groups: int
+    generated_tokens: int
+    busy_s: float  # time with at least one request scheduled and generation not paused
+    uptime_s: float  # time since Ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """Learner -> actor: the answer to a heartbeat."""
+
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ack:
+    """Learner -> actor: the group of this lease has arrived (or is not wanted); forget it."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """Learner -> actor: abort this lease's requests; nobody waits for them."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsCommand:
+    """Learner -> actor: do `phase` of publication `version`. `payload` is the transfer backend's own."""
+
+    phase: WeightsPhase
+    version: int
+    payload: dict[str, JSON]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """Actor -> learner: `phase` is done, or failed with `error`. FINISH carries the probe's log-probs."""
+
+    phase: WeightsPhase
+    version: int
+    error: str | None
+    probe_logprobs: Float32Array  # [probe tokens - 1] after FINISH, else empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseFailed:
+    """Actor -> learner: this lease could not be sampled (for example a prompt longer than the model allows)."""
+
+    lease_id: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Learner -> actor: the run is over; leave with exit code 0."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bye:
+    """Actor -> learner: leaving. `error` is None when that was asked for."""
+
+    error: str | None
+
+
+ActorMessage: TypeAlias = Hello | Ready | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Bye
+LearnerMessage: TypeAlias = Welcome | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop
+Message: TypeAlias = ActorMessage | LearnerMessage
