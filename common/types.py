@@ -68,6 +68,8 @@ class DropReason(StrEnum):
     DUPLICATE = "duplicate"  # a second copy of a group already received
     UNKNOWN_LEASE = "unknown_lease"  # a group for a lease that this actor does not hold
     MALFORMED = "malformed"  # failed validation on arrival
+    UNINFORMATIVE = "uninformative"  # dynamic sampling: all of its completions right, or all wrong
+    FAILED = "failed"  # its actor could not sample it
 
 
 class WeightsPhase(StrEnum):
@@ -83,11 +85,15 @@ class WeightsPhase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One row of a task. `uid` is stable across runs; `row` holds what the verifier needs besides `reference`."""
+    """One row of a task. `uid` is stable across runs; `row` holds what the verifier needs besides `reference`.
+
+    Either `text` is the prompt as it stands, or `messages` are chat turns for the tokenizer's chat template.
+    """
 
     uid: str
     text: str
     reference: str
+    messages: tuple[dict[str, str], ...] | None = None
     row: dict[str, JSON] = field(default_factory=dict)
 
 

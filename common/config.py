@@ -1,0 +1,258 @@
+"""The run's configuration: one frozen dataclass per component, merged left to right from files and `key=value`.
+
+Merging is strict: an unknown key, a wrong type or an impossible combination is a ConfigError whose message is one
+sentence. The resolved configuration is written to RUN/config.yaml, and that file is what child processes read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A user's mistake in the configuration; the message is one sentence that names the value and what to do."""
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class OverAge(StrEnum):
+    """What happens to a group whose oldest token is too old when it would be trained."""
+
+    drop = "drop"  # the whole group; its prompt is sampled again
+    mask = "mask"  # only the tokens that are too old leave the losses
+
+
+class AdvantageEstimator(StrEnum):
+    gae = "gae"  # critic + generalised advantage estimation
+    grpo = "grpo"  # (reward - group mean) / group std
+    rloo = "rloo"  # reward - mean of the other members
+
+
+class Aggregation(StrEnum):
+    """How per-token policy losses become one number."""
+
+    token = "token"  # mean over all tokens of the mini-batch (VAPO eq. 7)
+    sequence = "sequence"  # mean over responses of the mean over each response's tokens (VAPO eq. 6)
+
+
+class Correction(StrEnum):
+    """Off-policy correction of the policy loss (see learner/losses.py)."""
+
+    none = "none"
+    decoupled = "decoupled"
+    tis = "tis"
+    icepop = "icepop"
+    dis = "dis"
+
+
+class ValueTarget(StrEnum):
+    gae = "gae"  # lambda-return with critic_lambda; exactly the Monte-Carlo return at critic_lambda = 1
+    vtrace = "vtrace"  # off-policy corrected return (IMPALA)
+
+
+class KVCache(StrEnum):
+    """What happens to the key-value cache of running requests at a weight update."""
+
+    keep = "keep"
+    recompute = "recompute"
+
+
+class TransferBackend(StrEnum):
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = MISSING  # Hugging Face folder of a causal language model with its tokenizer
+    critic_path: str | None = None  # folder the critic starts from; None: the policy's backbone, zero-initialised head
+    tie_word_embeddings: bool | None = None  # None: as the folder says; true/false: share or split the output layer
+    dtype: DType = DType.float32  # compute type of the learner and of generation; master weights are float32
+    max_model_len: int = 256  # tokens of prompt + response that the engine reserves for
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: str = "chain_sum"  # "chain_sum", "number_walk" (procedural) or "file"
+    train_file: str | None = None  # name=file: .jsonl or .parquet, one prompt a row
+    heldout_file: str | None = None  # name=file: rows that are never trained on
+    prompt_field: str = "prompt"  # name=file: column with the prompt text, or a list of chat messages
+    answer_field: str = "answer"  # name=file: column with the reference answer
+    seed: int = 0  # procedural tasks: seed of the train and held-out sets (not of the run)
+    num_train: int = 20000  # procedural tasks: rows in the train set
+    num_heldout: int = 256  # procedural tasks: rows in the held-out set, disjoint from the train set
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    function: str | None = None  # "module:function"; None: the task's own
+    num_workers: int = 1  # worker processes per actor
+    timeout_s: float = 3.0  # wall-clock limit for one answer
+    memory_mb: int = 1024  # address-space limit of one worker
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    correct: float = 1.0  # VAPO.. DAPO section 2.4: +1 / -1
+    wrong: float = -1.0
+    unanswered: float = -1.0
+    timed_out: float = -1.0
+    overlong_penalty: bool = False  # DAPO eq. 13, soft overlong punishment
+    overlong_buffer: int = 4096  # tokens before max_tokens over which the penalty grows from 0 to -1
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts_per_step: int = 16  # P; VAPO: 512
+    group_size: int = 8  # n responses per prompt; VAPO: 16
+    temperature: float = 1.0  # of sampling and of every log-prob
+    max_tokens: int = 128  # response length limit
+
+
+@dataclass(frozen=True)
+class StalenessConfig:
+    max_staleness: int = 2  # versions; 0 is synchronous and exactly on-policy
+    over_age: OverAge = OverAge.drop
+    exact: bool = False  # hold publication back so that every batch is exactly max_staleness versions old (experiments)
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Defaults are VAPO's (arXiv 2504.05118, section 5.1) unless a comment says otherwise."""
+
+    advantage: AdvantageEstimator = AdvantageEstimator.gae
+    gamma: float = 1.0
+    length_adaptive_alpha: float | None = 0.05  # policy lambda = 1 - 1/(alpha l), eq. 5; None: policy_lambda
+    policy_lambda: float = 0.95  # used when length_adaptive_alpha is None
+    critic_lambda: float = 1.0  # decoupled GAE
+    value_target: ValueTarget = ValueTarget.gae
+    vtrace_rho_bar: float = 1.0
+    vtrace_c_bar: float = 1.0
+    whiten_advantages: bool = False  # over the whole batch, all ranks
+    clip_low: float = 0.2  # eq. 8
+    clip_high: float = 0.28  # eq. 8, clip-higher
+    dual_clip: float | None = None  # lower bound c > 1 for negative advantages; None: off
+    aggregation: Aggregation = Aggregation.token
+    positive_lm_weight: float = 0.1  # mu of eq. 10
+    entropy_weight: float = 0.0
+    kl_weight: float = 0.0  # to the initial policy; a reference model is loaded only when > 0
+    correction: Correction = Correction.decoupled  # AReaL (arXiv 2505.24298), weights truncated at truncation
+    truncation: float = 2.0  # C of decoupled and tis
+    mask_low: float = 0.5  # icepop: tokens whose weight is outside [mask_low, mask_high] leave the policy loss
+    mask_high: float = 5.0
+    dis_low: float = 0.3  # dis (arXiv 2607.07508): keep 1 - dis_low < ratio < 1 + dis_high
+    dis_high: float = 5.0
+    critic_warmup_steps: int = 50  # steps of value pretraining before the first policy update
+    critic_warmup_epochs: int = 1  # passes over each warm-up batch
+    critic_warmup_gate: float | None = None  # explained variance that ends warm-up early; None: all steps
+    critic_updates_per_step: int = 1  # passes of the critic over the batch after warm-up
+    value_clip: float | None = None
+    dynamic_sampling: bool = False  # DAPO: replace groups that are all right or all wrong
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    warmup_steps: int = 10  # optimizer steps of linear warm-up, then constant
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    ranks: int = 1  # processes under torch.distributed
+    replicas: int = 1  # HSDP: copies of the sharded model; must divide ranks
+    steps: int = 30  # policy steps, after critic warm-up
+    mini_batches: int = 4  # optimizer steps per step
+    tokens_per_micro_batch: int = 16384  # packed prompt + response tokens of one forward pass on one rank
+    logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False  # keep optimizer state in host memory
+    batch_timeout_s: float = 600.0  # longest wait for a batch
+    policy: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))
+
+
+@dataclass(frozen=True)
+class ActorsConfig:
+    count: int = 1  # actors that `train` starts here; more may connect from elsewhere at any time
+    groups_in_flight: int = 16  # leases that one actor holds at once
+    gpu_memory_utilization: float = 0.3  # fraction of device memory (of RAM on CPUs) for the engine
+    cpu_kv_cache_gib: int = 1  # key-value cache of the CPU engine
+    enforce_eager: bool = True  # skip compilation: faster start, same speed for small models on CPUs
+    tensor_parallel_size: int = 1
+    start_timeout_s: float = 300.0  # from process start to Ready
+    restarts: int = 3  # times that `train` restarts an actor that died after it was Ready
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    backend: TransferBackend = TransferBackend.gloo  # gloo for cpu, nccl for cuda
+    publish_every: int = 1  # policy steps per published version
+    kv_cache: KVCache = KVCache.keep
+    timeout_s: float = 60.0  # of each phase of a publication
+    probe_tokens: int = 64  # length of the fixed sequence that actor and learner both score after an update
+    probe_tolerance: float = 1e-3  # largest accepted |log-prob difference| (use about 0.1 for bfloat16)
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    host: str = "127.0.0.1"  # address that the learner binds
+    port: int = 0  # 0: any free port
+    heartbeat_s: float = 2.0
+    heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost
+    max_message_mb: int = 256  # larger frames are refused
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 10  # policy steps between held-out evaluations; 0: only before and after
+    num_prompts: int = 256  # held-out rows used; at most the held-out set
+    samples_per_prompt: int = 4  # k of avg@k
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0  # steps; 0: only at the end
+    keep: int = 2  # newest complete checkpoints kept
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"  # RUN = runs_dir/name
+    runs_dir: str = "runs"
+    seed: int = 0
+    device: Device = Device.cpu
+    cores: list[int] | None = None  # cores to pin to, dealt to learner ranks, then actors; None: all that are allowed
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    staleness: StalenessConfig = field(default_factory=StalenessConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
