@@ -1,0 +1,218 @@
+"""The generation engine of one actor: vLLM's AsyncLLM behind the few calls that an actor needs.
+
+Owns the version that the engine holds, and the clock of its busy time. Everything here runs on the actor's event
+loop except the engine's construction, which blocks for tens of seconds and therefore runs in a thread.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.config import Config, Device, KVCache
+from common.types import FinishReason, Float32Array, Int32Array, Lease
+
+
+class EngineError(RuntimeError):
+    """The engine could not be started or has died; the message is one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled response of L tokens, the end-of-sequence token included when it was drawn."""
+
+    token_ids: Int32Array  # [L]
+    behavior_logprobs: Float32Array  # [L], at the sampling temperature
+    versions: Int32Array  # [L], stamped by the engine
+    finish_reason: FinishReason
+    text: str
+
+
+class Engine:
+    """One AsyncLLM. `start` before anything else, `shutdown` at the end; weight phases in WeightsPhase's order.
+
+    Requests that are in flight when generation pauses stay in the engine and continue after `resume`; what happens to
+    their key-value cache is `weights.kv_cache`. Prefix-cache entries never cross versions: every request is salted
+    with the version that the engine holds when it is submitted.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._request_ids = itertools.count()
+        self._llm: Any = None
+        self._in_flight = 0
+        self._paused = False
+        self._busy_since: float | None = None
+        self._busy_s = 0.0
+        self.version = 0
+        self.generated_tokens = 0
+
+    async def start(self) -> None:
+        """Starts the engine with the model folder's weights as version 0. Raises EngineError when that fails."""
+        _set_environment(self._config)
+        try:
+            self._llm = await asyncio.to_thread(_build, self._config)
+            await self._llm.update_weight_version("0")
+        except Exception as error:
+            raise EngineError(f"the engine did not start on model {self._config.model.path!r}: {error}") from error
+
+    async def shutdown(self) -> None:
+        """Stops the engine's processes. The reference is dropped here: its finaliser must not run at exit."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            await asyncio.to_thread(llm.shutdown)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since start with at least one request in the engine and generation not paused."""
+        running = time.monotonic() - self._busy_since if self._busy_since is not None else 0.0
+        return self._busy_s + running
+
+    async def sample(self, lease: Lease) -> list[Completion]:
+        """All `lease.num_samples` completions of the lease, in order. Raises ValueError when vLLM refuses the prompt."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            n=lease.num_samples,
+            temperature=lease.temperature,
+            max_tokens=lease.max_tokens,
+            seed=lease.seed,
+            top_p=1.0,
+            top_k=-1,
+            min_p=0.0,
+            logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(lease.prompt_token_ids, parameters, f"lease-{lease.lease_id}")
+        completions = [_completion(item) for item in sorted(output.outputs, key=lambda item: item.index)]
+        self.generated_tokens += sum(len(completion.token_ids) for completion in completions)
+        return completions
+
+    async def score(self, token_ids: Int32Array) -> Float32Array:
+        """Log-prob of each token of a sequence given those before it, first token left out: float32 [tokens - 1]."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self._run(token_ids, parameters, "probe")
+        pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
+        return np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
+
+    async def pause(self) -> None:
+        """Stops scheduling; running requests stay. Their cache is kept, or emptied to be recomputed."""
+        recompute = self._config.weights.kv_cache is KVCache.recompute
+        await self._llm.pause_generation(mode="keep", clear_cache=recompute)
+        self._paused = True
+        self._track()
+
+    async def init_transfer(self, payload: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=payload))
+
+    async def start_update(self) -> None:
+        await self._llm.start_weight_update()
+
+    async def update(self, payload: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=payload))
+
+    async def finish_update(self, version: int) -> None:
+        await self._llm.finish_weight_update(weight_version=str(version))
+        self.version = version
+
+    async def resume(self) -> None:
+        await self._llm.resume_generation()
+        self._paused = False
+        self._track()
+
+    async def _run(self, token_ids: Int32Array, parameters: Any, label: str) -> Any:
+        """The final output of one request. Cancelling the caller aborts the request in the engine."""
+        prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"version-{self.version}"}
+        request_id = f"{label}-{next(self._request_ids)}"
+        self._in_flight += 1
+        self._track()
+        try:
+            final = None
+            async for output in self._llm.generate(prompt, parameters, request_id):
+                final = output
+            if final is None or not final.finished:
+                raise EngineError(f"request {request_id} ended without an output")
+            return final
+        finally:
+            self._in_flight -= 1
+            self._track()
+
+    def _track(self) -> None:
+        """Keeps the busy clock: it runs while a request is in the engine and generation is not paused."""
+        now, busy = time.monotonic(), self._in_flight > 0 and not self._paused
+        if busy and self._busy_since is None:
+            self._busy_since = now
+        elif not busy and self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+            self._busy_since = None
+
+
+def _completion(output: Any) -> Completion:
+    versions = np.empty(len(output.token_ids), dtype=np.int32)
+    for span in output.weight_versions:
+        versions[span.start : span.end] = int(span.version)
+    covered = sum(span.end - span.start for span in output.weight_versions)
+    if covered != len(versions) or len(output.logprobs.logprobs) != len(versions):
+        raise EngineError(
+            f"the engine returned {len(versions)} tokens with {covered} version stamps and "
+            f"{len(output.logprobs.logprobs)} log-probs"
+        )
+    return Completion(
+        token_ids=np.asarray(output.token_ids, dtype=np.int32),
+        behavior_logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
+        versions=versions,
+        finish_reason=FinishReason(output.finish_reason),
+        text=output.text,
+    )
+
+
+def _set_environment(config: Config) -> None:
+    """Read by vLLM at import or in the processes that it spawns, so they have to be set before."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if config.device is Device.cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.actors.cpu_kv_cache_gib))
+        # The launcher has pinned this process; vLLM's own binding would put every engine on the same core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _build(config: Config) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    overrides: dict[str, Any] = {}
+    if config.model.tie_word_embeddings is not None:
+        overrides["tie_word_embeddings"] = config.model.tie_word_embeddings
+    arguments = AsyncEngineArgs(
+        model=config.model.path,
+        dtype=config.model.dtype.value,
+        max_model_len=config.model.max_model_len,
+        max_num_seqs=config.actors.groups_in_flight * config.rollout.group_size,
+        gpu_memory_utilization=config.actors.gpu_memory_utilization,
+        enforce_eager=config.actors.enforce_eager,
+        tensor_parallel_size=config.actors.tensor_parallel_size,
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=config.weights.backend.value),
+        generation_config="vllm",
+        hf_overrides=overrides,
+        seed=config.seed,
+        disable_log_stats=True,
+        enable_log_requests=False,
+    )
+    return AsyncLLM.from_engine_args(arguments)

@@ -1,0 +1,238 @@
+"""One actor: connects to a learner, samples what it is leased, verifies it and streams it back.
+
+    python run.py actor --connect tcp://HOST:PORT -c RUN/config.yaml --name NAME
+
+The loop reads one message at a time and never waits inside: leases run as tasks, and weight phases as one task at a
+time. A completed group is kept until the learner acknowledges it.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+from actors.engine import Engine, EngineError
+from actors.rollout import complete
+from actors.verifier.pool import VerifierPool
+from common.config import Config
+from common.tasks import verifier_name
+from common.transport import ActorConnection, model_fingerprints
+from common.types import (
+    PROTOCOL_VERSION,
+    Ack,
+    Bye,
+    Cancel,
+    CompletedGroup,
+    Heartbeat,
+    Hello,
+    Lease,
+    LeaseFailed,
+    Pulse,
+    Ready,
+    Refused,
+    Stop,
+    WeightsCommand,
+    WeightsPhase,
+    WeightsReport,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+NO_PROBE = np.empty(0, dtype=np.float32)
+
+
+class ActorError(RuntimeError):
+    """Why this actor has to leave; one sentence."""
+
+
+class Actor:
+    """One connected actor.
+
+    Invariants: a lease is either in `_tasks` (being sampled), or in `_unacknowledged` (sent, not acknowledged), or
+    forgotten; weight phases run one after another, in the order in which they came.
+    """
+
+    def __init__(
+        self, config: Config, connection: ActorConnection, engine: Engine, verifier: VerifierPool
+    ) -> None:
+        self._config = config
+        self._connection = connection
+        self._engine = engine
+        self._verifier = verifier
+        self._probe_token_ids = np.empty(0, dtype=np.int32)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._unacknowledged: dict[int, CompletedGroup] = {}
+        self._phases: asyncio.Queue[WeightsCommand] = asyncio.Queue()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def serve(self, welcome: Welcome) -> None:
+        """Takes part until the learner says stop. Raises ActorError, EngineError or TimeoutError."""
+        self._probe_token_ids = welcome.probe_token_ids
+        ready_at = time.monotonic()
+        probe = await self._engine.score(self._probe_token_ids)
+        await self._connection.send(Ready(version=self._engine.version, probe_logprobs=probe))
+        background = [
+            asyncio.create_task(self._beat(welcome.heartbeat_s, ready_at)),
+            asyncio.create_task(self._run_phases()),
+            asyncio.create_task(self._listen(welcome.timeout_s)),
+        ]
+        try:
+            done, _ = await asyncio.wait([*background, self._failure], return_when=asyncio.FIRST_COMPLETED)
+            for finished in done:
+                finished.result()
+        finally:
+            for task in (*background, *self._tasks.values()):
+                task.cancel()
+            await asyncio.gather(*background, *self._tasks.values(), return_exceptions=True)
+
+    async def _listen(self, timeout_s: float) -> None:
+        while True:
+            match await self._connection.receive(timeout_s):
+                case Lease() as lease:
+                    self._begin(lease)
+                case Ack(lease_id=lease_id):
+                    self._unacknowledged.pop(lease_id, None)
+                case Cancel(lease_id=lease_id):
+                    self._unacknowledged.pop(lease_id, None)
+                    if (task := self._tasks.get(lease_id)) is not None:
+                        task.cancel()
+                case WeightsCommand() as command:
+                    self._phases.put_nowait(command)
+                case Refused(reason=reason, fatal=fatal):
+                    if fatal:
+                        raise ActorError(f"the learner refused this actor: {reason}")
+                    logger.warning("the learner refused a message: %s", reason)
+                case Stop(reason=reason):
+                    logger.info("stopping: %s", reason)
+                    return
+                case Pulse() | Welcome():
+                    pass
+
+    def _begin(self, lease: Lease) -> None:
+        if lease.lease_id in self._tasks or lease.lease_id in self._unacknowledged:
+            return
+        task = asyncio.create_task(self._work(lease))
+        self._tasks[lease.lease_id] = task
+        task.add_done_callback(lambda finished: self._finished(lease.lease_id, finished))
+
+    def _finished(self, lease_id: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[lease_id]
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _work(self, lease: Lease) -> None:
+        try:
+            group = await complete(lease, self._engine, self._verifier, self._config.reward)
+        except ValueError as error:
+            await self._connection.send(LeaseFailed(lease_id=lease.lease_id, reason=str(error)))
+            return
+        self._unacknowledged[lease.lease_id] = group
+        await self._connection.send(group)
+
+    async def _run_phases(self) -> None:
+        while True:
+            command = await self._phases.get()
+            probe, error = NO_PROBE, None
+            try:
+                probe = await self._phase(command)
+            except Exception as problem:
+                logger.exception("weights phase %s of version %d", command.phase, command.version)
+                error = f"{type(problem).__name__}: {problem}"
+            await self._connection.send(
+                WeightsReport(phase=command.phase, version=command.version, error=error, probe_logprobs=probe)
+            )
+
+    async def _phase(self, command: WeightsCommand) -> np.ndarray[Any, np.dtype[np.float32]]:
+        match command.phase:
+            case WeightsPhase.PAUSE:
+                await self._engine.pause()
+            case WeightsPhase.INIT:
+                await self._engine.init_transfer(command.payload)
+            case WeightsPhase.START:
+                await self._engine.start_update()
+            case WeightsPhase.UPDATE:
+                await self._engine.update(command.payload)
+            case WeightsPhase.FINISH:
+                await self._engine.finish_update(command.version)
+            case WeightsPhase.RESUME:
+                await self._engine.resume()
+                return await self._engine.score(self._probe_token_ids)
+        return NO_PROBE
+
+    async def _beat(self, interval_s: float, ready_at: float) -> None:
+        while True:
+            await self._connection.send(
+                Heartbeat(
+                    held_groups=len(self._tasks),
+                    generated_tokens=self._engine.generated_tokens,
+                    busy_s=self._engine.busy_s,
+                    uptime_s=time.monotonic() - ready_at,
+                )
+            )
+            await asyncio.sleep(interval_s)
+
+
+async def _take_part(config: Config, endpoint: str, name: str) -> None:
+    """Hello first: an actor that does not fit is refused at once, not after the engine has started."""
+    model, tokenizer = model_fingerprints(config.model.path)
+    engine = Engine(config)
+    async with ActorConnection(endpoint, name, config.transport.max_message_mb) as connection:
+        await connection.send(
+            Hello(
+                protocol_version=PROTOCOL_VERSION,
+                name=name,
+                capacity=config.actors.groups_in_flight,
+                model_fingerprint=model,
+                tokenizer_fingerprint=tokenizer,
+            )
+        )
+        error: str | None = "interrupted"
+        try:
+            welcome = await _welcome(connection, config.transport.heartbeat_timeout_s)
+            await engine.start()
+            async with VerifierPool(
+                verifier_name(config), config.verifier.num_workers, config.verifier.timeout_s, config.verifier.memory_mb
+            ) as verifier:
+                await Actor(config, connection, engine, verifier).serve(welcome)
+            error = None
+        except Exception as problem:
+            error = str(problem)
+            raise
+        finally:
+            await connection.send(Bye(error=error))
+            await engine.shutdown()
+
+
+async def _welcome(connection: ActorConnection, timeout_s: float) -> Welcome:
+    match await connection.receive(timeout_s):
+        case Welcome() as welcome:
+            return welcome
+        case Refused(reason=reason):
+            raise ActorError(f"the learner refused this actor: {reason}")
+        case other:
+            raise ActorError(f"the learner answered the greeting with {type(other).__name__}")
+
+
+def main(config: Config, endpoint: str, name: str) -> int:
+    """Runs one actor until the learner stops it. Returns the exit code."""
+
+    async def run() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        await _take_part(config, endpoint, name)
+
+    try:
+        asyncio.run(run())
+    except asyncio.CancelledError:
+        return 130
+    except (ActorError, EngineError, TimeoutError, ValueError) as error:
+        logger.error("actor %s: %s", name, error)
+        print(f"error: actor {name}: {error}", flush=True)
+        return 1
+    return 0

@@ -1,0 +1,414 @@
+"""Publication: how the learner's policy becomes the next version in every actor.
+
+`Publisher.publish(version)` is a collective over the learner's ranks. Rank 0 leads the actors through the phases of
+WeightsPhase; the other ranks take part in gathering the shards. No actor enters a transfer before all members have
+acknowledged the phase before, and every wait ends after `weights.timeout_s` and names who is missing. An actor that
+fails is dropped and the publication is repeated for the rest with a new transfer group.
+
+The transfer itself is vLLM's trainer-side engine: `nccl` is vLLM's own, `gloo` for CPUs is the one below.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from common.config import Config, TransferBackend
+from common.types import WeightsPhase, WeightsReport
+from learner.model import Policy
+
+logger = logging.getLogger(__name__)
+
+BUCKET_BYTES = 64 * 2**20
+MAX_ATTEMPTS = 3
+
+
+class PublishError(RuntimeError):
+    """No actor could be brought to the new version; the message says why."""
+
+
+class PolicySource(WeightSource):
+    """The policy's parameters under their checkpoint names, gathered one at a time (a collective).
+
+    Every rank has to walk through all of them. When a transfer fails on rank 0 half-way, `finish_pass` gathers the
+    rest there, or the other ranks would wait for it for ever.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._pass: Iterator[tuple[str, torch.Tensor]] = iter(())
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, dtype, shape) for name, dtype, shape in self._policy.hf_metadata()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._pass
+
+    def begin_pass(self) -> None:
+        self._pass = iter(self._policy.named_hf_parameters())
+
+    def finish_pass(self) -> None:
+        for _ in self._pass:
+            pass
+
+
+@dataclass
+class GlooTrainerInitInfo(TrainerInitInfo):
+    """Where rank 0 listens, and how many processes will come (itself included)."""
+
+    backend: ClassVar[str] = "gloo"
+
+    master_address: str
+    master_port: int
+    world_size: int
+    timeout_s: float
+
+
+class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+    """Rank 0 broadcasts byte buckets over gloo; the counterpart of actors/weights.py."""
+
+    init_info_cls = GlooTrainerInitInfo
+    source: WeightSource
+
+    def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool) -> None:
+        super().__init__(client=client, source=source, is_sender=is_sender)
+        self._store: TCPStore | None = None
+        self._group: ProcessGroupGloo | None = None
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: GlooTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
+    ) -> "GlooTrainerEngine":
+        assert source is not None
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        if engine.is_sender:
+            engine._meet(init_info)
+        return engine
+
+    def send_weights(self) -> None:
+        metadata = self.source.metadata()
+        if not self.is_sender:
+            for _ in self.source:
+                pass
+            return
+        sizes = _bucket_sizes(metadata)
+        announcement = {
+            "names": [meta.name for meta in metadata],
+            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in metadata],
+            "shapes": [list(meta.shape) for meta in metadata],
+            "bucket_sizes": sizes,
+        }
+        self.client.start_weight_update()
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            loading = executor.submit(self.client.update_weights, announcement)
+            try:
+                self._broadcast(sizes)
+            finally:
+                loading.result()  # the client's own error says more than a broken connection
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self._group = self._store = None
+
+    def _meet(self, info: GlooTrainerInitInfo) -> None:
+        timeout = timedelta(seconds=info.timeout_s)
+        # Listening starts before the actors are told where to go, so none of them can come too early.
+        self._store = TCPStore(
+            info.master_address,
+            info.master_port,
+            info.world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+        )
+        worker_info = {
+            "master_address": info.master_address,
+            "master_port": self._store.port,
+            "rank_offset": 1,
+            "world_size": info.world_size,
+            "timeout_s": info.timeout_s,
+        }
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            joining = executor.submit(self.client.init_weight_transfer_engine, worker_info)
+            try:
+                self._group = ProcessGroupGloo(
+                    PrefixStore("weights", self._store), 0, info.world_size, timeout
+                )
+            finally:
+                joining.result()
+
+    def _broadcast(self, sizes: list[int]) -> None:
+        assert self._group is not None
+        parameters = iter(self.source)
+        for size in sizes:
+            flat = [
+                next(parameters)[1].detach().cpu().contiguous().view(-1).view(torch.uint8) for _ in range(size)
+            ]
+            self._group.broadcast(torch.cat(flat), 0).wait()
+
+
+def _bucket_sizes(metadata: list[ParamMeta]) -> list[int]:
+    """Number of consecutive parameters in each bucket: one dtype each, at most BUCKET_BYTES unless one is larger."""
+    sizes: list[int] = []
+    for _, run in groupby(metadata, key=lambda meta: meta.dtype):
+        filled = BUCKET_BYTES + 1
+        for meta in run:
+            num_bytes = meta.dtype.itemsize * int(np.prod(meta.shape, dtype=np.int64))
+            if filled + num_bytes > BUCKET_BYTES:
+                sizes.append(0)
+                filled = 0
+            sizes[-1] += 1
+            filled += num_bytes
+    return sizes
+
+
+class ActorControl(Protocol):
+    """What publication needs of the service (learner/service.py)."""
+
+    def members(self) -> tuple[str, ...]: ...
+
+    def command(
+        self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, Any]], timeout_s: float
+    ) -> dict[str, WeightsReport]: ...
+
+    def quarantine(self, actor: str, reason: str) -> None: ...
+
+
+@dataclass
+class ControlClient:
+    """vLLM's weight-sync client over our control messages, for the members of one transfer group.
+
+    Structural implementation of VLLMWeightSyncClient. `ranks_per_actor` engine workers of each actor take consecutive
+    ranks after the learner's. Raises PublishError as soon as one member fails: the group is then unusable.
+    """
+
+    control: ActorControl | None  # None on ranks other than 0, which never call it
+    members: tuple[str, ...]
+    ranks_per_actor: int
+    timeout_s: float
+    version: int = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        first = init_info["rank_offset"]
+        self._all(
+            WeightsPhase.INIT,
+            {
+                actor: init_info | {"rank_offset": first + index * self.ranks_per_actor}
+                for index, actor in enumerate(self.members)
+            },
+        )
+
+    def start_weight_update(self) -> None:
+        self._all(WeightsPhase.START)
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        assert isinstance(update_info, dict)
+        self._all(WeightsPhase.UPDATE, dict.fromkeys(self.members, update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all(WeightsPhase.FINISH)
+
+    def _all(self, phase: WeightsPhase, payloads: dict[str, dict[str, Any]] | None = None) -> None:
+        assert self.control is not None
+        reports = self.control.command(
+            phase, self.version, payloads or {actor: {} for actor in self.members}, self.timeout_s
+        )
+        problems = [f"{actor}: no answer" for actor in self.members if actor not in reports]
+        problems += [f"{actor}: {report.error}" for actor, report in reports.items() if report.error]
+        if problems:
+            raise PublishError(f"{phase} of version {self.version} failed ({'; '.join(problems)})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What one publication cost and whom it reached."""
+
+    version: int
+    members: tuple[str, ...]
+    seconds: float
+    probe_difference: float  # largest |log-prob difference| over members and probe tokens
+
+
+@dataclass
+class Publisher:
+    """Publishes versions to all members. `control` is None on ranks other than 0."""
+
+    config: Config
+    policy: Policy
+    control: ActorControl | None
+    rank: int
+    probe_token_ids: torch.Tensor  # int64 [probe tokens]
+    _engine: TrainerWeightTransferEngine[Any] | None = field(default=None, init=False)
+    _client: ControlClient | None = field(default=None, init=False)
+    _source: PolicySource = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._source = PolicySource(self.policy)
+
+    def publish(self, version: int) -> Publication:
+        """Brings every member to the policy's present weights as `version`. Called by all ranks together.
+
+        Raises PublishError on every rank when no member is left or MAX_ATTEMPTS attempts failed.
+        """
+        started = time.monotonic()
+        expected = self._own_probe()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            problem = self._attempt(version)
+            if problem is None:
+                break
+            if attempt == MAX_ATTEMPTS:
+                raise PublishError(f"version {version} was not published in {attempt} attempts: {problem}")
+        members, difference = self._finish(version, expected)
+        return Publication(
+            version=version,
+            members=members,
+            seconds=time.monotonic() - started,
+            probe_difference=difference,
+        )
+
+    def shutdown(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _attempt(self, version: int) -> str | None:
+        """One try on all ranks; None when it worked, else the problem (the same on all ranks)."""
+        problem = None
+        try:
+            self._prepare(version)
+        except PublishError as error:
+            problem = str(error)
+        problem = self._agree(problem)
+        if problem is not None:
+            return problem
+        assert self._engine is not None
+        self._source.begin_pass()
+        try:
+            self._engine.send_weights()
+        except (PublishError, RuntimeError) as error:  # gloo and nccl report a lost peer as RuntimeError
+            problem = str(error)
+            logger.warning("publication of version %d: %s", version, problem)
+            self.shutdown()
+        self._source.finish_pass()
+        return self._agree(problem)
+
+    def _prepare(self, version: int) -> None:
+        """Pauses all members and, when they are not the ones of the last time, builds a new transfer group."""
+        if self.control is None:
+            if self._engine is None:
+                self._engine = self._trainer_engine(ControlClient(None, (), 1, 0.0), port=0)
+            return
+        members = self._paused_members(version)
+        if self._engine is not None and self._client is not None and self._client.members == members:
+            self._client.version = version
+            return
+        self.shutdown()
+        weights = self.config.weights
+        self._client = ControlClient(
+            self.control, members, self.config.actors.tensor_parallel_size, weights.timeout_s, version
+        )
+        try:
+            self._engine = self._trainer_engine(self._client, port=self._rendezvous_port())
+        except RuntimeError as error:
+            raise PublishError(f"no transfer group with {', '.join(members)}: {error}") from error
+
+    def _paused_members(self, version: int) -> tuple[str, ...]:
+        assert self.control is not None
+        members = self.control.members()
+        reports = self.control.command(
+            WeightsPhase.PAUSE, version, {actor: {} for actor in members}, self.config.weights.timeout_s
+        )
+        paused = tuple(sorted(actor for actor, report in reports.items() if report.error is None))
+        if not paused:
+            raise PublishError(
+                f"no actor paused for version {version} (asked: {', '.join(members) or 'none connected'})"
+            )
+        return paused
+
+    def _trainer_engine(self, client: ControlClient, port: int) -> TrainerWeightTransferEngine[Any]:
+        host, weights = self.config.transport.host, self.config.weights
+        world_size = 1 + len(client.members) * client.ranks_per_actor
+        info: TrainerInitInfo
+        if weights.backend is TransferBackend.gloo:
+            info = GlooTrainerInitInfo(host, port, world_size, weights.timeout_s, rank=self.rank)
+        else:
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            info = NCCLTrainerInitInfo(host, port, world_size, rank=self.rank)
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+
+    def _rendezvous_port(self) -> int:
+        """0 lets the gloo store pick one; nccl wants a number before it listens."""
+        if self.config.weights.backend is TransferBackend.gloo:
+            return 0
+        with socket.socket() as probe:
+            probe.bind((self.config.transport.host, 0))
+            return int(probe.getsockname()[1])
+
+    def _finish(self, version: int, expected: np.ndarray[Any, Any]) -> tuple[tuple[str, ...], float]:
+        """Resumes generation and compares every member's probe with the learner's own."""
+        if self.control is None or self._client is None:
+            return (), 0.0
+        weights, members = self.config.weights, self._client.members
+        reports = self.control.command(
+            WeightsPhase.RESUME, version, {actor: {} for actor in members}, weights.timeout_s
+        )
+        differences: dict[str, float] = {}
+        for actor, report in reports.items():
+            if report.error is None and len(report.probe_logprobs) == len(expected):
+                differences[actor] = float(np.abs(report.probe_logprobs - expected).max())
+        for actor in members:
+            difference = differences.get(actor, float("inf"))
+            if not difference <= weights.probe_tolerance:
+                self.control.quarantine(
+                    actor,
+                    f"its log-probs of the probe differ from the learner's by {difference:.3g} after version {version} "
+                    f"(weights.probe_tolerance is {weights.probe_tolerance:g}): a tensor was not loaded",
+                )
+        good = tuple(actor for actor in members if differences.get(actor, np.inf) <= weights.probe_tolerance)
+        return good, max(differences.values(), default=0.0)
+
+    def _own_probe(self) -> np.ndarray[Any, Any]:
+        """The learner's log-probs of the probe sequence at temperature 1 (a collective): float32 [tokens - 1]."""
+        tokens = self.probe_token_ids
+        with torch.no_grad():
+            logprobs, _ = self.policy(
+                tokens, torch.tensor([0, len(tokens)]), torch.tensor([1]), temperature=1.0
+            )
+        return logprobs.float().cpu().numpy()
+
+    def _agree(self, problem: str | None) -> str | None:
+        """Rank 0's opinion on all ranks."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return problem
+        flag = torch.tensor([problem is not None], dtype=torch.int64)
+        dist.broadcast(flag, src=0)
+        if not flag.item():
+            return None
+        return problem or "rank 0 could not reach the actors (see its log)"
+
+
+if "gloo" not in WeightTransferTrainerFactory._registry:
+    WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerEngine)
