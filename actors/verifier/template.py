@@ -1,0 +1,248 @@
+"""The pool's template process: keeps the workers, their time limits and their replacement.
+
+    VerifierPool (actor) --pipe--> template --socket pair each--> forked workers
+
+It starts fresh (`python -m actors.verifier.template`), loads the verifier and nothing else, and stays
+single-threaded, so a worker is a fork of a few milliseconds with everything loaded. It does no verification
+itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
+reaped, its answer is `timed_out`, and another takes its place.
+
+A worker becomes *slow* after SLOW_S on one answer: it goes on at the lowest priority until its limit, and
+another worker stands in for it, so answers that hang do not hold up the others (up to MAX_SLOW at once).
+
+Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
+<why>`.
+"""
+
+import argparse
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
+from common.types import Verdict
+
+SLOW_S = 0.1
+MAX_SLOW = 16
+_READ_BYTES = 1 << 20
+
+
+@dataclass
+class _Worker:
+    """A forked worker. Idle when `request` is None; `started_s` is when the request was sent."""
+
+    pid: int
+    channel: socket.socket
+    is_warm: bool  # forked after the template loaded the heavy modules
+    request: bytes | None = None
+    started_s: float = 0.0
+    is_slow: bool = False
+
+
+class Template:
+    """Requests wait in `queue` until a worker is idle; each is answered exactly once.
+
+    Invariant: workers that are not slow number at most num_workers, slow ones at most MAX_SLOW.
+    """
+
+    def __init__(
+        self,
+        verify: VerifyFunction,
+        warm: Callable[[], None],
+        num_workers: int,
+        timeout_s: float,
+        memory_mb: int,
+    ) -> None:
+        self._verify, self._warm = verify, warm
+        self._num_workers, self._timeout_s, self._memory_mb = num_workers, timeout_s, memory_mb
+        self._queue: deque[bytes] = deque()
+        self._workers: dict[int, _Worker] = {}  # by file descriptor of the channel
+        self._is_warm = False
+        self._poll = select.poll()
+
+    def run(self, requests_fd: int, replies_fd: int) -> None:
+        """Serves until `requests_fd` is closed by the other side, then kills the workers."""
+        self._replies_fd = replies_fd
+        self._poll.register(requests_fd, select.POLLIN)
+        partial = b""
+        while True:
+            self._dispatch()
+            for fd, _ in self._poll.poll(self._next_wake_ms()):
+                if fd != requests_fd:
+                    if fd in self._workers:  # not removed by an event before this one
+                        self._receive(self._workers[fd])
+                    continue
+                data = os.read(requests_fd, _READ_BYTES)
+                if not data:
+                    self._stop()
+                    return
+                *lines, partial = (partial + data).split(b"\n")
+                self._queue.extend(lines)
+            self._check_clocks()
+
+    def _dispatch(self) -> None:
+        """Hands queued requests to idle workers, forking up to the allowed number."""
+        while self._queue:
+            idle = next((w for w in self._workers.values() if w.request is None), None)
+            if idle is None:
+                if sum(not w.is_slow for w in self._workers.values()) >= self._num_workers:
+                    return
+                idle = self._fork()
+            request = self._queue.popleft()
+            idle.request, idle.started_s, idle.is_slow = request, time.monotonic(), False
+            try:
+                idle.channel.sendall(request.split(b" ", 1)[1] + b"\n")
+            except OSError:
+                self._lose(idle)
+
+    def _fork(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            run_worker(self._verify, theirs, self._timeout_s, self._memory_mb)
+        theirs.close()
+        worker = _Worker(pid=pid, channel=ours, is_warm=self._is_warm)
+        self._workers[ours.fileno()] = worker
+        self._poll.register(ours.fileno(), select.POLLIN)
+        return worker
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            line = worker.channel.recv(64)
+        except OSError:
+            line = b""
+        if line == COLD and not worker.is_warm:
+            self._warm_up(worker)
+        elif line in (b"", COLD, FAILED):
+            self._lose(worker)
+        else:
+            self._reply(worker, line)
+            # A slow worker that came to an end after all: its stand-in has taken its place, and its priority
+            # cannot be raised again.
+            if worker.is_slow:
+                self._remove(worker)
+
+    def _reply(self, worker: _Worker, verdict_line: bytes) -> None:
+        assert worker.request is not None
+        _write_all(self._replies_fd, worker.request.split(b" ", 1)[0] + b" " + verdict_line)
+        worker.request = None
+
+    def _lose(self, worker: _Worker) -> None:
+        """The worker died, failed or ran out of time: no verdict, and another worker in its place."""
+        if worker.request is not None:
+            self._reply(worker, f"{Verdict.TIMED_OUT.value}\n".encode())
+        self._remove(worker)
+
+    def _remove(self, worker: _Worker) -> None:
+        del self._workers[worker.channel.fileno()]
+        self._poll.unregister(worker.channel.fileno())
+        worker.channel.close()
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
+
+    def _warm_up(self, worker: _Worker) -> None:
+        """Loads the heavy modules here, once; the request goes to the front and idle workers are forked
+        anew."""
+        assert worker.request is not None
+        self._queue.appendleft(worker.request)
+        worker.request = None
+        if not self._is_warm:
+            started_s = time.monotonic()
+            self._warm()
+            self._is_warm = True
+            for other in self._workers.values():
+                other.started_s += time.monotonic() - started_s
+        for idle in [w for w in self._workers.values() if w.request is None and not w.is_warm]:
+            self._remove(idle)
+
+    def _check_clocks(self) -> None:
+        now_s = time.monotonic()
+        for worker in [w for w in self._workers.values() if w.request is not None]:
+            elapsed_s = now_s - worker.started_s
+            if elapsed_s >= self._timeout_s:
+                self._lose(worker)
+            elif elapsed_s >= SLOW_S and not worker.is_slow and self._num_slow() < MAX_SLOW:
+                worker.is_slow = True
+                os.setpriority(os.PRIO_PROCESS, worker.pid, 19)
+
+    def _num_slow(self) -> int:
+        return sum(w.is_slow for w in self._workers.values())
+
+    def _next_wake_ms(self) -> float | None:
+        """Milliseconds to the next moment at which a worker turns slow or runs out of time; None: no such
+        moment."""
+        may_turn_slow = self._num_slow() < MAX_SLOW
+        moments = [
+            w.started_s + (SLOW_S if may_turn_slow and not w.is_slow else self._timeout_s)
+            for w in self._workers.values()
+            if w.request is not None
+        ]
+        return max(0.0, 1000 * (min(moments) - time.monotonic())) + 1 if moments else None
+
+    def _stop(self) -> None:
+        for worker in list(self._workers.values()):
+            self._remove(worker)
+
+
+def load_verifier(function: str) -> tuple[VerifyFunction, Callable[[], None]]:
+    """Returns (verify, warm) of "module:function"; `warm` is the module's own, or does nothing.
+
+    Raises ValueError with one sentence when there is no such function.
+    """
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+        verify = getattr(module, name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'verifier.function "{function}" cannot be loaded ({error}); write "module:function" of a module
+            on ' "the Python path"
+        ) from error
+    if not callable(verify):
+        raise ValueError(f'verifier.function "{function}" is a {type(verify).__name__}, not a function')
+    return verify, getattr(module, "warm", _no_warming)
+
+
+def _no_warming() -> None:
+    """A verifier without heavy modules."""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("function")
+    parser.add_argument("--num-workers", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
+    parser.add_argument("--memory-mb", type=int, required=True)
+    args = parser.parse_args()
+    # An interrupt of the terminal reaches the whole group; the pool ends this process by closing stdin.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replies_fd = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        verify, warm = load_verifier(args.function)
+    except ValueError as error:
+        _write_all(replies_fd, f"error {error}\n".encode())
+        return 2
+    _write_all(replies_fd, b"ready\n")
+    template = Template(verify, warm, args.num_workers, args.timeout_s, args.memory_mb)
+    try:
+        template.run(0, replies_fd)
+    except BrokenPipeError:  # the pool is gone, and with it whoever waited for the verdicts
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The pool: time and memory limits, replacement of dead workers, the event loop stays free, plug-in
+verifiers."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.verifier.pool import VerifierPool
+from common.types import Verdict
+
+HOSTILE = "verifier_plugins:behave"
+
+
+@pytest.fixture(autouse=True)
+def plugin_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def in_pool(body: Callable[[VerifierPool], Awaitable[Any]], function: str = HOSTILE, **options: Any) -> Any:
+    settings: dict[str, Any] = {"num_workers": 1, "timeout_s": 0.5, "memory_mb": 512, **options}
+
+    async def main() -> Any:
+        async with asyncio.timeout(60), VerifierPool(function, **settings) as pool:
+            return await body(pool)
+
+    return asyncio.run(main())
+
+
+def test_the_plug_in_gets_response_reference_and_row_and_its_verdict_comes_back_counted() -> None:
+    async def body(pool: VerifierPool) -> tuple[list[Verdict], dict[Verdict, int]]:
+        verdicts = [
+            await pool.verify("echo", "a", {"expected": "a"}),
+            await pool.verify("echo", "a", {"expected": "b"}),
+            await pool.verify("nothing", "a", {}),
+        ]
+        return verdicts, dict(pool.counts)
+
+    verdicts, counts = in_pool(body)
+    assert verdicts == [Verdict.CORRECT, Verdict.WRONG, Verdict.UNANSWERED]
+    assert counts == {Verdict.CORRECT: 1, Verdict.WRONG: 1, Verdict.UNANSWERED: 1}
+
+
+@pytest.mark.parametrize("behaviour", ["hang", "die", "raise", "eat memory", "exit", "close descriptors"])
+def test_an_answer_that_ruins_its_worker_times_out_and_the_next_is_served(behaviour: str) -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        ruined = await pool.verify(behaviour, "", {})
+        return [ruined, *[await pool.verify("echo", "a", {"expected": "a"}) for _ in range(3)]]
+
+    assert in_pool(body) == [Verdict.TIMED_OUT, *[Verdict.CORRECT] * 3]
+
+
+def test_others_do_not_wait_for_an_answer_that_hangs() -> None:
+    async def body(pool: VerifierPool) -> float:
+        hanging = [asyncio.create_task(pool.verify("hang", "", {})) for _ in range(3)]
+        started_s = time.monotonic()
+        others = await asyncio.gather(*[pool.verify("echo", "a", {"expected": "a"}) for _ in range(50)])
+        elapsed_s = time.monotonic() - started_s
+        assert set(others) == {Verdict.CORRECT}
+        assert set(await asyncio.gather(*hanging)) == {Verdict.TIMED_OUT}
+        return elapsed_s
+
+    assert in_pool(body, timeout_s=4.0) < 2.0
+
+
+def test_the_event_loop_runs_on_while_answers_hang() -> None:
+    async def body(pool: VerifierPool) -> int:
+        hanging = asyncio.create_task(pool.verify("hang", "", {}))
+        ticks = 0
+        while not hanging.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks
+
+    assert in_pool(body) > 10
+
+
+def test_when_the_template_is_killed_its_answers_time_out_and_another_is_started() -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        hanging = asyncio.create_task(pool.verify("hang", "", {}))
+        await pool.verify("echo", "a", {"expected": "a"})
+        assert pool._process is not None
+        os.kill(pool._process.pid, signal.SIGKILL)
+        return [await hanging, await pool.verify("echo", "a", {"expected": "a"})]
+
+    assert in_pool(body, timeout_s=20.0) == [Verdict.TIMED_OUT, Verdict.CORRECT]
+
+
+def test_a_cancelled_caller_leaves_the_pool_whole() -> None:
+    async def body(pool: VerifierPool) -> Verdict:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await pool.verify("hang", "", {})
+        return await pool.verify("echo", "a", {"expected": "a"})
+
+    assert in_pool(body) is Verdict.CORRECT
+
+
+def test_what_a_verifier_prints_does_not_reach_the_protocol() -> None:
+    async def body(pool: VerifierPool) -> Verdict:
+        return await pool.verify("print", "a", {})
+
+    assert in_pool(body) is Verdict.CORRECT
+
+
+def test_any_text_crosses_the_pipes() -> None:
+    texts = ["", "\x00\n\r\n\u2028", "\ud800 lone surrogate", "\U0001d7d8", "x" * 1_000_000]
+
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        return [await pool.verify("length", str(len(text)), {"text": text}) for text in texts]
+
+    assert in_pool(body) == [Verdict.CORRECT] * len(texts)
+
+
+def test_heavy_modules_are_loaded_once_when_first_needed() -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        cold = [await pool.verify("is warm", "", {}), await pool.verify("is warm", "", {})]
+        needing = await asyncio.gather(*[pool.verify("need warmth", "", {}) for _ in range(4)])
+        return [*cold, *needing, await pool.verify("is warm", "", {})]
+
+    wrong, correct = Verdict.WRONG, Verdict.CORRECT
+    assert in_pool(body, num_workers=2) == [wrong, wrong, correct, correct, correct, correct, correct]
+
+
+@pytest.mark.parametrize(
+    "function", ["no_such_module:verify", "verifier_plugins:absent", "verifier_plugins", ""]
+)
+def test_a_function_that_cannot_be_loaded_is_one_sentence_at_the_start(function: str) -> None:
+    async def body(pool: VerifierPool) -> None:
+        raise AssertionError("must not start")
+
+    with pytest.raises(ValueError, match=r"verifier\.function"):
+        in_pool(body, function=function)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_workers = 0"):
+        VerifierPool(HOSTILE, num_workers=0, timeout_s=1.0, memory_mb=100)
+
+
+def test_the_template_loads_neither_torch_nor_vllm_nor_sympy() -> None:
+    code = (
+        "import sys, actors.verifier.template, actors.verifier.math\n"
+        "print([m for m in ('torch', 'vllm', 'sympy', 'numpy.linalg') if m in sys.modules])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "torch" not in printed.stdout and "vllm" not in printed.stdout and "sympy" not in printed.stdout

@@ -1,0 +1,56 @@
+"""A plug-in verifier for the pool's tests: the response says how to behave."""
+
+import os
+import signal
+import time
+from typing import Any
+
+from actors.verifier.heavy import HeavyImportNeeded
+from common.types import Verdict
+
+_is_warm = False
+
+
+def warm() -> None:
+    global _is_warm
+    assert not _is_warm, "the template loads heavy modules once"
+    _is_warm = True
+
+
+def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+    match response:
+        case "echo":
+            return Verdict.CORRECT if row["expected"] == reference else Verdict.WRONG
+        case "length":
+            return Verdict.CORRECT if len(row["text"]) == int(reference) else Verdict.WRONG
+        case "print":
+            print("7 wrong\n" * 1000, flush=True)
+            return Verdict.CORRECT
+        case "is warm":
+            return Verdict.CORRECT if _is_warm else Verdict.WRONG
+        case "need warmth":
+            if not _is_warm:
+                raise HeavyImportNeeded
+            return Verdict.CORRECT
+    _ruin(response)
+    return Verdict.UNANSWERED
+
+
+def _ruin(response: str) -> None:
+    match response:
+        case "hang":
+            while True:
+                pass
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise KeyError("a bug in the verifier")
+        case "exit":
+            raise SystemExit(0)
+        case "eat memory":
+            chunks = []
+            while True:
+                chunks.append(bytearray(2**24))
+        case "close descriptors":
+            os.closerange(0, 100)
+            time.sleep(100)
