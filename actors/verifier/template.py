@@ -202,8 +202,8 @@ def load_verifier(function: str) -> tuple[VerifyFunction, Callable[[], None]]:
         verify = getattr(module, name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f'verifier.function "{function}" cannot be loaded ({error}); write "module:function" of a module
-            on ' "the Python path"
+            f'verifier.function "{function}" cannot be loaded ({error}); write "module:function" of a '
+            "module on the Python path"
         ) from error
     if not callable(verify):
         raise ValueError(f'verifier.function "{function}" is a {type(verify).__name__}, not a function')
