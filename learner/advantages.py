@@ -151,10 +151,10 @@ def vtrace(
     v_t = V_t + rho_t delta_t + gamma c_t (v_{t+1} - V_{t+1})
     advantage_t = rho_t (r_t + gamma v_{t+1} - V_t)
 
-    `log_ratios_T` are log pi - log pi_b (current policy against the one that sampled). The advantage has rho inside: do not multiply it by a correction weight again. At ratio 1 the
-    target is `value_targets` and, at gae_lambda = 1, the advantage is `gae`. With c_bar = 1 the weight of
-    the outcome decays like exp(-l E|log ratio| / 2) even when the ratios are unbiased noise: a short
-    horizon for long responses.
+    `log_ratios_T` are log pi - log pi_b (current policy against the one that sampled). The advantage has
+    rho inside: do not multiply it by a correction weight again. At ratio 1 the target is `value_targets`
+    and, at gae_lambda = 1, the advantage is `gae`. With c_bar = 1 the weight of the outcome decays like
+    exp(-l E|log ratio| / 2) even when the ratios are unbiased noise: a short horizon for long responses.
     """
     if rho_bar < c_bar:
         raise ValueError(f"vtrace_rho_bar {rho_bar} must be at least vtrace_c_bar {c_bar}")
@@ -174,7 +174,8 @@ def vtrace(
 def group_normalised_advantages(rewards_B: Tensor, group_index_B: Tensor, eps: float = 1e-6) -> Tensor:
     """GRPO (arXiv 2402.03300): (R - group mean) / (group standard deviation + eps), (B,).
 
-    The variance of a group of n divides by n - 1. A group whose rewards are all equal gets 0. Raises ValueError for a group of one.
+    The variance of a group of n divides by n - 1. A group whose rewards are all equal gets 0. Raises
+    ValueError for a group of one.
     """
     group_B, count_G = _groups(group_index_B)
     centred_B = rewards_B - (_sum_by_group(rewards_B, group_B, count_G) / count_G)[group_B]
