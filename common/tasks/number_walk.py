@@ -1,0 +1,99 @@
+"""number_walk: walk from one number to another in one-digit moves. The task on which the algorithms differ.
+
+    prompt      47>83=
+    response    +956+965+974+983#      then end of sequence
+
+A move is four characters: sign, digit 1..9, two-digit new position. Positions are 0..99 written with two digits, start and
+target are 1..90 apart, and a walk has at most 16 moves, so a response has at most 66 tokens, the end included. Only the
+end is rewarded, and the value of a walk can be read off its last position.
+"""
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+from common.types import Prompt, Verdict
+
+NAME = "number_walk"
+VERIFIER = "common.tasks.number_walk:verify"
+CHARACTERS = "0123456789+->=#"
+MAX_DISTANCE = 90
+MAX_MOVES = 16
+MAX_PROMPT_TOKENS = 6
+MAX_RESPONSE_TOKENS = 4 * MAX_MOVES + 1 + 1
+
+_MOVE = re.compile(r"([+-])([1-9])([0-9]{2})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Two different positions in 0..99."""
+
+    start: int
+    target: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.start:02d}>{self.target:02d}="
+
+    def prompt(self, uid: str) -> Prompt:
+        row = {"start": self.start, "target": self.target}
+        return Prompt(uid=uid, text=self.text, reference=f"{self.target:02d}", row=row)
+
+
+def sample_problem(rng: Random) -> Problem:
+    """A problem with uniform distance 1..90, uniform direction, and a start uniform among those that fit."""
+    distance = rng.randint(1, MAX_DISTANCE)
+    low = rng.randint(0, 99 - distance)
+    ends = (low, low + distance)
+    start, target = ends if rng.random() < 0.5 else ends[::-1]
+    return Problem(start=start, target=target)
+
+
+def verify(response: str, reference: str, row: dict[str, object]) -> Verdict:
+    """CORRECT iff every move is right arithmetic inside 0..99 and `#` follows, as the last character, on the target.
+
+    `row` holds the integers `start` and `target`. UNANSWERED when the walk does not end with `#` (for example truncated).
+    """
+    if not response.endswith("#"):
+        return Verdict.UNANSWERED
+    position, target = row["start"], row["target"]
+    assert isinstance(position, int) and isinstance(target, int), "row of number_walk holds integers"
+    walk = response[:-1]
+    if len(walk) % 4 != 0 or len(walk) > 4 * MAX_MOVES:
+        return Verdict.WRONG
+    for i in range(0, len(walk), 4):
+        move = _MOVE.fullmatch(walk[i : i + 4])
+        if move is None:
+            return Verdict.WRONG
+        sign, digit, claimed = move.groups()
+        position += int(sign + digit)
+        if position != int(claimed):
+            return Verdict.WRONG
+    return Verdict.CORRECT if position == target else Verdict.WRONG
+
+
+def _step_choices(position: int, direction: int) -> list[int]:
+    return [direction * digit for digit in range(1, 10) if 0 <= position + direction * digit <= 99]
+
+
+def sample_demonstration(rng: Random, right_direction: float, careless_landing: float) -> tuple[str, str]:
+    """A (prompt, response) pair; the arithmetic is always right, the way is not.
+
+    Each move goes towards the target with probability `right_direction` and has a uniform digit. Within nine of the target
+    the move lands on it exactly, except with probability `careless_landing`, when its digit is uniform as well. A
+    walk that has not arrived after 16 moves gives up with `#` where it is.
+    """
+    problem = sample_problem(rng)
+    position, moves = problem.start, []
+    while position != problem.target and len(moves) < MAX_MOVES:
+        distance = problem.target - position
+        towards = 1 if distance > 0 else -1
+        if abs(distance) <= 9 and rng.random() >= careless_landing:
+            move = distance
+        else:
+            direction = towards if rng.random() < right_direction else -towards
+            move = rng.choice(_step_choices(position, direction) or _step_choices(position, -direction))
+        position += move
+        moves.append(f"{move:+d}{position:02d}")
+    return problem.text, "".join(moves) + "#"
