@@ -1,0 +1,243 @@
+"""Messages to frames and back: how the records of common/types.py travel.
+
+Frame 0 is a MessagePack header, the others are the message's arrays in little-endian byte order, not copied:
+
+    [kind, protocol version, {field: value}, [[array field, dtype, shape], ...]], array bytes, ...
+
+`decode` trusts nothing: whatever bytes arrive, the result is a message whose every field has the type that
+its dataclass declares, or a WireError. There is no pickle; no type travels but those that messages declare.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from common.types import PROTOCOL_VERSION, ArraySpec, Message
+
+Frame: TypeAlias = bytes | memoryview
+
+MAX_HEADER_BYTES = 4 << 20  # a row with its test cases, or the names and shapes of a large model's tensors
+MAX_JSON_DEPTH = 16
+_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
+
+
+class WireError(ValueError):
+    """Bytes that are no message of this protocol, or a message that cannot travel: which field, and why."""
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """A message class as the wire sees it: type hints of the header's fields, specs of the array fields."""
+
+    plain: dict[str, Any]
+    arrays: dict[str, ArraySpec]
+
+
+def _schema(kind: type) -> _Schema:
+    hints = get_type_hints(kind, include_extras=True)
+    schema = _Schema({}, {})
+    for field in fields(kind):
+        hint = hints[field.name]
+        if get_origin(hint) is Annotated:
+            schema.arrays[field.name] = get_args(hint)[1]
+        else:
+            schema.plain[field.name] = hint
+    return schema
+
+
+_SCHEMAS = {name: _schema(kind) for name, kind in _KINDS.items()}
+
+
+def encode(message: Message) -> list[Frame]:
+    """Header and array frames; the array frames are views, so the arrays must not change afterwards.
+
+    Raises WireError for a value that `decode` on the other side would not accept.
+    """
+    kind = type(message).__name__
+    schema = _SCHEMAS[kind]
+    plain = {
+        name: _checked(getattr(message, name), hint, f"{kind}.{name}") for name, hint in schema.plain.items()
+    }
+    specs, frames = [], []
+    for name, spec in schema.arrays.items():
+        array = getattr(message, name)
+        if not isinstance(array, np.ndarray) or array.dtype != spec.dtype or array.ndim != spec.ndim:
+            raise WireError(
+                f"{kind}.{name} must be {spec.dtype} of {spec.ndim} dimension, not {_describe(array)}"
+            )
+        specs.append([name, spec.dtype, list(array.shape)])
+        frames.append(_bytes_of(np.ascontiguousarray(array, _little_endian(spec.dtype))))
+    try:
+        header = cast(bytes, msgpack.packb([kind, PROTOCOL_VERSION, plain, specs]))
+    except (ValueError, TypeError) as error:  # e.g. a lone surrogate in a string
+        raise WireError(f"{kind} cannot be written as MessagePack: {error}") from error
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError(f"{kind} has a header of {len(header)} bytes, over the limit of {MAX_HEADER_BYTES}")
+    return [header, *frames]
+
+
+def decode(frames: Sequence[Frame], max_bytes: int) -> Message:
+    """The message in these frames; its arrays are read-only views on them. Raises WireError, nothing else."""
+    if not frames:
+        raise WireError("an empty message")
+    size = sum(len(frame) for frame in frames)
+    if size > max_bytes or len(frames[0]) > MAX_HEADER_BYTES:
+        raise WireError(
+            f"a message of {size} bytes with a header of {len(frames[0])} bytes: the limits are {max_bytes} "
+            f"and {MAX_HEADER_BYTES}"
+        )
+    kind, plain, specs = _header(frames[0])
+    schema = _SCHEMAS[kind.__name__]
+    _check_names(kind.__name__, plain, set(schema.plain))
+    values: dict[str, Any] = {
+        name: _checked(plain[name], hint, f"{kind.__name__}.{name}") for name, hint in schema.plain.items()
+    }
+    values.update(_arrays(kind.__name__, schema.arrays, specs, frames[1:]))
+    try:
+        return kind(**values)
+    except ValueError as error:  # the record's own check
+        raise WireError(str(error)) from error
+
+
+def _header(frame: Frame) -> tuple[type[Message], dict[str, Any], list[Any]]:
+    try:
+        header = msgpack.unpackb(frame)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise WireError(f"the header is not MessagePack: {_first_line(error)}") from error
+    if type(header) is not list or len(header) < 2:
+        raise WireError(f"the header is {_describe(header)}, not [kind, version, fields, arrays]")
+    if type(header[1]) is not int or header[1] != PROTOCOL_VERSION:
+        raise WireError(f"protocol version {_describe(header[1])}, but this side speaks {PROTOCOL_VERSION}")
+    if len(header) != 4 or type(header[2]) is not dict or type(header[3]) is not list:
+        raise WireError("the header is not [kind, version, fields, arrays]")
+    kind = _KINDS.get(header[0]) if type(header[0]) is str else None
+    if kind is None:
+        raise WireError(f"unknown kind of message: {_describe(header[0])}")
+    return kind, header[2], header[3]
+
+
+def _check_names(kind: str, given: dict[Any, Any], wanted: set[str]) -> None:
+    if set(given) != wanted:
+        missing = sorted(wanted - set(given))
+        extra = sorted(map(_describe, set(given) - wanted))
+        raise WireError(f"{kind} lacks the fields {missing} and has the unknown fields {extra[:8]}")
+
+
+def _arrays(
+    kind: str, wanted: dict[str, ArraySpec], specs: list[Any], frames: Sequence[Frame]
+) -> dict[str, Any]:
+    if len(specs) != len(wanted) or len(frames) != len(wanted):
+        raise WireError(f"{kind} has {len(wanted)} arrays, not {len(specs)} specs and {len(frames)} frames")
+    arrays = {}
+    for (name, spec), given, frame in zip(wanted.items(), specs, frames, strict=True):
+        if type(given) is not list or len(given) != 3 or given[:2] != [name, spec.dtype]:
+            raise WireError(f"{kind}.{name} must be announced as {spec.dtype}, not {_describe(given)}")
+        shape = given[2]
+        if type(shape) is not list or len(shape) != spec.ndim or not all(map(_is_length, shape)):
+            raise WireError(f"{kind}.{name} must have {spec.ndim} dimension, not {_describe(shape)}")
+        dtype = _little_endian(spec.dtype)
+        if math.prod(shape) * dtype.itemsize != len(frame):
+            raise WireError(f"{kind}.{name} of shape {shape} does not fit its frame of {len(frame)} bytes")
+        array = np.frombuffer(frame, dtype).reshape(shape)
+        array = array if array.flags.aligned else array.copy()  # small ZeroMQ frames may lie at any address
+        array.flags.writeable = False
+        arrays[name] = array
+    return arrays
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint` wants it (a list becomes a tuple, a string its enum member), or WireError."""
+    if hint is Any:
+        _check_json(value, where, MAX_JSON_DEPTH)
+        return value
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):  # X | None is the only union in use
+        (inner,) = (arg for arg in args if arg is not NoneType)
+        return None if value is None else _checked(value, inner, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_checked(item, args[0], where) for item in value)
+    if origin is dict and type(value) is dict:
+        return {_text(key, where): _checked(item, args[1], where) for key, item in value.items()}
+    if origin is None:
+        checked = _checked_scalar(value, hint, where)
+        if checked is not None:
+            return checked
+    raise WireError(f"{where} must be {hint}, not {_describe(value)}")
+
+
+def _checked_scalar(value: Any, hint: type, where: str) -> bool | int | float | str | None:
+    """The scalar, or None when its type is wrong. Numbers of NumPy and integers for floats are converted."""
+    if issubclass(hint, StrEnum):
+        return hint(value) if isinstance(value, str) and value in set(hint) else None
+    if hint is str:
+        return value if type(value) is str else None
+    if hint is bool or isinstance(value, bool):
+        return value if hint is bool and type(value) is bool else None
+    if hint is int and isinstance(value, int | np.integer):
+        return _int64(int(value), where)
+    if hint is float and isinstance(value, int | float | np.number):
+        if not math.isfinite(value):
+            raise WireError(f"{where} must be finite, not {value}")
+        return float(value)
+    return None
+
+
+def _check_json(value: Any, where: str, depth: int) -> None:
+    """Only None, booleans, 64-bit integers, floats, strings, lists and dictionaries with string keys."""
+    if value is None or type(value) in (bool, float, str):
+        return
+    if type(value) is int:
+        _int64(value, where)
+        return
+    if depth == 0:
+        raise WireError(f"{where} is nested deeper than {MAX_JSON_DEPTH} levels")
+    if isinstance(value, list) or type(value) is tuple:
+        for item in value:
+            _check_json(item, where, depth - 1)
+    elif type(value) is dict:
+        for key, item in value.items():
+            _check_json(item, f"{where}[{_describe(_text(key, where))}]", depth - 1)
+    else:
+        raise WireError(f"{where} holds {_describe(value)}, which is not a JSON value")
+
+
+def _int64(value: int, where: str) -> int:
+    if not -(1 << 63) <= value < 1 << 63:
+        raise WireError(f"{where} holds the integer {_describe(value)}, which has more than 64 bits")
+    return value
+
+
+def _text(key: Any, where: str) -> str:
+    if type(key) is not str:
+        raise WireError(f"{where} has the key {_describe(key)}, which is not a string")
+    return key
+
+
+def _little_endian(dtype: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> Frame:
+    # memoryview.cast refuses an empty array
+    return array.data.cast("B") if array.size else b""
+
+
+def _describe(value: Any) -> str:
+    """A short text of any value for a message; never the whole of what a stranger sent."""
+    text = f"{value!r}" if isinstance(value, str | bytes | int | float | NoneType) else type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
