@@ -1,0 +1,305 @@
+"""What cannot work is refused when the configuration is loaded, in one sentence with values and the way out.
+
+Types and names are checked by common/config.py, a task's own settings by common/tasks. `load_config` calls
+`validate`; nothing here looks at the machine, except that model folders must exist.
+"""
+
+import operator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from common.config import (
+    AdvantageEstimator,
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    Correction,
+    Device,
+    DType,
+    RewardConfig,
+    TransferBackend,
+    ValueTarget,
+)
+
+INF = float("inf")
+
+# key: (lowest, highest, whether the bounds themselves are allowed); None values (switched off) pass
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "model.max_model_len": (2, INF, True),
+    "verifier.num_workers": (1, INF, True),
+    "verifier.timeout_s": (0, INF, False),
+    "verifier.memory_mb": (64, INF, True),
+    "reward.overlong_buffer": (1, INF, True),
+    "rollout.prompts_per_step": (1, INF, True),
+    "rollout.group_size": (1, INF, True),
+    "rollout.temperature": (0, INF, False),
+    "rollout.max_tokens": (1, INF, True),
+    "staleness.max_staleness": (0, INF, True),
+    "algorithm.gamma": (0, 1, True),
+    "algorithm.length_adaptive_alpha": (0, INF, False),
+    "algorithm.policy_lambda": (0, 1, True),
+    "algorithm.critic_lambda": (0, 1, True),
+    "algorithm.vtrace_rho_bar": (0, INF, False),
+    "algorithm.vtrace_c_bar": (0, INF, False),
+    "algorithm.clip_low": (0, 1, False),
+    "algorithm.clip_high": (0, INF, False),
+    "algorithm.dual_clip": (1, INF, False),
+    "algorithm.positive_lm_weight": (0, INF, True),
+    "algorithm.entropy_weight": (0, INF, True),
+    "algorithm.kl_weight": (0, INF, True),
+    "algorithm.truncation": (0, INF, False),
+    "algorithm.mask_low": (0, 1, True),
+    "algorithm.mask_high": (1, INF, True),
+    "algorithm.dis_low": (0, 1, False),
+    "algorithm.dis_high": (0, INF, False),
+    "algorithm.critic_warmup_steps": (0, INF, True),
+    "algorithm.critic_warmup_epochs": (1, INF, True),
+    "algorithm.critic_warmup_gate": (-INF, 1, False),
+    "algorithm.critic_updates_per_step": (1, INF, True),
+    "algorithm.value_clip": (0, INF, False),
+    "learner.ranks": (1, INF, True),
+    "learner.replicas": (1, INF, True),
+    "learner.steps": (0, INF, True),
+    "learner.mini_batches": (1, INF, True),
+    "learner.logprob_chunk_tokens": (1, INF, True),
+    "learner.batch_timeout_s": (0, INF, False),
+    **{
+        f"learner.{role}.{name}": bounds
+        for role in ("policy", "critic")
+        for name, bounds in {
+            "learning_rate": (0, 1, True),
+            "warmup_steps": (0, INF, True),
+            "weight_decay": (0, INF, True),
+            "beta1": (0, 1, True),
+            "beta2": (0, 1, True),
+            "max_grad_norm": (0, INF, False),
+        }.items()
+    },
+    "actors.count": (0, INF, True),
+    "actors.groups_in_flight": (1, INF, True),
+    "actors.gpu_memory_utilization": (0, 1, True),
+    "actors.cpu_kv_cache_gib": (1, INF, True),
+    "actors.tensor_parallel_size": (1, INF, True),
+    "actors.start_timeout_s": (0, INF, False),
+    "actors.restarts": (0, INF, True),
+    "weights.publish_every": (1, INF, True),
+    "weights.timeout_s": (0, INF, False),
+    "weights.probe_tokens": (2, INF, True),
+    "weights.probe_tolerance": (0, INF, False),
+    "transport.port": (0, 65535, True),
+    "transport.heartbeat_s": (0, INF, False),
+    "transport.heartbeat_timeout_s": (0, INF, False),
+    "transport.max_message_mb": (1, INF, True),
+    "eval.every": (0, INF, True),
+    "eval.num_prompts": (1, INF, True),
+    "eval.samples_per_prompt": (1, INF, True),
+    "eval.temperature": (0, INF, True),
+    "checkpoint.every": (0, INF, True),
+    "checkpoint.keep": (1, INF, True),
+}
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError for the first setting that cannot work, alone or together with another."""
+    _check_name(config)
+    for key, bounds in RANGES.items():
+        _check_range(key, operator.attrgetter(key)(config), *bounds)
+    _check_models(config)
+    _check_device(config)
+    _check_staleness(config)
+    _check_sizes(config)
+    _check_rewards(config)
+    _check_critic(config.algorithm)
+    _check_unused(config.algorithm, config.reward)
+
+
+def _refuse_if(condition: bool, message: str) -> None:
+    if condition:
+        raise ConfigError(message)
+
+
+def _check_range(key: str, value: float | None, low: float, high: float, closed: bool) -> None:
+    if value is None or (low <= value <= high if closed else low < value < high):
+        return
+    words = ("at least", "at most") if closed else ("above", "below")
+    limits = [f"{words[0]} {low:g}"] if low > -INF else []
+    limits += [f"{words[1]} {high:g}"] if high < INF else []
+    raise ConfigError(f"{key}={value} must be {' and '.join(limits)}")
+
+
+def _check_name(config: Config) -> None:
+    _refuse_if(
+        config.name in ("", ".", "..") or "/" in config.name,
+        f"name={config.name!r} must be a plain folder name; runs_dir says where the folder goes",
+    )
+    cores = config.cores
+    _refuse_if(
+        cores is not None and (not cores or len(set(cores)) < len(cores) or min(cores) < 0),
+        f"cores={cores} must be a list of different core numbers, or null for all that this process may use",
+    )
+    function = config.verifier.function
+    _refuse_if(
+        function is not None and function.count(":") != 1,
+        f"verifier.function={function} must be written module:function",
+    )
+
+
+def _check_models(config: Config) -> None:
+    for key, value in (("model.path", config.model.path), ("model.critic_path", config.model.critic_path)):
+        _refuse_if(
+            value is not None and not (Path(value) / "config.json").is_file(),
+            f"{key}={value} is not a Hugging Face model folder (no config.json there): give one, "
+            "or make the base model of a built-in task with `run.py prepare TASK`",
+        )
+
+
+def _check_device(config: Config) -> None:
+    wanted = {Device.cpu: TransferBackend.gloo, Device.cuda: TransferBackend.nccl}[config.device]
+    _refuse_if(
+        config.weights.backend is not wanted,
+        f"weights.backend={config.weights.backend} does not work with device={config.device}: use {wanted}",
+    )
+    ranks, replicas = config.learner.ranks, config.learner.replicas
+    _refuse_if(
+        ranks % replicas != 0,
+        f"learner.replicas={replicas} must divide learner.ranks={ranks}",
+    )
+    _refuse_if(
+        config.model.dtype is DType.bfloat16 and config.weights.probe_tolerance < 1e-2,
+        f"weights.probe_tolerance={config.weights.probe_tolerance} is finer than model.dtype=bfloat16 "
+        "resolves: set it to about 0.1",
+    )
+    beat, silence = config.transport.heartbeat_s, config.transport.heartbeat_timeout_s
+    _refuse_if(
+        silence < 2 * beat,
+        f"transport.heartbeat_timeout_s={silence:g} must be at least twice transport.heartbeat_s={beat:g}",
+    )
+
+
+def _check_staleness(config: Config) -> None:
+    bound, every = config.staleness.max_staleness, config.weights.publish_every
+    _refuse_if(
+        bound == 0 and every != 1,
+        f"weights.publish_every={every} cannot be on-policy: staleness.max_staleness=0 needs publish_every=1",
+    )
+    _refuse_if(
+        config.staleness.exact and bound == 0,
+        "staleness.exact=true has nothing to hold back at staleness.max_staleness=0: raise the bound",
+    )
+
+
+def _check_sizes(config: Config) -> None:
+    rollout, learner, length = config.rollout, config.learner, config.model.max_model_len
+    responses = rollout.prompts_per_step * rollout.group_size
+    _refuse_if(
+        responses < learner.mini_batches,
+        f"learner.mini_batches={learner.mini_batches} is more than the {responses} responses of a step "
+        f"(rollout.prompts_per_step={rollout.prompts_per_step} x rollout.group_size={rollout.group_size})",
+    )
+    _refuse_if(
+        length <= rollout.max_tokens,
+        f"model.max_model_len={length} leaves no room for a prompt: it must exceed "
+        f"rollout.max_tokens={rollout.max_tokens}",
+    )
+    _refuse_if(
+        learner.tokens_per_micro_batch < length,
+        f"learner.tokens_per_micro_batch={learner.tokens_per_micro_batch} cannot hold one sequence of "
+        f"model.max_model_len={length} tokens",
+    )
+    _refuse_if(
+        config.weights.probe_tokens > length,
+        f"weights.probe_tokens={config.weights.probe_tokens} does not fit into model.max_model_len={length}",
+    )
+    _refuse_if(
+        config.task.name != "file" and config.eval.num_prompts > config.task.num_heldout,
+        f"eval.num_prompts={config.eval.num_prompts} is more than task.num_heldout={config.task.num_heldout}",
+    )
+    estimator = config.algorithm.advantage
+    compares = estimator is not AdvantageEstimator.gae or config.algorithm.dynamic_sampling
+    reason = (
+        "algorithm.dynamic_sampling=true"
+        if estimator is AdvantageEstimator.gae
+        else f"algorithm.advantage={estimator}"
+    )
+    _refuse_if(
+        compares and rollout.group_size < 2,
+        f"rollout.group_size={rollout.group_size} is too small: {reason} compares the responses of a "
+        "group, so it needs at least 2",
+    )
+
+
+def _check_rewards(config: Config) -> None:
+    reward = config.reward
+    _refuse_if(
+        not reward.correct > max(reward.wrong, reward.unanswered, reward.timed_out),
+        f"reward.correct={reward.correct:g} must be above reward.wrong={reward.wrong:g}, "
+        f"reward.unanswered={reward.unanswered:g} and reward.timed_out={reward.timed_out:g}",
+    )
+    _refuse_if(
+        reward.overlong_penalty and reward.overlong_buffer >= config.rollout.max_tokens,
+        f"reward.overlong_buffer={reward.overlong_buffer} must be smaller than "
+        f"rollout.max_tokens={config.rollout.max_tokens}",
+    )
+
+
+def _check_critic(algorithm: AlgorithmConfig) -> None:
+    if algorithm.advantage is AdvantageEstimator.gae:
+        return
+    needs_critic = {
+        "critic_warmup_steps": algorithm.critic_warmup_steps > 0,
+        "value_target": algorithm.value_target is ValueTarget.vtrace,
+        "value_clip": algorithm.value_clip is not None,
+        "critic_warmup_gate": algorithm.critic_warmup_gate is not None,
+        "critic_updates_per_step": algorithm.critic_updates_per_step != 1,
+    }
+    for name, is_set in needs_critic.items():
+        _refuse_if(
+            is_set,
+            f"algorithm.{name}={getattr(algorithm, name)} needs a critic, which algorithm.advantage="
+            f"{algorithm.advantage} does not have: set advantage=gae or leave {name} out",
+        )
+
+
+def _check_unused(algorithm: AlgorithmConfig, reward: RewardConfig) -> None:
+    """A setting that was changed but has no effect is a misunderstanding, so it is refused."""
+    correction = algorithm.correction
+    effect = {
+        "policy_lambda": (algorithm.length_adaptive_alpha is None, "algorithm.length_adaptive_alpha=null"),
+        "truncation": (
+            correction in (Correction.decoupled, Correction.tis),
+            "algorithm.correction=decoupled or tis",
+        ),
+        "mask_low": (correction is Correction.icepop, "algorithm.correction=icepop"),
+        "mask_high": (correction is Correction.icepop, "algorithm.correction=icepop"),
+        "dis_low": (correction is Correction.dis, "algorithm.correction=dis"),
+        "dis_high": (correction is Correction.dis, "algorithm.correction=dis"),
+        "vtrace_rho_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
+        "vtrace_c_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
+    }
+    for name, (is_used, condition) in effect.items():
+        _refuse_unused(
+            f"algorithm.{name}", getattr(algorithm, name), _default(AlgorithmConfig, name), is_used, condition
+        )
+    buffer = _default(RewardConfig, "overlong_buffer")
+    _refuse_unused(
+        "reward.overlong_buffer",
+        reward.overlong_buffer,
+        buffer,
+        reward.overlong_penalty,
+        "reward.overlong_penalty=true",
+    )
+
+
+def _refuse_unused(key: str, value: object, default: object, is_used: bool, condition: str) -> None:
+    _refuse_if(
+        not is_used and value != default,
+        f"{key}={value} has no effect without {condition}: set that too, or leave it out",
+    )
+
+
+def _default(section: type[Any], name: str) -> object:
+    default = next(field.default for field in fields(section) if field.name == name)
+    assert default is not NO_DEFAULT
+    return default
