@@ -73,14 +73,10 @@ def _scan_in_order(x_T: Tensor, decay_T: Tensor) -> Tensor:
 
 def _block_columns(x_T: Tensor, num_blocks: int) -> Tensor:
     """(_BLOCK, num_blocks) copy of x_T, one block a column, zeros after its end."""
-    columns = x_T.new_empty(_BLOCK, num_blocks)
-    full = x_T.numel() // _BLOCK
-    columns[:, :full] = x_T[: full * _BLOCK].view(full, _BLOCK).t()
-    if full < num_blocks:
-        tail = x_T[full * _BLOCK :]
-        columns[: len(tail), full] = tail
-        columns[len(tail) :, full] = 0.0
-    return columns
+    # Padded first, because torch has a fast transposition only into a whole contiguous tensor.
+    tail = num_blocks * _BLOCK - x_T.numel()
+    x = torch.nn.functional.pad(x_T, (0, tail)) if tail else x_T
+    return x.view(num_blocks, _BLOCK).t().clone(memory_format=torch.contiguous_format)
 
 
 def td_errors(values_T: Tensor, rewards_B: Tensor, cu_seqlens_B1: Tensor, gamma: float) -> Tensor:
