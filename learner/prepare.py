@@ -16,10 +16,9 @@ from pathlib import Path
 from random import Random
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from common.config import ConfigError, TaskConfig
 from common.tasks import chain_sum, load_task, number_walk
@@ -114,24 +113,19 @@ RECIPES = {
 }
 
 
-def build_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character, after the pad and the end-of-sequence token.
+def build_tokenizer(characters: str) -> Qwen2Tokenizer:
+    """A tokenizer with one token per (ASCII) character, after the pad and the end-of-sequence token.
 
-    There is no unknown token: encoding any other character raises instead of dropping it.
+    It is byte-level BPE without merges, because transformers reads the tokenizer of every folder with a Qwen2 model as
+    a Qwen2Tokenizer, whatever class the folder names. Like that class it leaves out characters that it does not know.
     """
     vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], unk_token=PAD_TOKEN, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """A Qwen2 model with fresh weights from torch's global generator.
 
     Two heads of 32 dimensions, because vLLM's CPU attention has no smaller head. Embeddings start at a standard deviation
@@ -172,7 +166,7 @@ def _batches(phase: Phase, rng: Random) -> Iterator[list[Demonstration]]:
 
 
 def _collate(
-    batch: list[Demonstration], tokenizer: PreTrainedTokenizerFast
+    batch: list[Demonstration], tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids, targets), both int64 [B, L]; targets are shifted by one and -100 outside the response."""
     sequences = [tokenizer.encode(p + r) + [tokenizer.eos_token_id] for p, r in batch]
@@ -186,7 +180,7 @@ def _collate(
     return token_ids_BL, targets_BL
 
 
-def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase, rng: Random) -> None:
+def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, rng: Random) -> None:
     """Runs one phase of supervised training on the response tokens."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -210,7 +204,7 @@ def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: P
 @torch.inference_mode()
 def sample_responses(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     texts: list[str],
     max_tokens: int,
     temperature: float,
@@ -233,7 +227,7 @@ def sample_responses(
 
 
 def measure_accuracy(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, prompts: list[Prompt]
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: Recipe, prompts: list[Prompt]
 ) -> tuple[float, float]:
     """(accuracy, mean response length in tokens) of 4 samples a prompt at temperature 1."""
     requests = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
