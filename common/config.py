@@ -1,8 +1,8 @@
 """The run's configuration: one frozen dataclass per component, merged from files and `key=value`.
 
 Merging goes left to right and is strict: an unknown key, a wrong type or an impossible combination is a
-ConfigError whose message is one sentence. The resolved configuration is written to RUN/config.yaml, and that is
-what child processes read.
+ConfigError whose message is one sentence. The resolved configuration is written to RUN/config.yaml, which
+is what child processes read.
 """
 
 import difflib

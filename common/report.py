@@ -1,0 +1,222 @@
+"""The closing summary of a run, from its files alone: what `train` ends with and `run.py inspect RUN` prints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import Config, ConfigError, read_config
+from common.metrics import read_jsonl
+from common.types import JSON
+
+Row = dict[str, JSON]
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out accuracy (avg@k) as it was logged at `step` for policy `version`; None: version not logged."""
+
+    step: int
+    version: int | None
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run did. None means that its files do not say."""
+
+    run_dir: Path
+    config: Config
+    evaluations: tuple[Evaluation, ...]
+    num_steps: int  # learner steps with a metrics line, critic warm-up included
+    num_versions: int  # published weight updates
+    num_groups: int  # lines of the ledger
+    wall_s: float  # sum of time/step_s
+    generated_tokens: float | None
+    trained_tokens: float | None
+    generated_per_s: float | None
+    trained_per_s: float | None
+    actors_idle: float | None  # fraction of time
+    learner_idle: float | None
+    staleness_mean: float | None  # versions, per trained token
+    staleness_max: float | None
+    staleness_hist: dict[int, float]  # version gap -> trained tokens
+    drops: dict[str, int]  # reason -> groups
+
+
+def summary(run_dir: str | Path) -> Summary:
+    """Reads RUN/config.yaml, metrics.jsonl and ledger.jsonl of a finished, running or interrupted run.
+
+    Raises:
+        ConfigError: `run_dir` is not a run directory, or has no metrics yet.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is not a run directory: it has no config.yaml")
+    if not (folder / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"{folder} has no metrics.jsonl yet: no step has ended; its logs are in {folder / 'logs'}"
+        )
+    rows = list(read_jsonl(folder / "metrics.jsonl"))
+    ledger = folder / "ledger.jsonl"
+    steps = [row for row in rows if _number(row, "time/step_s") is not None]
+    wall_s = sum(row["time/step_s"] for row in steps)
+    histogram = _histogram(rows)
+    generated, trained = _last(rows, "tokens/generated"), _last(rows, "tokens/trained")
+    return Summary(
+        run_dir=folder,
+        config=read_config(folder / "config.yaml"),
+        evaluations=_evaluations(rows),
+        num_steps=len(steps),
+        num_versions=int(_last(rows, "version") or 0),
+        num_groups=sum(1 for _ in read_jsonl(ledger)) if ledger.is_file() else 0,
+        wall_s=wall_s,
+        generated_tokens=generated,
+        trained_tokens=trained,
+        generated_per_s=_rate(generated, wall_s, steps, "throughput/generated_tokens_per_s"),
+        trained_per_s=_rate(trained, wall_s, steps, "throughput/trained_tokens_per_s"),
+        actors_idle=_time_mean(steps, "actors/idle_fraction"),
+        learner_idle=_time_mean(steps, "learner/idle_fraction"),
+        staleness_mean=_mean_gap(histogram, steps),
+        staleness_max=max(_values(rows, "staleness/token_max"), default=None),
+        staleness_hist=histogram,
+        drops=_drops(rows),
+    )
+
+
+def render(summary: Summary) -> str:
+    """The summary as text, one fact a line."""
+    config = summary.config
+    lines = [
+        (
+            "run",
+            f"{config.name}: {config.task.name}, {config.algorithm.advantage} advantages, seed {config.seed}",
+        ),
+        ("accuracy", _accuracy_text(summary)),
+        ("steps", _steps_text(summary)),
+        ("generated", _tokens_text(summary.generated_tokens, summary.generated_per_s)),
+        (
+            "trained",
+            _tokens_text(summary.trained_tokens, summary.trained_per_s) + f" in {summary.num_groups} groups",
+        ),
+        ("idle", f"actors {_share(summary.actors_idle)}, learner {_share(summary.learner_idle)}"),
+        ("staleness", _staleness_text(summary)),
+        *(("", line) for line in _bars(summary.staleness_hist)),
+        ("dropped", _drops_text(summary.drops)),
+        ("files", f"{summary.run_dir / 'metrics.jsonl'}, {summary.run_dir / 'ledger.jsonl'}"),
+        ("curves", f"tensorboard --logdir {summary.run_dir / 'tensorboard'}"),
+    ]
+    return "\n".join(f"{label:<11}{text}".rstrip() for label, text in lines)
+
+
+def _accuracy_text(summary: Summary) -> str:
+    points = summary.evaluations
+    if not points:
+        return "not evaluated yet"
+    k = f"held out, avg@{summary.config.eval.samples_per_prompt}"
+    if len(points) == 1:
+        return f"{points[0].accuracy:.3f} at step {points[0].step} ({k})"
+    between = ", ".join(f"{point.accuracy:.3f} at step {point.step}" for point in points[1:-1])
+    text = f"{points[0].accuracy:.3f} -> {points[-1].accuracy:.3f} ({k})"
+    return f"{text}; during: {between}" if between else text
+
+
+def _steps_text(summary: Summary) -> str:
+    warmup = min(summary.config.algorithm.critic_warmup_steps, summary.num_steps)
+    planned = summary.config.learner.steps + summary.config.algorithm.critic_warmup_steps
+    text = f"{summary.num_steps} of {planned} ({warmup} of critic warm-up) in {_duration(summary.wall_s)}"
+    return f"{text}; {summary.num_versions} versions published"
+
+
+def _staleness_text(summary: Summary) -> str:
+    if summary.staleness_mean is None or summary.staleness_max is None:
+        return "not measured yet"
+    bound = summary.config.staleness.max_staleness
+    return f"mean {summary.staleness_mean:.2f}, max {summary.staleness_max:.0f} of at most {bound} versions"
+
+
+def _bars(histogram: dict[int, float]) -> list[str]:
+    total = sum(histogram.values())
+    if not total:
+        return []
+    shares = {gap: count / total for gap, count in sorted(histogram.items())}
+    return [
+        f"{gap:>3} old {share:>6.1%} {'#' * round(BAR_WIDTH * share)}".rstrip()
+        for gap, share in shares.items()
+    ]
+
+
+def _drops_text(drops: dict[str, int]) -> str:
+    total = sum(drops.values())
+    if not total:
+        return "no group"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(drops.items()) if count)
+    return f"{total} groups: {reasons}"
+
+
+def _tokens_text(tokens: float | None, per_s: float | None) -> str:
+    count = "tokens not counted" if tokens is None else f"{tokens:,.0f} tokens"
+    return count if per_s is None else f"{count}, {per_s:,.0f} a second"
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.0%}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _evaluations(rows: Sequence[Row]) -> tuple[Evaluation, ...]:
+    points = []
+    for row in rows:
+        accuracy, version = _number(row, "accuracy/heldout"), _number(row, "version")
+        if accuracy is not None:
+            known = None if version is None else int(version)
+            points.append(Evaluation(step=row["step"], version=known, accuracy=accuracy))
+    return tuple(points)
+
+
+def _histogram(rows: Sequence[Row]) -> dict[int, float]:
+    total: dict[int, float] = {}
+    for row in rows:
+        for gap, count in (row.get("staleness/hist") or {}).items():
+            total[int(gap)] = total.get(int(gap), 0.0) + count
+    return dict(sorted(total.items()))
+
+
+def _drops(rows: Sequence[Row]) -> dict[str, int]:
+    names = sorted({name for row in rows for name in row if name.startswith("drops/")})
+    return {name.removeprefix("drops/"): int(_last(rows, name) or 0) for name in names}
+
+
+def _mean_gap(histogram: dict[int, float], steps: Sequence[Row]) -> float | None:
+    if total := sum(histogram.values()):
+        return sum(gap * count for gap, count in histogram.items()) / total
+    means = _values(steps, "staleness/token_mean")
+    return sum(means) / len(means) if means else None
+
+
+def _rate(total: float | None, wall_s: float, steps: Sequence[Row], name: str) -> float | None:
+    return total / wall_s if total is not None and wall_s > 0 else _time_mean(steps, name)
+
+
+def _time_mean(steps: Sequence[Row], name: str) -> float | None:
+    pairs = [(value, row["time/step_s"]) for row in steps if (value := _number(row, name)) is not None]
+    weight = sum(seconds for _, seconds in pairs)
+    return sum(value * seconds for value, seconds in pairs) / weight if weight else None
+
+
+def _last(rows: Sequence[Row], name: str) -> float | None:
+    values = _values(rows, name)
+    return values[-1] if values else None
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    return [value for row in rows if (value := _number(row, name)) is not None]
+
+
+def _number(row: Row, name: str) -> float | None:
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) else None
