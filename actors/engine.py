@@ -5,6 +5,7 @@ loop except the engine's construction, which blocks for tens of seconds and ther
 """
 
 import asyncio
+import gc
 import itertools
 import os
 import time
@@ -61,10 +62,12 @@ class Engine:
             raise EngineError(f"the engine did not start on model {self._config.model.path!r}: {error}") from error
 
     async def shutdown(self) -> None:
-        """Stops the engine's processes. The reference is dropped here: its finaliser must not run at exit."""
+        """Stops the engine's processes; blocks for some seconds, when nothing else is left to do."""
         if self._llm is not None:
-            llm, self._llm = self._llm, None
-            await asyncio.to_thread(llm.shutdown)
+            self._llm.shutdown()
+            self._llm = None
+            await asyncio.sleep(0)  # lets the cancelled output handler let go of the engine ...
+            gc.collect()  # ... so that its finaliser runs now and not while the interpreter is torn down
 
     @property
     def busy_s(self) -> float:
@@ -189,6 +192,9 @@ def _set_environment(config: Config) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.actors.cpu_kv_cache_gib))
         # The launcher has pinned this process; vLLM's own binding would put every engine on the same core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if config.actors.enforce_eager:
+            # vLLM compiles its sampler all the same: 20 s at the first token and a C++ compiler needed, for no speed.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _build(config: Config) -> Any:

@@ -18,7 +18,7 @@ from actors.engine import Engine, EngineError
 from actors.rollout import complete
 from actors.verifier.pool import VerifierPool
 from common.config import Config
-from common.tasks import verifier_name
+from common.tasks import default_verifier
 from common.transport import ActorConnection, model_fingerprints
 from common.types import (
     PROTOCOL_VERSION,
@@ -194,8 +194,10 @@ async def _take_part(config: Config, endpoint: str, name: str) -> None:
         try:
             welcome = await _welcome(connection, config.transport.heartbeat_timeout_s)
             await engine.start()
+            grading = config.verifier
+            function = grading.function or default_verifier(config.task)
             async with VerifierPool(
-                verifier_name(config), config.verifier.num_workers, config.verifier.timeout_s, config.verifier.memory_mb
+                function, grading.num_workers, grading.timeout_s, grading.memory_mb
             ) as verifier:
                 await Actor(config, connection, engine, verifier).serve(welcome)
             error = None

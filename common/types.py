@@ -79,8 +79,8 @@ class WeightsPhase(StrEnum):
     INIT = "init"  # join a new transfer group (only when the membership changed)
     START = "start"  # prepare the model to be overwritten
     UPDATE = "update"  # receive and load; runs while the learner sends
-    FINISH = "finish"  # post-process, stamp the version, score the probe
-    RESUME = "resume"  # schedule again
+    FINISH = "finish"  # post-process, stamp the version
+    RESUME = "resume"  # schedule again, and score the probe under the new weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +237,12 @@ class WeightsCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsReport:
-    """Actor -> learner: `phase` is done, or failed with `error`. FINISH carries the probe's log-probs."""
+    """Actor -> learner: `phase` is done, or failed with `error`. RESUME carries the probe's log-probs."""
 
     phase: WeightsPhase
     version: int
     error: str | None
-    probe_logprobs: Float32Array  # [probe tokens - 1] after FINISH, else empty
+    probe_logprobs: Float32Array  # [probe tokens - 1] after RESUME, else empty
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,18 +52,19 @@ class PolicySource(WeightSource):
     rest there, or the other ranks would wait for it for ever.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
         self._policy = policy
+        self._dtype = dtype  # of the tensors on their way: the engine's own
         self._pass: Iterator[tuple[str, torch.Tensor]] = iter(())
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, dtype, shape) for name, dtype, shape in self._policy.hf_metadata()]
+        return [ParamMeta(spec.name, spec.dtype, spec.shape) for spec in self._policy.hf_specs(self._dtype)]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._pass
 
     def begin_pass(self) -> None:
-        self._pass = iter(self._policy.named_hf_parameters())
+        self._pass = iter(self._policy.named_hf_parameters(self._dtype))
 
     def finish_pass(self) -> None:
         for _ in self._pass:
@@ -265,7 +266,7 @@ class Publisher:
     _source: PolicySource = field(init=False)
 
     def __post_init__(self) -> None:
-        self._source = PolicySource(self.policy)
+        self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value))
 
     def publish(self, version: int) -> Publication:
         """Brings every member to the policy's present weights as `version`. Called by all ranks together.

@@ -51,6 +51,11 @@ def load_task(config: TaskConfig) -> Task:
     return _generate(config)
 
 
+def default_verifier(config: TaskConfig) -> str:
+    """The "module:function" that grades this task's responses, without making its data."""
+    return file.VERIFIER if config.name == "file" else _PROCEDURAL[config.name][1]
+
+
 def _generate(config: TaskConfig) -> Task:
     _refuse_settings(config, ("train_file", "heldout_file", "prompt_field", "answer_field"), "needs task.name=file")
     if config.num_train < 1 or not 1 <= config.num_heldout <= MAX_HELDOUT:

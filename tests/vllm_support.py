@@ -1,0 +1,129 @@
+"""Pieces that the tests with a real engine share: small random models, an event loop in a thread, a local control."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from actors.engine import Engine
+from common.config import ActorsConfig, Config, ModelConfig, RolloutConfig, WeightsConfig
+from common.types import Lease, Purpose, WeightsPhase, WeightsReport
+
+Result = TypeVar("Result")
+
+CHARACTERS = "0123456789+-=#>ab"
+
+
+def make_model(path: Path, tied: bool, seed: int = 0) -> str:
+    """A random two-layer Qwen2 with one token per character, as a Hugging Face folder."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {character: i + 2 for i, character in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=96,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5 if not tied else 0.1)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def engine_config(path: str, **weights: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=path, max_model_len=512),
+        rollout=RolloutConfig(group_size=4, max_tokens=400),
+        actors=ActorsConfig(groups_in_flight=8),
+        weights=WeightsConfig(probe_tokens=24, timeout_s=30.0, **weights),
+    )
+
+
+def lease(lease_id: int, *, num_samples: int = 4, max_tokens: int = 40, temperature: float = 1.0) -> Lease:
+    return Lease(
+        lease_id=lease_id,
+        purpose=Purpose.TRAIN,
+        prompt_uid=f"p{lease_id}",
+        prompt_token_ids=np.array([3, 4, 5, 6], dtype=np.int32),
+        reference="",
+        row={},
+        num_samples=num_samples,
+        seed=lease_id,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+
+
+class LoopThread:
+    """An event loop in a thread of its own, as the actor process has one to itself."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Result]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_s: float = 120.0) -> Result:
+        result: Result = self.submit(coroutine).result(timeout_s)
+        return result
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10.0)
+
+
+class LocalControl:
+    """What the learner's service does for publication, with one engine behind it and no sockets between."""
+
+    def __init__(self, engine: Engine, thread: LoopThread, probe_token_ids: np.ndarray[Any, Any]) -> None:
+        self._engine, self._thread, self._probe = engine, thread, probe_token_ids
+        self.quarantined: dict[str, str] = {}
+
+    def members(self) -> tuple[str, ...]:
+        return ("local",)
+
+    def quarantine(self, actor: str, reason: str) -> None:
+        self.quarantined[actor] = reason
+
+    def command(
+        self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, Any]], timeout_s: float
+    ) -> dict[str, WeightsReport]:
+        probe = self._thread.run(self._phase(phase, version, payloads["local"]), timeout_s)
+        return {"local": WeightsReport(phase=phase, version=version, error=None, probe_logprobs=probe)}
+
+    async def _phase(self, phase: WeightsPhase, version: int, payload: dict[str, Any]) -> np.ndarray[Any, Any]:
+        engine = self._engine
+        match phase:
+            case WeightsPhase.PAUSE:
+                await engine.pause()
+            case WeightsPhase.INIT:
+                await engine.init_transfer(payload)
+            case WeightsPhase.START:
+                await engine.start_update()
+            case WeightsPhase.UPDATE:
+                await engine.update(payload)
+            case WeightsPhase.FINISH:
+                await engine.finish_update(version)
+            case WeightsPhase.RESUME:
+                await engine.resume()
+                return await engine.score(self._probe)
+        return np.empty(0, dtype=np.float32)
