@@ -1,0 +1,88 @@
+"""The learner's processes: process group, device mesh and seeds.
+
+Ranks are started by torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without
+them the process is alone and there is no process group.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from common.config import Config, ConfigError, Device, DType
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the learner's."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: Device, timeout_s: float = 1800.0) -> Iterator[World]:
+    """Joins the process group that torchrun's environment describes, and leaves it at the end.
+
+    The group always has a gloo backend for CPU tensors (batches, checkpoints), beside NCCL on CUDA. A
+    collective that waits longer than `timeout_s` fails.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    here = torch.device("cpu")
+    if device is Device.cuda:
+        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(here)
+    if "RANK" not in os.environ:
+        yield World(rank=0, size=1, device=here)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device is Device.cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(rank=rank, size=size, device=here)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(config: Config) -> DeviceMesh | None:
+    """The mesh to shard over, or None for plain modules.
+
+    None exactly for one process with float32 on a CPU (the demo), where sharding would only cost time: with
+    bfloat16, FSDP2 keeps the float32 master weights; on CUDA it offloads. With replicas > 1 the mesh is
+    (replicate, shard). Raises ConfigError when replicas do not divide the ranks or a needed process group
+    is missing.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1 and config.model.dtype is DType.float32 and config.device is Device.cpu:
+        return None
+    if not dist.is_initialized():
+        raise ConfigError(
+            f"device={config.device} with model.dtype={config.model.dtype} needs a process group, "
+            "start the learner with torchrun"
+        )
+    replicas = config.learner.replicas
+    if size % replicas:
+        raise ConfigError(f"learner.replicas={replicas} must divide the {size} learner ranks")
+    if replicas == 1:
+        return init_device_mesh(config.device.value, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        config.device.value, (replicas, size // replicas), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch, the same on every rank: training draws nothing per rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
