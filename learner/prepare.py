@@ -1,10 +1,12 @@
 """Builds the small base model of a procedural task: `run.py prepare TASK`.
 
-A character tokenizer, a Qwen2 model of about 150k parameters, and supervised training on imperfect demonstrations in two
-phases: the first teaches the format and the skill, the second, short one teaches bad habits for reinforcement learning
-to remove. The result is a Hugging Face folder in float32 that transformers and vLLM load without a network.
+A character tokenizer, a Qwen2 model of about 150k parameters, and supervised training on imperfect
+demonstrations in two phases: the first teaches the format and the skill, the second, short one teaches bad
+habits for reinforcement learning to remove. The result is a Hugging Face folder in float32 that
+transformers and vLLM load without a network.
 
-The same seed gives the same bytes: data, initial weights and sampling come from seeded generators, on one thread.
+The same seed gives the same bytes: data, initial weights and sampling come from seeded generators, on one
+thread.
 """
 
 import math
@@ -116,8 +118,9 @@ RECIPES = {
 def build_tokenizer(characters: str) -> Qwen2Tokenizer:
     """A tokenizer with one token per (ASCII) character, after the pad and the end-of-sequence token.
 
-    It is byte-level BPE without merges, because transformers reads the tokenizer of every folder with a Qwen2 model as
-    a Qwen2Tokenizer, whatever class the folder names. Like that class it leaves out characters that it does not know.
+    It is byte-level BPE without merges, because transformers reads the tokenizer of every folder with a
+    Qwen2 model as a Qwen2Tokenizer, whatever class the folder names. Like that class it leaves out
+    characters that it does not know.
     """
     vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
     return Qwen2Tokenizer(
@@ -128,8 +131,9 @@ def build_tokenizer(characters: str) -> Qwen2Tokenizer:
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """A Qwen2 model with fresh weights from torch's global generator.
 
-    Two heads of 32 dimensions, because vLLM's CPU attention has no smaller head. Embeddings start at a standard deviation
-    of 0.5 instead of 0.02: with so few tokens it shortens training from over five minutes to a few.
+    Two heads of 32 dimensions, because vLLM's CPU attention has no smaller head. Embeddings start at a
+    standard deviation of 0.5 instead of 0.02: with so few tokens it shortens training from over five
+    minutes to a few.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -165,11 +169,9 @@ def _batches(phase: Phase, rng: Random) -> Iterator[list[Demonstration]]:
         yield from batches
 
 
-def _collate(
-    batch: list[Demonstration], tokenizer: Qwen2Tokenizer
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _collate(batch: list[Demonstration], tokenizer: Qwen2Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids, targets), both int64 [B, L]; targets are shifted by one and -100 outside the response."""
-    sequences = [tokenizer.encode(p + r) + [tokenizer.eos_token_id] for p, r in batch]
+    sequences = [[*tokenizer.encode(p + r), tokenizer.eos_token_id] for p, r in batch]
     length = max(map(len, sequences))
     token_ids_BL = torch.full((len(batch), length), tokenizer.pad_token_id)
     targets_BL = torch.full((len(batch), length), -100)
@@ -209,7 +211,7 @@ def sample_responses(
     max_tokens: int,
     temperature: float,
 ) -> list[str]:
-    """One response per text at `temperature` (0 is greedy) from torch's global generator, decoded without EOS."""
+    """One response per text, without EOS, at `temperature` (0 is greedy), from torch's global generator."""
     prompts = [tokenizer.encode(text) for text in texts]
     length = max(map(len, prompts))
     token_ids_BL = torch.tensor([[tokenizer.pad_token_id] * (length - len(p)) + p for p in prompts])
@@ -272,9 +274,14 @@ def build_base_model(recipe: Recipe, heldout: list[Prompt], out_dir: Path, seed:
 
 
 def prepare(task_name: str, out_dir: str | None, seed: int) -> None:
-    """Builds the base model of `task_name` in `out_dir` (default configs/models/TASK) and prints its accuracy."""
+    """Builds the base model of `task_name` in `out_dir` (None: configs/models/TASK); prints its accuracy.
+
+    Raises ConfigError for a task without a base model.
+    """
     if task_name not in RECIPES:
-        raise ConfigError(f"there is no base model for task '{task_name}'; prepare knows: {', '.join(RECIPES)}.")
+        raise ConfigError(
+            f"there is no base model for task '{task_name}'; prepare knows: {', '.join(RECIPES)}."
+        )
     heldout = list(load_task(TaskConfig(name=task_name)).heldout)
     folder = Path(out_dir) if out_dir is not None else Path("configs") / "models" / task_name
     build_base_model(RECIPES[task_name], heldout, folder, seed)

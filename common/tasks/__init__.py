@@ -1,7 +1,7 @@
 """Tasks: where prompts come from and who grades their responses.
 
-`load_task` turns a TaskConfig into a train set, a held-out set that shares no prompt with it, and the name of the default
-verifier. `chain_sum` and `number_walk` are procedural; `file` reads JSONL or Parquet.
+`load_task` turns a TaskConfig into a train set, a held-out set that shares no prompt with it, and the name
+of the default verifier. `chain_sum` and `number_walk` are procedural; `file` reads JSONL or Parquet.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,9 @@ from common.types import JSON, Prompt
 
 # Held-out prompts are drawn without repetition; the rarest lengths of either task have few distinct ones.
 MAX_HELDOUT = 2000
+
+_FILE_SETTINGS = ("train_file", "heldout_file", "prompt_field", "answer_field")
+_PROCEDURAL_SETTINGS = ("seed", "num_train", "num_heldout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ _PROCEDURAL: dict[str, tuple[Callable[[Random], _Problem], str]] = {
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task that `config` describes. Raises ConfigError (one sentence) for a setting or a row that cannot be used."""
+    """The task that `config` describes. Raises ConfigError for a setting or a row that cannot be used."""
     if config.name == "file":
         return _load_files(config)
     if config.name not in _PROCEDURAL:
@@ -57,11 +60,11 @@ def default_verifier(config: TaskConfig) -> str:
 
 
 def _generate(config: TaskConfig) -> Task:
-    _refuse_settings(config, ("train_file", "heldout_file", "prompt_field", "answer_field"), "needs task.name=file")
+    _refuse_settings(config, _FILE_SETTINGS, "needs task.name=file")
     if config.num_train < 1 or not 1 <= config.num_heldout <= MAX_HELDOUT:
         raise ConfigError(
-            f"task.num_train is {config.num_train} and task.num_heldout is {config.num_heldout}, but the first must be at "
-            f"least 1 and the second 1..{MAX_HELDOUT}."
+            f"task.num_train is {config.num_train} and task.num_heldout is {config.num_heldout}, but the first "
+            f"must be at least 1 and the second 1..{MAX_HELDOUT}."
         )
     sample, verifier = _PROCEDURAL[config.name]
     rng = Random(f"{config.name}/{config.seed}")
@@ -83,12 +86,13 @@ def _generate(config: TaskConfig) -> Task:
 
 
 def _load_files(config: TaskConfig) -> Task:
-    _refuse_settings(config, ("seed", "num_train", "num_heldout"), "belongs to the procedural tasks")
+    _refuse_settings(config, _PROCEDURAL_SETTINGS, "belongs to the procedural tasks")
     if config.train_file is None or config.heldout_file is None:
         missing = "train_file" if config.train_file is None else "heldout_file"
-        raise ConfigError(f"task.{missing} is not set; task.name=file needs task.train_file and task.heldout_file.")
-    train = file.read_prompts(Path(config.train_file), "train", config.prompt_field, config.answer_field)
-    heldout = file.read_prompts(Path(config.heldout_file), "heldout", config.prompt_field, config.answer_field)
+        raise ConfigError(f"task.{missing} is not set; task.name=file needs both of its files.")
+    columns = (config.prompt_field, config.answer_field)
+    train = file.read_prompts(Path(config.train_file), "train", *columns)
+    heldout = file.read_prompts(Path(config.heldout_file), "heldout", *columns)
     _refuse_overlap(train, heldout)
     return Task(name=config.name, train=train, heldout=heldout, verifier=file.VERIFIER)
 
@@ -99,7 +103,9 @@ def _refuse_settings(config: TaskConfig, names: tuple[str, ...], reason: str) ->
     for name in names:
         value: JSON = getattr(config, name)
         if value != defaults[name]:
-            raise ConfigError(f"task.{name} is {value!r}, but task.name is '{config.name}' and this setting {reason}.")
+            raise ConfigError(
+                f"task.{name} is {value!r}, but task.name is '{config.name}' and that {reason}."
+            )
 
 
 def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
@@ -108,6 +114,6 @@ def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
         twin = uid_of.get((prompt.text, repr(prompt.messages)))
         if twin is not None:
             raise ConfigError(
-                f"the prompt of {prompt.uid} is also that of {twin}; remove it from one file, because held-out prompts "
-                f"must not be trained on."
+                f"the prompt of {prompt.uid} is also that of {twin}; remove it from one file, because "
+                f"held-out prompts must not be trained on."
             )

@@ -3,8 +3,9 @@
     prompt      47a+3b-8=
     response    a+3=50b-8=42#42        then end of sequence
 
-A letter labels each term, so that a step is found by its letter. A prompt has 2..20 terms (the start counts as one),
-every partial sum stays in 10..99, and a response has 10..118 tokens of one character each, the end included.
+A letter labels each term, so that a step is found by its letter. A prompt has 2..20 terms (the start counts
+as one), every partial sum stays in 10..99, and a response has 10..118 tokens of one character, the end
+included.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Problem:
 
 
 def sample_problem(rng: Random) -> Problem:
-    """A problem with a uniform number of terms; each term is uniform among those that keep the sum in 10..99."""
+    """A problem with a uniform number of terms, each uniform among those that keep the sum in 10..99."""
     start = total = rng.randint(LOWEST, HIGHEST)
     terms: list[int] = []
     for _ in range(rng.randint(MIN_TERMS, MAX_TERMS) - 1):
@@ -54,7 +55,10 @@ def sample_problem(rng: Random) -> Problem:
 
 
 def verify(response: str, reference: str, row: dict[str, object]) -> Verdict:
-    """CORRECT iff what follows the last `#` is exactly the reference; UNANSWERED without a `#`. Steps are not graded."""
+    """CORRECT iff what follows the last `#` is exactly the reference; UNANSWERED without a `#`.
+
+    The steps are not graded.
+    """
     _, marker, answer = response.rpartition("#")
     if not marker:
         return Verdict.UNANSWERED
@@ -79,7 +83,7 @@ def _write_steps(problem: Problem, rng: Random, carry_drop: float) -> str | None
 
 
 def sample_demonstration(rng: Random, carry_drop: float) -> tuple[str, str]:
-    """A (prompt, response) pair that loses the carry of a step with |term| >= 8 with probability `carry_drop`.
+    """A (prompt, response) pair; a step with |term| >= 8 loses its carry with probability `carry_drop`.
 
     Later steps go on from the wrong sum. A demonstration whose wrong sums leave 10..99 is drawn again.
     """

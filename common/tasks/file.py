@@ -1,7 +1,8 @@
 """file: prompts with reference answers from a JSONL or Parquet file of the user's own.
 
-One row is one prompt: `prompt_field` holds its text or a list of chat messages, `answer_field` the reference answer (a string
-or a number; `reward_model.ground_truth` reaches into a nested column). The other columns travel with the prompt as its `row`.
+One row is one prompt: `prompt_field` holds its text or a list of chat messages, `answer_field` the
+reference answer (a string or a number; `reward_model.ground_truth` reaches into a nested column). The other
+columns travel with the prompt as its `row`.
 """
 
 import json
@@ -27,10 +28,10 @@ def read_prompts(path: Path, uid_prefix: str, prompt_field: str, answer_field: s
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
     prompts = []
     for line, row in rows:
-        where = f"{path}, line {line}"
-        prompts.append(_prompt_from_row(row, f"{uid_prefix}/{path.name}:{line}", where, prompt_field, answer_field))
+        uid = f"{uid_prefix}/{path.name}:{line}"
+        prompts.append(_prompt_from_row(row, uid, f"{path}, line {line}", prompt_field, answer_field))
     if not prompts:
-        raise ConfigError(f"{path}: the file is empty; it needs at least one row with a prompt and an answer.")
+        raise ConfigError(f"{path}: the file is empty; it needs at least one prompt with its answer.")
     return tuple(prompts)
 
 
@@ -60,7 +61,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON]]]:
     yield from enumerate(rows, start=1)
 
 
-def _prompt_from_row(row: dict[str, JSON], uid: str, where: str, prompt_field: str, answer_field: str) -> Prompt:
+def _prompt_from_row(
+    row: dict[str, JSON], uid: str, where: str, prompt_field: str, answer_field: str
+) -> Prompt:
     prompt = _column(row, prompt_field, "task.prompt_field", where)
     reference = _reference(_column(row, answer_field, "task.answer_field", where), answer_field, where)
     others = {name: value for name, value in row.items() if name != prompt_field}
@@ -87,7 +90,9 @@ def _column(row: dict[str, JSON], name: str, setting: str, where: str) -> JSON:
 
 def _reference(value: JSON, name: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise ConfigError(f"{where}: column '{name}' must be a non-empty string or a number, not {_kind(value)}.")
+        raise ConfigError(
+            f"{where}: column '{name}' must be a non-empty string or a number, not {_kind(value)}."
+        )
     return str(value)
 
 
@@ -95,8 +100,8 @@ def _messages(value: JSON, name: str, where: str) -> tuple[dict[str, str], ...]:
     is_chat = isinstance(value, list) and len(value) > 0
     if not is_chat or not all(_is_message(message) for message in value):
         raise ConfigError(
-            f"{where}: column '{name}' must be a non-empty string or a list of messages with the strings role and "
-            f"content, not {_kind(value)}."
+            f"{where}: column '{name}' must be a non-empty string or a list of messages with the strings "
+            f"role and content, not {_kind(value)}."
         )
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
@@ -106,7 +111,7 @@ def _is_message(value: JSON) -> bool:
 
 
 def _check_json(value: JSON, name: str, where: str) -> None:
-    """Raises ConfigError when `value` could not travel with the prompt (Parquet has dates, bytes and decimals)."""
+    """Raises ConfigError when `value` could not travel with the prompt (Parquet has dates and bytes)."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_json(item, f"{name}.{key}", where)
@@ -122,5 +127,5 @@ def _kind(value: JSON) -> str:
         return "nothing"
     if value == "":
         return "an empty string"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")

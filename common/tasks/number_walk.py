@@ -3,9 +3,10 @@
     prompt      47>83=
     response    +956+965+974+983#      then end of sequence
 
-A move is four characters: sign, digit 1..9, two-digit new position. Positions are 0..99 written with two digits, start and
-target are 1..90 apart, and a walk has at most 16 moves, so a response has at most 66 tokens, the end included. Only the
-end is rewarded, and the value of a walk can be read off its last position.
+A move is four characters: sign, digit 1..9, two-digit new position. Positions are 0..99 written with two
+digits, start and target are 1..90 apart, and a walk has at most 16 moves, so a response has at most 66
+tokens, the end included. Only the end is rewarded, and the value of a walk can be read off its last
+position.
 """
 
 import re
@@ -51,9 +52,9 @@ def sample_problem(rng: Random) -> Problem:
 
 
 def verify(response: str, reference: str, row: dict[str, object]) -> Verdict:
-    """CORRECT iff every move is right arithmetic inside 0..99 and `#` follows, as the last character, on the target.
+    """CORRECT iff every move is right arithmetic inside 0..99 and the walk ends with `#` on the target.
 
-    `row` holds the integers `start` and `target`. UNANSWERED when the walk does not end with `#` (for example truncated).
+    `row` holds the integers `start` and `target`. UNANSWERED when the last character is not `#` (truncated).
     """
     if not response.endswith("#"):
         return Verdict.UNANSWERED
@@ -80,12 +81,13 @@ def _step_choices(position: int, direction: int) -> list[int]:
 def sample_demonstration(rng: Random, right_direction: float, careless_landing: float) -> tuple[str, str]:
     """A (prompt, response) pair; the arithmetic is always right, the way is not.
 
-    Each move goes towards the target with probability `right_direction` and has a uniform digit. Within nine of the target
-    the move lands on it exactly, except with probability `careless_landing`, when its digit is uniform as well. A
-    walk that has not arrived after 16 moves gives up with `#` where it is.
+    Each move goes towards the target with probability `right_direction` and has a uniform digit. Within
+    nine of the target the move lands on it exactly, except with probability `careless_landing`, when it is
+    drawn like any other. A walk that has not arrived after 16 moves gives up with `#` where it is.
     """
     problem = sample_problem(rng)
-    position, moves = problem.start, []
+    position = problem.start
+    moves: list[str] = []
     while position != problem.target and len(moves) < MAX_MOVES:
         distance = problem.target - position
         towards = 1 if distance > 0 else -1
