@@ -1,0 +1,133 @@
+"""What only rank 0 does: it speaks to actors through the service, evaluates, and writes the run's logs."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.config import Config
+from common.metrics import RunLog, Value
+from common.types import Prompt, TrajectoryGroup
+from learner.evaluation import EvalResult
+from learner.service import LearnerService, MembersWaiting
+from learner.weights import Publication
+
+logger = logging.getLogger(__name__)
+
+
+class Leader:
+    """The service and the logs of one run. Calls in the order begin, (next_groups, published, record)*, end.
+
+    Rates and idle shares of a step are differences between the service's counters at the ends of two steps.
+    """
+
+    def __init__(self, config: Config, service: LearnerService, log: RunLog, heldout: Sequence[Prompt]) -> None:
+        self._config = config
+        self.service = service
+        self._log = log
+        self._heldout = list(heldout[: config.eval.num_prompts])
+        self._is_evaluating = False
+        self._counters: dict[str, float] = {}
+        self._recorded_at = time.monotonic()
+        self._trained_tokens = 0
+
+    def begin(self) -> None:
+        """Waits for the first actor and starts the evaluation of the model as it is."""
+        self.service.wait_for_members(1, self._config.actors.start_timeout_s)
+        self._counters, self._recorded_at = self.service.stats(), time.monotonic()
+
+    def next_groups(self) -> list[TrajectoryGroup] | None:
+        """The groups of the next step; None when an actor waits for weights and has to be served first."""
+        try:
+            return self.service.take_batch(self._config.learner.batch_timeout_s)
+        except MembersWaiting as waiting:
+            logger.info("%s", waiting)
+            return None
+
+    def before_publication(self) -> None:
+        """With staleness.exact, lets the actors fill the admission window before the weights change."""
+        if self._config.staleness.exact:
+            self.service.wait_window_sampled(self._config.learner.batch_timeout_s)
+
+    def published(self, publication: Publication, steps_done: int) -> None:
+        self.service.set_version(publication.version, steps_done)
+
+    def evaluate(self, version: int) -> None:
+        """Starts a held-out evaluation, unless one is still running. Training goes on meanwhile."""
+        if self._is_evaluating:
+            logger.info("version %d is not evaluated: the evaluation before it is still running", version)
+            return
+        settings = self._config.eval
+        self.service.evaluate(self._heldout, settings.samples_per_prompt, settings.temperature, version)
+        self._is_evaluating = True
+
+    def record(
+        self, step: int, version: int, groups: Sequence[TrajectoryGroup], values: dict[str, Value]
+    ) -> None:
+        """Writes the metrics, ledger lines and console line of `step`, counted from 1, warm-up included."""
+        self._trained_tokens += sum(len(group.completed.token_ids) for group in groups)
+        values |= self._since_last_step(values) | {"version": version, "tokens/trained": self._trained_tokens}
+        if self._is_evaluating and (result := self.service.poll_evaluation()) is not None:
+            values |= self._evaluated(result)
+        self._log.log(step, values)
+        for group in groups:
+            self._log.ledger(group, step)
+        warmup = self._config.algorithm.critic_warmup_steps
+        if step <= warmup:
+            self._log.progress(step, warmup, values, stage="critic warm-up")
+        else:
+            self._log.progress(step - warmup, self._config.learner.steps, values)
+
+    def end(self, step: int, version: int) -> None:
+        """Evaluates the final model, logs it under `step`, and sends the actors home."""
+        timeout_s = self._config.learner.batch_timeout_s
+        if self._is_evaluating:
+            self._log.log(step, self._evaluated(self.service.wait_evaluation(timeout_s)))
+        self.evaluate(version)
+        values = self._evaluated(self.service.wait_evaluation(timeout_s)) | {"version": version}
+        self._log.log(step, values)
+        self._log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="trained")
+        self.service.stop("the run is complete")
+
+    def _evaluated(self, result: EvalResult) -> dict[str, Value]:
+        self._is_evaluating = False
+        return {
+            "accuracy/heldout": result.accuracy,
+            "accuracy/version": result.version,
+            "accuracy/length_mean": result.length_mean,
+            "accuracy/truncated_fraction": result.truncated_fraction,
+        }
+
+    def _since_last_step(self, values: dict[str, Value]) -> dict[str, Value]:
+        now, counters = time.monotonic(), self.service.stats()
+        elapsed = now - self._recorded_at
+        change = {name: value - self._counters.get(name, 0.0) for name, value in counters.items()}
+        waited = values.get("time/wait_for_batch_s", 0.0)
+        assert isinstance(waited, float)
+        rates: dict[str, Value] = {
+            "time/step_s": elapsed,
+            "throughput/generated_tokens_per_s": change["generated_tokens"] / elapsed,
+            "learner/idle_fraction": waited / elapsed,
+            "tokens/generated": counters["generated_tokens"],
+            "actors/connected": counters["actors_connected"],
+            "staleness/dropped_groups": counters["dropped/stale"],
+            "queue/buffered_groups": counters["buffered_groups"],
+            "queue/in_flight_groups": counters["in_flight_groups"],
+        }
+        if change["actor_uptime_s"] > 0:
+            rates["actors/idle_fraction"] = 1.0 - change["actor_busy_s"] / change["actor_uptime_s"]
+        rates |= {
+            f"drops/{name.removeprefix('dropped/')}": count
+            for name, count in counters.items()
+            if name.startswith("dropped/")
+        }
+        self._counters, self._recorded_at = counters, now
+        return rates
+
+
+def version_gaps(groups: Sequence[TrajectoryGroup], version: int) -> dict[int, float]:
+    """Tokens per version gap when the groups are trained at `version`."""
+    gaps = version - np.concatenate([group.completed.versions for group in groups])
+    values, counts = np.unique(gaps, return_counts=True)
+    return dict(zip(values.tolist(), counts.astype(float).tolist(), strict=True))
