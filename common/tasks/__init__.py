@@ -63,8 +63,8 @@ def _generate(config: TaskConfig) -> Task:
     _refuse_settings(config, _FILE_SETTINGS, "needs task.name=file")
     if config.num_train < 1 or not 1 <= config.num_heldout <= MAX_HELDOUT:
         raise ConfigError(
-            f"task.num_train is {config.num_train} and task.num_heldout is {config.num_heldout}, but the first "
-            f"must be at least 1 and the second 1..{MAX_HELDOUT}."
+            f"task.num_train is {config.num_train} and task.num_heldout is {config.num_heldout}, but the "
+            f"first must be at least 1 and the second 1..{MAX_HELDOUT}."
         )
     sample, verifier = _PROCEDURAL[config.name]
     rng = Random(f"{config.name}/{config.seed}")
