@@ -1,4 +1,4 @@
-"""The closing summary of a run, from its files alone: what `train` ends with and `run.py inspect RUN` prints."""
+"""The closing summary of a run, from its files alone: `train` ends with it, `inspect` prints it again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

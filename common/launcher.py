@@ -1,0 +1,199 @@
+"""`run.py train`: which processes a configuration asks for on this machine, and how they find each other.
+
+    RUN/config.yaml      the resolved configuration, which every child reads
+    RUN/endpoint         address of the learner's socket, written by rank 0; actors wait for it
+    RUN/logs/ROLE.log    output of each child
+
+Learner and actors start at the same time, because either needs half a minute.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from common.config import Config, ConfigError, Device, save_config
+from common.processes import ChildSpec, Outcome, Supervisor, deal_cores
+
+RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
+RUN_CONTENT = (
+    "config.yaml",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "endpoint",
+    "tensorboard",
+    "logs",
+    "checkpoints",
+)
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# Models are folders on disk, so nothing has to be fetched or reported.
+QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENDPOINT_POLL_S = 0.05
+
+
+def train(config: Config, overwrite: bool) -> Outcome:
+    """Run learner and actors to the end. Raises ConfigError when the run cannot start here."""
+    with lock_run(config), reserve_port() as port:
+        cores = _allowed_cores(config)
+        prepare_run_dir(config, overwrite)
+        specs = learner_specs(config, port) + actor_specs(config)
+        shares = deal_cores(cores, len(specs))
+        specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
+        return Supervisor(specs, config.run_dir / "logs").run()
+
+
+def prepare_run_dir(config: Config, overwrite: bool) -> None:
+    """Make RUN with its config.yaml; an earlier run there is deleted only when `overwrite` says so."""
+    run_dir = config.run_dir
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not (run_dir / "config.yaml").is_file():
+            raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
+        if not overwrite:
+            raise ConfigError(f"{run_dir} already holds a run: choose another name=..., or pass --overwrite")
+        for name in RUN_CONTENT:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+
+
+@contextmanager
+def lock_run(config: Config) -> Iterator[None]:
+    """One `train` per run directory at a time; the kernel releases the lock however this process ends."""
+    runs_dir = Path(config.runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with (runs_dir / f".{config.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{config.run_dir} is being trained now: choose another name=...") from None
+        yield
+
+
+@contextmanager
+def reserve_port() -> Iterator[int]:
+    """A TCP port for the ranks' rendezvous that no other process is given while this is open.
+
+    The socket stays bound but never listens: rank 0's store, which sets SO_REUSEADDR as well, can bind the
+    port, while the kernel hands it out to nobody who asks for any free one.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
+
+
+def learner_specs(config: Config, port: int) -> list[ChildSpec]:
+    """One process per rank, with the environment that torchrun would give it."""
+    ranks = config.learner.ranks
+    return [
+        ChildSpec(
+            name=f"learner-{rank}",
+            command=(sys.executable, str(RUN_PY), "learner", "--config", str(config.run_dir / "config.yaml")),
+            environment=QUIET_ENVIRONMENT | rank_environment(rank, ranks, port),
+            is_leader=True,
+            is_echoed=rank == 0,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """torch.distributed's variables for one of `num_ranks` processes on this host."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    return {name: str(number) for name, number in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def actor_specs(config: Config) -> list[ChildSpec]:
+    """The actors that `train` starts; they read the learner's address from RUN/endpoint."""
+    run_dir, actors = config.run_dir, config.actors
+    devices = _actor_devices(config)
+    connect = ("--connect", f"file:{run_dir / 'endpoint'}", "-c", str(run_dir / "config.yaml"))
+    return [
+        ChildSpec(
+            name=f"actor-{i}",
+            command=(sys.executable, str(RUN_PY), "actor", *connect, "--name", f"actor-{i}"),
+            environment=QUIET_ENVIRONMENT | devices[i],
+            restarts=actors.restarts,
+            start_timeout_s=actors.start_timeout_s,
+        )
+        for i in range(actors.count)
+    ]
+
+
+def with_cores(spec: ChildSpec, cores: tuple[int, ...]) -> ChildSpec:
+    """`spec` pinned to `cores`, with as many threads."""
+    threads = {name: str(len(cores)) for name in THREAD_VARIABLES}
+    # The whole process tree is pinned from outside; vLLM's own binding would put every engine on the same
+    # core.
+    threads["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return replace(spec, cores=cores, environment={**spec.environment, **threads})
+
+
+def wait_for_endpoint(connect: str, timeout_s: float) -> str:
+    """The learner's address: `connect` itself, or for "file:PATH" the content of PATH once it is there.
+
+    Raises:
+        ConfigError: neither a ZeroMQ address nor file:PATH.
+        TimeoutError: nobody wrote PATH in time.
+    """
+    kind, _, path = connect.partition(":")
+    if kind in ("tcp", "ipc"):
+        return connect
+    if kind != "file" or not path:
+        raise ConfigError(f"--connect {connect} must be tcp://HOST:PORT or file:PATH")
+    deadline = time.monotonic() + timeout_s
+    while not Path(path).is_file():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no learner wrote its address to {path} within {timeout_s:g} s")
+        time.sleep(ENDPOINT_POLL_S)
+    return Path(path).read_text().strip()
+
+
+def _allowed_cores(config: Config) -> list[int]:
+    allowed = sorted(os.sched_getaffinity(0))
+    if config.cores is None:
+        return allowed
+    forbidden = sorted(set(config.cores) - set(allowed))
+    if forbidden:
+        raise ConfigError(f"cores={config.cores} holds {forbidden}, but this process may only use {allowed}")
+    return list(config.cores)
+
+
+def _actor_devices(config: Config) -> list[dict[str, str]]:
+    """CUDA_VISIBLE_DEVICES of each actor: the devices after the learner's, which uses the first ones."""
+    count, width = config.actors.count, config.actors.tensor_parallel_size
+    if config.device is Device.cpu:
+        return [{} for _ in range(count)]
+    visible = _visible_gpus()
+    wanted = config.learner.ranks + count * width
+    if len(visible) < wanted:
+        raise ConfigError(
+            f"learner.ranks={config.learner.ranks} and actors.count={count} with "
+            f"actors.tensor_parallel_size={width} need {wanted} GPUs, but {len(visible)} are visible"
+        )
+    first = config.learner.ranks
+    shares = [visible[first + i * width : first + (i + 1) * width] for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+def _visible_gpus() -> list[str]:
+    """Names that CUDA_VISIBLE_DEVICES accepts, of the GPUs that this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        raise ConfigError("device=cuda needs an NVIDIA driver, but nvidia-smi was not found: use device=cpu")
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=True, timeout=60).stdout
+    return [str(i) for i, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]

@@ -1,0 +1,150 @@
+"""Nothing is left behind: who is below this process, how to kill all of it, and what if we are killed.
+
+Orphans are adopted (PR_SET_CHILD_SUBREAPER, Linux) so that a dead child's children are still found,
+children die with their parent (PR_SET_PDEATHSIG), and a guardian process ends the sessions of a supervisor
+that was killed with SIGKILL and could not do it itself.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+# Loaded at import: a child between fork and exec must not load libraries.
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt_orphans() -> None:
+    """From now on the orphaned descendants of this process become its own children. Raises OSError."""
+    if _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def child_setup(cores: Collection[int]) -> Callable[[], None]:
+    """What a child does between fork and exec: die with this process, run on `cores` (empty: any)."""
+    parent = os.getpid()
+
+    def setup() -> None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # the parent died before the line above
+            os._exit(1)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    return setup
+
+
+def descendants(ignore: Iterable[int] = ()) -> list[psutil.Process]:
+    """All living processes below this one, children of `ignore` pids included but not those themselves."""
+    skip = set(ignore)
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.pid not in skip and _is_alive(process)
+    ]
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL; a process that is gone already is fine, and a reused pid is never hit."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def reap_adopted(direct: Collection[int]) -> None:
+    """Collect the exit status of adopted orphans, so that no zombie stays, but not of `direct` children."""
+    for process in psutil.Process().children():
+        if process.pid in direct:  # subprocess.Popen wants their status itself
+            continue
+        try:
+            os.waitpid(process.pid, os.WNOHANG)
+        except ChildProcessError:
+            continue
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Guardian:
+    """A small process that outlives a SIGKILL of this one and kills the sessions it was told about.
+
+    It blocks on a pipe whose other end only this process holds: end of file without a farewell means that
+    this process is gone. Use as a context manager; a clean exit sends the farewell.
+    """
+
+    FAREWELL = b"farewell\n"
+
+    def __enter__(self) -> Self:
+        reader, self._writer = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._writer)
+            _guard(reader)
+        os.close(reader)
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    def protect(self, session: int) -> None:
+        """Tell it of one more session (the pid of a child started with start_new_session)."""
+        os.write(self._writer, b"%d\n" % session)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.write(self._writer, self.FAREWELL)
+        os.close(self._writer)
+        os.waitpid(self._pid, 0)
+
+
+def _guard(reader: int) -> None:
+    """The guardian's life, in the forked child: it must end in os._exit and touch nothing of the parent's."""
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        text = b""
+        while chunk := os.read(reader, 4096):
+            text += chunk
+        if not text.endswith(Guardian.FAREWELL):
+            _kill_sessions({int(line) for line in text.split()})
+    finally:
+        os._exit(0)
+
+
+def _kill_sessions(sessions: Collection[int], rounds: int = 20) -> None:
+    """SIGKILL every process of these sessions, again until none is found (some may be forking)."""
+    for _ in range(rounds):
+        found = [process for process in psutil.process_iter() if _session(process.pid) in sessions]
+        alive = [process for process in found if _is_alive(process)]
+        if not alive:
+            return
+        kill(alive)
+        time.sleep(0.05)
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1

@@ -1,0 +1,197 @@
+"""The command line of async-vapo.
+
+    python run.py train -c demo learner.steps=10     train; everything else is started from here
+    python run.py inspect runs/demo                  the closing summary of a run, again
+    python run.py --help                             all commands
+
+Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on
+stderr; 128 + n stopped by signal n; else the code of the process that failed first.
+
+Commands import what they need after parsing, so that `--help` needs neither torch nor vLLM.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.config import ConfigError, load_config
+from common.launcher import QUIET_ENVIRONMENT
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv`, run the command, return its exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except FileNotFoundError as error:
+        if error.filename is None:  # not about a path that the user can have meant
+            raise
+        return _fail(f"{error.filename} does not exist")
+    except (ValueError, TimeoutError) as error:
+        if _is_programming_error(error):
+            raise
+        return _fail(str(error))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from common.launcher import train
+    from common.report import render, summary
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(f"training {config.name} in {config.run_dir} (logs in {config.run_dir / 'logs'})", flush=True)
+    outcome = train(config, arguments.overwrite)
+    if outcome.message is not None:
+        print(f"error: {outcome.message}", file=sys.stderr)
+        return outcome.exit_code
+    print(f"\n{render(summary(config.run_dir))}")
+    return outcome.exit_code
+
+
+def _learner(arguments: argparse.Namespace) -> int:
+    from common.launcher import rank_environment, reserve_port
+
+    config = load_config([arguments.config], arguments.overrides)
+    _begin_role(f"learner-{os.environ.get('RANK', '0')}")
+    ranks = config.learner.ranks
+    with reserve_port() as port:
+        if "WORLD_SIZE" not in os.environ and ranks == 1:
+            os.environ.update(rank_environment(0, 1, port))
+        if os.environ.get("WORLD_SIZE") != str(ranks):
+            raise ConfigError(
+                f"learner.ranks={ranks} but {os.environ.get('WORLD_SIZE', 1)} were started: "
+                f"use torchrun --nproc-per-node {ranks} run.py learner --config {arguments.config}"
+            )
+        from learner.main import main as run_learner
+
+        return run_learner(config)
+
+
+def _actor(arguments: argparse.Namespace) -> int:
+    from common.launcher import wait_for_endpoint
+
+    config = load_config(arguments.config, arguments.overrides)
+    _begin_role(arguments.name)
+    # Imported before the wait: the actor's libraries load while the learner still starts.
+    from actors.main import main as run_actor
+
+    endpoint = wait_for_endpoint(arguments.connect, config.actors.start_timeout_s)
+    return run_actor(config, endpoint, arguments.name)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from learner.prepare import main as run_prepare
+
+    return run_prepare(arguments.task, arguments.out, arguments.seed)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from common.report import render, summary
+
+    print(render(summary(arguments.run)))
+    return 0
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    from actors.grade import main as run_grade
+
+    return run_grade(arguments.cases)
+
+
+def _begin_role(name: str) -> None:
+    """What every long-running process does first: log lines that say who speaks, and no calls home."""
+    for key, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _is_programming_error(error: BaseException) -> bool:
+    """Whether a library raised `error`, which takes a traceback to understand.
+
+    One that our own code raised is the user's mistake, and its sentence is enough.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    home = Path(__file__).resolve().parent
+    return trace is None or home not in Path(trace.tb_frame.f_code.co_filename).resolve().parents
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="async-vapo", description="Train a language model to reason, with asynchronous actors and VAPO."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="start learner and actors here and train to the end")
+    train.set_defaults(command=_train)
+    _add_config(train)
+    train.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
+
+    learner = commands.add_parser(
+        "learner", help="start one learner rank alone (or all of them with torchrun)"
+    )
+    learner.set_defaults(command=_learner)
+    learner.add_argument("--config", required=True, help="RUN/config.yaml")
+    _add_overrides(learner)
+
+    actor = commands.add_parser("actor", help="start one actor alone and connect it to a learner")
+    actor.set_defaults(command=_actor)
+    actor.add_argument(
+        "--connect", required=True, help="tcp://HOST:PORT of the learner, or file:RUN/endpoint"
+    )
+    actor.add_argument("--name", required=True, help="unique among the actors of a run")
+    _add_config(actor)
+
+    prepare = commands.add_parser("prepare", help="make the small base model of a built-in task")
+    prepare.set_defaults(command=_prepare)
+    prepare.add_argument("task", help="chain_sum or number_walk")
+    prepare.add_argument("--out", help="folder to write (default: configs/models/TASK)")
+    prepare.add_argument("--seed", type=int, default=0)
+
+    inspect = commands.add_parser("inspect", help="print the summary of a run")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("run", help="run directory")
+
+    grade = commands.add_parser("grade", help="grade a file of answers with the mathematical verifier")
+    grade.set_defaults(command=_grade)
+    grade.add_argument(
+        "cases", help='.jsonl with {"gold": ..., "pred": ..., "input": "answer"|"response"} a line'
+    )
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file or shipped recipe; repeatable",
+    )
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings on top, e.g. learner.steps=10"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
