@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as hf_logging
 
 from learner.attention import IMPLEMENTATION
 
@@ -36,6 +37,7 @@ def load_causal_lm(path: str, tie_word_embeddings: bool | None, has_weights: boo
     post-processes its logits.
     """
     config = read_config(path)
+    hf_logging.disable_progress_bar()  # logs are files
     if has_weights:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
