@@ -76,7 +76,7 @@ class Engine:
         return self._busy_s + running
 
     async def sample(self, lease: Lease) -> list[Completion]:
-        """All `lease.num_samples` completions of the lease, in order. Raises ValueError when vLLM refuses the prompt."""
+        """All `lease.num_samples` completions of the lease, in order. Raises ValueError when the prompt is refused."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -56,9 +56,7 @@ class Actor:
     forgotten; weight phases run one after another, in the order in which they came.
     """
 
-    def __init__(
-        self, config: Config, connection: ActorConnection, engine: Engine, verifier: VerifierPool
-    ) -> None:
+    def __init__(self, config: Config, connection: ActorConnection, engine: Engine, verifier: VerifierPool) -> None:
         self._config = config
         self._connection = connection
         self._engine = engine
@@ -196,9 +194,7 @@ async def _take_part(config: Config, endpoint: str, name: str) -> None:
             await engine.start()
             grading = config.verifier
             function = grading.function or default_verifier(config.task)
-            async with VerifierPool(
-                function, grading.num_workers, grading.timeout_s, grading.memory_mb
-            ) as verifier:
+            async with VerifierPool(function, grading.num_workers, grading.timeout_s, grading.memory_mb) as verifier:
                 await Actor(config, connection, engine, verifier).serve(welcome)
             error = None
         except Exception as problem:

@@ -71,7 +71,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         for size in update_info.bucket_sizes:
             span = slice(position, position + size)
             parameters = list(
-                zip(update_info.names[span], update_info.dtype_names[span], update_info.shapes[span], strict=True)
+                zip(
+                    update_info.names[span],
+                    update_info.dtype_names[span],
+                    update_info.shapes[span],
+                    strict=True,
+                )
             )
             self.model.load_weights(self._receive_bucket(parameters))
             position += size
@@ -83,9 +88,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def shutdown(self) -> None:
         self._group = None
 
-    def _receive_bucket(
-        self, parameters: list[tuple[str, str, list[int]]]
-    ) -> list[tuple[str, torch.Tensor]]:
+    def _receive_bucket(self, parameters: list[tuple[str, str, list[int]]]) -> list[tuple[str, torch.Tensor]]:
         """One broadcast from rank 0, cut into tensors that share its memory."""
         empty = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in parameters]
         num_bytes = [tensor.numel() * tensor.element_size() for tensor in empty]

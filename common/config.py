@@ -220,7 +220,7 @@ class WeightsConfig:
 class TransportConfig:
     host: str = "127.0.0.1"  # address that the learner binds
     port: int = 0  # 0: any free port
-    heartbeat_s: float = 2.0
+    heartbeat_s: float = 0.5
     heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost
     max_message_mb: int = 256  # larger frames are refused
 

@@ -10,7 +10,7 @@ from common.config import Config
 from common.metrics import RunLog, Value
 from common.types import Prompt, TrajectoryGroup
 from learner.evaluation import EvalResult
-from learner.service import LearnerService, MembersWaiting
+from learner.service import LearnerService
 from learner.weights import Publication
 
 logger = logging.getLogger(__name__)
@@ -27,28 +27,25 @@ class Leader:
         self.service = service
         self._log = log
         self._heldout = list(heldout[: config.eval.num_prompts])
+        self._timeout_s = config.learner.batch_timeout_s
         self._is_evaluating = False
         self._counters: dict[str, float] = {}
         self._recorded_at = time.monotonic()
         self._trained_tokens = 0
 
     def begin(self) -> None:
-        """Waits for the first actor and starts the evaluation of the model as it is."""
+        """Waits for the first actor."""
         self.service.wait_for_members(1, self._config.actors.start_timeout_s)
         self._counters, self._recorded_at = self.service.stats(), time.monotonic()
 
-    def next_groups(self) -> list[TrajectoryGroup] | None:
-        """The groups of the next step; None when an actor waits for weights and has to be served first."""
-        try:
-            return self.service.take_batch(self._config.learner.batch_timeout_s)
-        except MembersWaiting as waiting:
-            logger.info("%s", waiting)
-            return None
+    def next_groups(self) -> list[TrajectoryGroup]:
+        """The groups of the next step. Raises MembersWaiting when an actor has to be served with weights first."""
+        return self.service.take_batch(self._timeout_s)
 
     def before_publication(self) -> None:
-        """With staleness.exact, lets the actors fill the admission window before the weights change."""
+        """With staleness.exact, lets the actors fill the admission window first. Raises MembersWaiting."""
         if self._config.staleness.exact:
-            self.service.wait_window_sampled(self._config.learner.batch_timeout_s)
+            self.service.wait_window_sampled(self._timeout_s)
 
     def published(self, publication: Publication, steps_done: int) -> None:
         self.service.set_version(publication.version, steps_done)
@@ -62,9 +59,7 @@ class Leader:
         self.service.evaluate(self._heldout, settings.samples_per_prompt, settings.temperature, version)
         self._is_evaluating = True
 
-    def record(
-        self, step: int, version: int, groups: Sequence[TrajectoryGroup], values: dict[str, Value]
-    ) -> None:
+    def record(self, step: int, version: int, groups: Sequence[TrajectoryGroup], values: dict[str, Value]) -> None:
         """Writes the metrics, ledger lines and console line of `step`, counted from 1, warm-up included."""
         self._trained_tokens += sum(len(group.completed.token_ids) for group in groups)
         values |= self._since_last_step(values) | {"version": version, "tokens/trained": self._trained_tokens}
@@ -79,16 +74,12 @@ class Leader:
         else:
             self._log.progress(step - warmup, self._config.learner.steps, values)
 
-    def end(self, step: int, version: int) -> None:
-        """Evaluates the final model, logs it under `step`, and sends the actors home."""
-        timeout_s = self._config.learner.batch_timeout_s
+    def finish_evaluation(self, step: int, version: int) -> None:
+        """Waits for the evaluation that is running, if one is, and logs it under `step`. Raises MembersWaiting."""
         if self._is_evaluating:
-            self._log.log(step, self._evaluated(self.service.wait_evaluation(timeout_s)))
-        self.evaluate(version)
-        values = self._evaluated(self.service.wait_evaluation(timeout_s)) | {"version": version}
-        self._log.log(step, values)
-        self._log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="trained")
-        self.service.stop("the run is complete")
+            values = self._evaluated(self.service.wait_evaluation(self._timeout_s)) | {"version": version}
+            self._log.log(step, values)
+            self._log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="done")
 
     def _evaluated(self, result: EvalResult) -> dict[str, Value]:
         self._is_evaluating = False
@@ -115,8 +106,8 @@ class Leader:
             "queue/buffered_groups": counters["buffered_groups"],
             "queue/in_flight_groups": counters["in_flight_groups"],
         }
-        if change["actor_uptime_s"] > 0:
-            rates["actors/idle_fraction"] = 1.0 - change["actor_busy_s"] / change["actor_uptime_s"]
+        if change["uptime_s"] > 0:
+            rates["actors/idle_fraction"] = 1.0 - change["busy_s"] / change["uptime_s"]
         rates |= {
             f"drops/{name.removeprefix('dropped/')}": count
             for name, count in counters.items()

@@ -1,12 +1,12 @@
 """The learner: takes batches, trains, publishes. Every rank runs this under torch.distributed.
 
-    python run.py learner --config RUN/config.yaml       (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT as torchrun sets them)
+    python run.py learner --config RUN/config.yaml      (under torchrun, or alone with one rank)
 
 Rank 0 has the Leader (actors, logs); the other ranks follow its decisions. One step of the loop is
 
     batch -> train -> publish -> record
 
-Step s counts from 0, warm-up of the critic included; it trains on samples for version max(0, s - warm-up) // publish_every.
+Step s counts from 0, warm-up of the critic included; it trains at version max(0, s - warm-up) // publish_every.
 """
 
 import logging
@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,20 +25,21 @@ from transformers import AutoTokenizer
 from common.config import Config
 from common.metrics import RunLog, Value
 from common.tasks import load_task
+from common.transport import model_fingerprints
 from common.types import Prompt, TrajectoryGroup
-from learner.coordinator import Coordinator
 from learner.leader import Leader, version_gaps
 from learner.model import Policy, export_hf, load_critic, load_policy
 from learner.packing import Batch, broadcast_batch
 from learner.parallel import World, make_mesh, process_group, seed_everything
-from learner.prompts import PromptStream
-from learner.service import LearnerService
+from learner.service import LearnerService, MembersWaiting
 from learner.trainer import Trainer
 from learner.weights import Publisher
 
 logger = logging.getLogger(__name__)
 
 PROBE_SEED = 20250407
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -79,20 +82,16 @@ class Learner:
     def _next_batch(self, step: int) -> tuple[Sequence[TrajectoryGroup], Batch, float]:
         """The groups (on rank 0), the batch (on every rank) and the seconds that it took to come."""
         started = time.monotonic()
-        while True:
-            groups = self.leader.next_groups() if self.leader is not None else None
-            if self._rank_0_says(groups is not None):
-                batch = broadcast_batch(Batch.from_groups(groups) if groups is not None else None)
-                return groups or (), batch, time.monotonic() - started
-            self._publish(self.version, steps_done=step)
+        groups = self._led(Leader.next_groups, step)
+        batch = broadcast_batch(Batch.from_groups(groups) if groups is not None else None)
+        return groups or (), batch, time.monotonic() - started
 
     def _publish_when_due(self, step: int) -> float:
         """Publishes the next version when this step completes one; the seconds that it took."""
         started = time.monotonic()
         warmup, every = self.config.algorithm.critic_warmup_steps, self.config.weights.publish_every
         if step >= warmup and (step - warmup + 1) % every == 0:
-            if self.leader is not None:
-                self.leader.before_publication()
+            self._led(Leader.before_publication, step)
             self._publish(self.version + 1, steps_done=step + 1)
         elif self.leader is not None:
             self.leader.service.set_version(self.version, step + 1)
@@ -110,10 +109,33 @@ class Learner:
         return every > 0 and 0 < done < self.config.learner.steps and done % every == 0
 
     def _end(self, num_steps: int) -> None:
-        out = self.config.run_dir / "checkpoints" / "final"
-        export_hf(self.policy, self.config.model.path, out)
+        """Exports the model, evaluates it as published, and sends the actors home."""
+        export_hf(self.policy, self.config.model.path, self.config.run_dir / "checkpoints" / "final")
+        finish = partial(Leader.finish_evaluation, step=num_steps, version=self.version)
+        self._led(finish, num_steps)  # the one that may still be running
         if self.leader is not None:
-            self.leader.end(num_steps, self.version)
+            self.leader.evaluate(self.version)
+        self._led(finish, num_steps)
+        if self.leader is not None:
+            self.leader.service.stop("the run is complete")
+
+    def _led(self, ask: Callable[[Leader], Answer], steps_done: int) -> Answer | None:
+        """Rank 0's answer there, None elsewhere; a collective.
+
+        An actor that joined late waits for weights: then all ranks publish the current version again, and rank 0
+        asks once more.
+        """
+        while True:
+            answer, is_answered = None, True
+            if self.leader is not None:
+                try:
+                    answer = ask(self.leader)
+                except MembersWaiting as waiting:
+                    logger.info("%s", waiting)
+                    is_answered = False
+            if self._rank_0_says(is_answered):
+                return answer
+            self._publish(self.version, steps_done)
 
     def _rank_0_says(self, answer: bool) -> bool:
         if self.world.size == 1:
@@ -148,11 +170,14 @@ def _leader(config: Config, world: World) -> Iterator[Leader | None]:
         yield None
         return
     task = load_task(config.task)
-    coordinator = Coordinator(config, PromptStream(task.train, config.seed), tokenizing(config))
-    with (
-        LearnerService(config, coordinator, probe_tokens(config).numpy()) as service,
-        RunLog(config.run_dir) as log,
-    ):
+    service = LearnerService(
+        config,
+        task.train,
+        tokenizing(config),
+        model_fingerprints(config.model.path),
+        probe_tokens(config).tolist(),
+    )
+    with service, RunLog(config.run_dir) as log:
         write_endpoint(config.run_dir, service.endpoint)
         yield Leader(config, service, log, task.heldout)
 

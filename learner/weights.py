@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
 from typing import Any, ClassVar, Protocol
@@ -154,9 +154,7 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         with ThreadPoolExecutor(max_workers=1) as executor:
             joining = executor.submit(self.client.init_weight_transfer_engine, worker_info)
             try:
-                self._group = ProcessGroupGloo(
-                    PrefixStore("weights", self._store), 0, info.world_size, timeout
-                )
+                self._group = ProcessGroupGloo(PrefixStore("weights", self._store), 0, info.world_size, timeout)
             finally:
                 joining.result()
 
@@ -164,9 +162,7 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         assert self._group is not None
         parameters = iter(self.source)
         for size in sizes:
-            flat = [
-                next(parameters)[1].detach().cpu().contiguous().view(-1).view(torch.uint8) for _ in range(size)
-            ]
+            flat = [next(parameters)[1].detach().cpu().contiguous().view(-1).view(torch.uint8) for _ in range(size)]
             self._group.broadcast(torch.cat(flat), 0).wait()
 
 
@@ -395,9 +391,7 @@ class Publisher:
         """The learner's log-probs of the probe sequence at temperature 1 (a collective): float32 [tokens - 1]."""
         tokens = self.probe_token_ids
         with torch.no_grad():
-            logprobs, _ = self.policy(
-                tokens, torch.tensor([0, len(tokens)]), torch.tensor([1]), temperature=1.0
-            )
+            logprobs, _ = self.policy(tokens, torch.tensor([0, len(tokens)]), torch.tensor([1]), temperature=1.0)
         return logprobs.float().cpu().numpy()
 
     def _agree(self, problem: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What every test process sees: no network, one thread (tests share two cores), and the fixtures used by several files."""
+"""What every test process sees: no network, and one thread, because tests share two cores."""
 
 import os
 
