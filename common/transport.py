@@ -23,6 +23,7 @@ from common.types import ActorMessage, LearnerMessage
 from common.wire import WireError, decode, encode
 
 LINGER_MS = 3000  # how long a closed socket may still deliver what was sent: Stop, Bye, the last group
+MESSAGES_PER_TURN = 1000  # read at once, so that a flood does not keep the learner from sending
 RECONNECT_MS = (100, 2000)  # first and longest pause before an actor connects again
 
 _TOKENIZER_FILES = (
@@ -100,8 +101,8 @@ class LearnerSocket:
             self._awake.recv(1 << 16)
 
     def receive(self) -> Iterator[tuple[bytes, ActorMessage | WireError]]:
-        """Everything that has arrived, with the sender's identity; what is no message comes as a WireError."""
-        while True:
+        """What has arrived, with its sender; a WireError stands for what is no message."""
+        for _ in range(MESSAGES_PER_TURN):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -154,9 +155,7 @@ class ActorConnection:
             channel.connect(self.endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise ConfigError(
-                f"cannot connect to {self.endpoint!r} ({error}); give tcp://HOST:PORT"
-            ) from None
+            raise ConfigError(f"cannot connect to {self.endpoint!r} ({error}); give tcp://HOST:PORT") from None
         self._socket = channel
         return self
 
@@ -173,18 +172,14 @@ class ActorConnection:
         frames = encode(message)
         size = sum(len(frame) for frame in frames)
         if size > self._max_bytes:  # the learner would cut the connection, again after every reconnect
-            raise WireError(
-                f"{type(message).__name__} of {size} bytes: transport.max_message_mb is {self._max_bytes >> 20}"
-            )
+            raise WireError(f"{type(message).__name__} of {size} bytes: limit {self._max_bytes}")
         await self._channel.send_multipart(frames, copy=False)
 
     async def receive(self, timeout_s: float) -> LearnerMessage:
         """The next message. Raises TimeoutError naming the learner's endpoint, or WireError."""
         # poll before recv: cancelling a poll loses nothing, cancelling a recv may lose a message
         if not await self._channel.poll(max(0, round(timeout_s * 1000))):
-            raise TimeoutError(
-                f"{self.name!r} heard nothing from the learner at {self.endpoint} for {timeout_s} s"
-            )
+            raise TimeoutError(f"{self.name!r} heard nothing from the learner at {self.endpoint} for {timeout_s} s")
         frames = await self._channel.recv_multipart(copy=False)
         message = decode([frame.buffer for frame in frames], self._max_bytes)
         if not isinstance(message, get_args(LearnerMessage)):
@@ -207,7 +202,5 @@ def _limit(channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int) -> Non
 def _bind_sentence(host: str, port: int, error: zmq.ZMQError) -> str:
     address = f"tcp://{host}:{port}"
     if error.errno == zmq.EADDRINUSE:
-        return (
-            f"cannot listen on {address}: the port is in use; set transport.port to another, or to 0 for any"
-        )
+        return f"cannot listen on {address}: the port is in use; set transport.port to another, or to 0 for any"
     return f"cannot listen on {address} ({error}); set transport.host to an address of this machine"

@@ -62,16 +62,12 @@ def encode(message: Message) -> list[Frame]:
     """
     kind = type(message).__name__
     schema = _SCHEMAS[kind]
-    plain = {
-        name: _checked(getattr(message, name), hint, f"{kind}.{name}") for name, hint in schema.plain.items()
-    }
+    plain = {name: _checked(getattr(message, name), hint, f"{kind}.{name}") for name, hint in schema.plain.items()}
     specs, frames = [], []
     for name, spec in schema.arrays.items():
         array = getattr(message, name)
         if not isinstance(array, np.ndarray) or array.dtype != spec.dtype or array.ndim != spec.ndim:
-            raise WireError(
-                f"{kind}.{name} must be {spec.dtype} of {spec.ndim} dimension, not {_describe(array)}"
-            )
+            raise WireError(f"{kind}.{name} must be {spec.dtype} of {spec.ndim} dimension, not {_describe(array)}")
         specs.append([name, spec.dtype, list(array.shape)])
         frames.append(_bytes_of(np.ascontiguousarray(array, _little_endian(spec.dtype))))
     try:
@@ -130,9 +126,7 @@ def _check_names(kind: str, given: dict[Any, Any], wanted: set[str]) -> None:
         raise WireError(f"{kind} lacks the fields {missing} and has the unknown fields {extra[:8]}")
 
 
-def _arrays(
-    kind: str, wanted: dict[str, ArraySpec], specs: list[Any], frames: Sequence[Frame]
-) -> dict[str, Any]:
+def _arrays(kind: str, wanted: dict[str, ArraySpec], specs: list[Any], frames: Sequence[Frame]) -> dict[str, Any]:
     if len(specs) != len(wanted) or len(frames) != len(wanted):
         raise WireError(f"{kind} has {len(wanted)} arrays, not {len(specs)} specs and {len(frames)} frames")
     arrays = {}

@@ -37,9 +37,7 @@ class PromptStream:
     def find(self, uid: str) -> Prompt:
         """Raises ConfigError when the prompt is not in the set (the data changed under a checkpoint)."""
         if uid not in self._index:
-            raise ConfigError(
-                f"prompt {uid!r} of the checkpoint is not in the training set; use the same data"
-            )
+            raise ConfigError(f"prompt {uid!r} of the checkpoint is not in the training set; use the same data")
         return self._prompts[self._index[uid]]
 
     def __len__(self) -> int:

@@ -1,0 +1,64 @@
+"""One held-out evaluation: which prompts are still to be sampled, and what came back."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.types import CompletedGroup, FinishReason, Prompt, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Held-out accuracy of one version: avg@k, the mean over prompts and samples."""
+
+    version: int  # the learner's when the evaluation was started
+    oldest_version: int  # of all sampled tokens; differs from `version` when a publication came in between
+    newest_version: int
+    accuracy: float  # share of responses that are correct
+    length_mean: float  # tokens
+    truncated_fraction: float  # share of responses that reached max_tokens
+    num_prompts: int
+    num_samples: int  # responses that were sampled, of all prompts
+    num_failed: int  # prompts that no actor could sample; they are not in the means
+
+
+@dataclass
+class Evaluation:
+    """Prompts go pending -> leased -> done or failed; the coordinator keeps the leases."""
+
+    prompts: Sequence[Prompt]
+    samples_per_prompt: int
+    temperature: float
+    version: int
+    pending: deque[Prompt] = field(init=False)
+    _groups: list[CompletedGroup] = field(default_factory=list, init=False)
+    _num_failed: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.pending = deque(self.prompts)
+
+    def add(self, group: CompletedGroup) -> None:
+        self._groups.append(group)
+
+    def fail(self) -> None:
+        self._num_failed += 1
+
+    def result(self) -> EvalResult | None:
+        """None until every prompt is done or failed."""
+        if len(self._groups) + self._num_failed < len(self.prompts):
+            return None
+        verdicts = [verdict for group in self._groups for verdict in group.verdicts]
+        reasons = [reason for group in self._groups for reason in group.finish_reasons]
+        num_samples = len(verdicts)
+        per_sample = 1.0 / max(num_samples, 1)
+        return EvalResult(
+            version=self.version,
+            oldest_version=min((int(group.versions.min()) for group in self._groups), default=self.version),
+            newest_version=max((int(group.versions.max()) for group in self._groups), default=self.version),
+            accuracy=verdicts.count(Verdict.CORRECT) * per_sample,
+            length_mean=sum(int(group.lengths.sum()) for group in self._groups) * per_sample,
+            truncated_fraction=reasons.count(FinishReason.LENGTH) * per_sample,
+            num_prompts=len(self.prompts),
+            num_samples=num_samples,
+            num_failed=self._num_failed,
+        )

@@ -1,0 +1,117 @@
+"""The actors as the coordinator knows them: who is there, who holds which weights, what they have done."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from common.config import Config
+from common.types import Float32Array, Heartbeat
+
+
+class Presence(StrEnum):
+    """JOINING (greeted, engine not up yet) -> READY <-> LOST (silent or disconnected; may come back)."""
+
+    JOINING = "joining"
+    READY = "ready"
+    LOST = "lost"
+
+
+@dataclass
+class Member:
+    """One actor process. `version` is None until it is known to hold weights of this run."""
+
+    name: str
+    capacity: int  # groups
+    heard_s: float
+    presence: Presence = Presence.JOINING
+    was_ready: bool = False
+    version: int | None = None
+    probe_logprobs: Float32Array | None = None  # [probe tokens - 1], as reported with Ready
+    held: dict[int, None] = field(default_factory=dict)  # lease ids, oldest first
+    void: list[int] = field(default_factory=list)  # leases taken from it, to be cancelled there
+    nudged_s: float = float("-inf")
+    heartbeat: Heartbeat | None = None
+
+    def is_current(self, version: int) -> bool:
+        return self.presence is Presence.READY and self.version is not None and self.version >= version
+
+
+class Members:
+    """The table, and the generation counters of all actors that ever took part."""
+
+    def __init__(self, config: Config) -> None:
+        self._transport = config.transport
+        self._start_timeout_s = config.actors.start_timeout_s
+        self._members: dict[str, Member] = {}
+        self.departed = {"generated_tokens": 0.0, "busy_s": 0.0, "uptime_s": 0.0}
+
+    def __getitem__(self, name: str) -> Member:
+        return self._members[name]
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, name: str, capacity: int, now: float) -> None:
+        self._members[name] = Member(name, capacity, heard_s=now)
+
+    def pop(self, name: str) -> Member | None:
+        member = self._members.pop(name, None)
+        if member is not None:
+            _add_work(self.departed, member.heartbeat)
+        return member
+
+    def ready(self) -> tuple[str, ...]:
+        return tuple(sorted(member.name for member in self if member.presence is Presence.READY))
+
+    def work(self) -> dict[str, float]:
+        """Generated tokens, busy and up seconds, from everybody's last heartbeat."""
+        work = dict(self.departed)
+        for member in self:
+            _add_work(work, member.heartbeat)
+        return work
+
+    def silent(self, now: float) -> list[tuple[str, str]]:
+        """Members to be declared lost, with the reason."""
+        found = []
+        for member in self:
+            silent_s = now - member.heard_s
+            if member.presence is Presence.READY and silent_s > self._transport.heartbeat_timeout_s:
+                found.append((member.name, f"silent for {silent_s:.1f} s"))
+            if member.presence is Presence.JOINING and silent_s > self._start_timeout_s:
+                found.append((member.name, f"not ready {silent_s:.0f} s after its greeting"))
+        return found
+
+    def late(self, now: float) -> list[str]:
+        """Ready members that missed two heartbeats, each at most once per heartbeat_s.
+
+        Sending them something finds a closed connection long before the time-out does.
+        """
+        heartbeat_s = self._transport.heartbeat_s
+        late = [
+            member
+            for member in self
+            if member.presence is Presence.READY
+            and now - member.heard_s > 2 * heartbeat_s
+            and now - member.nudged_s > heartbeat_s
+        ]
+        for member in late:
+            member.nudged_s = now
+        return [member.name for member in late]
+
+    def describe(self, member: Member, now: float) -> str:
+        held = list(member.held)
+        leases = f"holds the leases {held[:8]}" + (f" and {len(held) - 8} more" if len(held) > 8 else "")
+        return (
+            f"{member.name} ({member.presence}, version {member.version}, heard {now - member.heard_s:.1f} s "
+            f"ago) {leases if held else 'holds nothing'}"
+        )
+
+
+def _add_work(work: dict[str, float], heartbeat: Heartbeat | None) -> None:
+    if heartbeat is not None:
+        work["generated_tokens"] += heartbeat.generated_tokens
+        work["busy_s"] += heartbeat.busy_s
+        work["uptime_s"] += heartbeat.uptime_s

@@ -1,0 +1,181 @@
+"""Actors without an engine that speak the real protocol over real sockets, each in a thread of its own.
+
+A fake stamps the version that it holds into every token's id as well as into `versions`, so that tests read
+staleness from the data.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+
+from common.transport import ActorConnection
+from common.types import (
+    PROTOCOL_VERSION,
+    Ack,
+    ActorMessage,
+    Bye,
+    Cancel,
+    CompletedGroup,
+    FinishReason,
+    Heartbeat,
+    Hello,
+    LearnerMessage,
+    Lease,
+    Ready,
+    Refused,
+    Stop,
+    Verdict,
+    WeightsCommand,
+    WeightsPhase,
+    WeightsReport,
+    Welcome,
+)
+
+FINGERPRINTS = ("model", "tokenizer")
+NO_PROBE = np.empty(0, np.float32)
+
+
+def hello(name: str, capacity: int = 4) -> Hello:
+    return Hello(
+        protocol_version=PROTOCOL_VERSION,
+        name=name,
+        capacity=capacity,
+        model_fingerprint=FINGERPRINTS[0],
+        tokenizer_fingerprint=FINGERPRINTS[1],
+    )
+
+
+def group(lease_id: int, versions: list[int], num_samples: int = 2, num_correct: int = 1) -> CompletedGroup:
+    """Every sample has one token per entry of `versions`."""
+    n, length = num_samples, len(versions)
+    return CompletedGroup(
+        lease_id=lease_id,
+        lengths=np.full(n, length, np.int32),
+        token_ids=np.tile(np.array(versions, np.int32), n),
+        behavior_logprobs=np.zeros(n * length, np.float32),
+        versions=np.tile(np.array(versions, np.int32), n),
+        rewards=np.where(np.arange(n) < num_correct, 1.0, -1.0).astype(np.float32),
+        verdicts=tuple(Verdict.CORRECT if i < num_correct else Verdict.WRONG for i in range(n)),
+        finish_reasons=(FinishReason.STOP,) * n,
+        generation_s=0.0,
+        verification_s=0.0,
+    )
+
+
+@dataclass
+class FakeActor:
+    """One actor in a thread, as a context manager. `delay_s(lease)` is how long it "samples"."""
+
+    endpoint: str
+    name: str
+    capacity: int = 4
+    version: int = 0
+    delay_s: Callable[[Lease], float] = lambda lease: 0.0
+    num_correct: Callable[[Lease], int] = lambda lease: 1
+    deaf_to: frozenset[WeightsPhase] = frozenset()  # phases it does not answer
+    fails: dict[WeightsPhase, str] = field(default_factory=dict)
+    heartbeat_s: float = 0.1
+    received: list[LearnerMessage] = field(default_factory=list)
+    sent: list[ActorMessage] = field(default_factory=list)
+    failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._main, name=self.name, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10.0), f"{self.name} was not welcomed"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """No bye: the connection just closes, as when a process is killed."""
+        if self._loop.is_running():
+            self._loop.call_soon_threadsafe(self._over.set)
+        self.join()
+
+    def join(self, timeout_s: float = 10.0) -> None:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), f"{self.name} did not end"
+
+    def leases(self) -> list[Lease]:
+        return [message for message in self.received if isinstance(message, Lease)]
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._take_part())
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._ready.set()
+
+    async def _take_part(self) -> None:
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        self._held: dict[int, asyncio.Task[None]] = {}
+        async with ActorConnection(self.endpoint, self.name, 16) as self._connection:
+            await self._send(hello(self.name, self.capacity))
+            welcome = await self._receive()
+            if not isinstance(welcome, Welcome):
+                return
+            await self._send(Ready(version=self.version, probe_logprobs=NO_PROBE))
+            self._ready.set()
+            tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
+            over = asyncio.create_task(self._over.wait())
+            done, _ = await asyncio.wait([*tasks, over], return_when=asyncio.FIRST_COMPLETED)
+            for task in (*tasks, over, *self._held.values()):
+                task.cancel()
+            for task in done:
+                task.result()
+
+    async def _send(self, message: ActorMessage) -> None:
+        self.sent.append(message)
+        await self._connection.send(message)
+
+    async def _receive(self) -> LearnerMessage:
+        message = await self._connection.receive(10.0)
+        self.received.append(message)
+        return message
+
+    async def _beat(self) -> None:
+        while True:
+            await self._send(Heartbeat(held_groups=len(self._held), generated_tokens=7, busy_s=0.5, uptime_s=1.0))
+            await asyncio.sleep(self.heartbeat_s)
+
+    async def _listen(self) -> None:
+        while True:
+            match await self._receive():
+                case Lease() as lease:
+                    self._held[lease.lease_id] = asyncio.create_task(self._sample(lease))
+                case Cancel(lease_id=lease_id):
+                    if (task := self._held.pop(lease_id, None)) is not None:
+                        task.cancel()
+                case WeightsCommand() as command:
+                    await self._obey(command)
+                case Stop():
+                    await self._send(Bye(error=None))
+                    return
+                case Refused(fatal=True):
+                    return
+                case Ack():
+                    pass
+
+    async def _sample(self, lease: Lease) -> None:
+        first = self.version
+        await asyncio.sleep(self.delay_s(lease))
+        versions = [first] * 2 + [self.version]
+        await self._send(group(lease.lease_id, versions, lease.num_samples, self.num_correct(lease)))
+        del self._held[lease.lease_id]
+
+    async def _obey(self, command: WeightsCommand) -> None:
+        if command.phase in self.deaf_to:
+            return
+        error = self.fails.get(command.phase)
+        if command.phase is WeightsPhase.FINISH and error is None:
+            self.version = command.version
+        report = WeightsReport(phase=command.phase, version=command.version, error=error, probe_logprobs=NO_PROBE)
+        await self._send(report)
