@@ -85,9 +85,10 @@ def _actor(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from learner.prepare import main as run_prepare
+    from learner.prepare import prepare
 
-    return run_prepare(arguments.task, arguments.out, arguments.seed)
+    prepare(arguments.task, arguments.out, arguments.seed)
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -142,18 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
 
-    learner = commands.add_parser(
-        "learner", help="start one learner rank alone (or all of them with torchrun)"
-    )
+    learner = commands.add_parser("learner", help="start one learner rank alone (or all of them with torchrun)")
     learner.set_defaults(command=_learner)
     learner.add_argument("--config", required=True, help="RUN/config.yaml")
     _add_overrides(learner)
 
     actor = commands.add_parser("actor", help="start one actor alone and connect it to a learner")
     actor.set_defaults(command=_actor)
-    actor.add_argument(
-        "--connect", required=True, help="tcp://HOST:PORT of the learner, or file:RUN/endpoint"
-    )
+    actor.add_argument("--connect", required=True, help="tcp://HOST:PORT of the learner, or file:RUN/endpoint")
     actor.add_argument("--name", required=True, help="unique among the actors of a run")
     _add_config(actor)
 
@@ -169,9 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
     grade = commands.add_parser("grade", help="grade a file of answers with the mathematical verifier")
     grade.set_defaults(command=_grade)
-    grade.add_argument(
-        "cases", help='.jsonl with {"gold": ..., "pred": ..., "input": "answer"|"response"} a line'
-    )
+    grade.add_argument("cases", help='.jsonl with {"gold": ..., "pred": ..., "input": "answer"|"response"} a line')
     return parser
 
 
@@ -188,9 +183,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings on top, e.g. learner.steps=10"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, e.g. learner.steps=10")
 
 
 if __name__ == "__main__":

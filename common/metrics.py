@@ -170,9 +170,7 @@ class _TensorBoard:
         self._writer = EventFileWriter(str(log_dir), flush_secs=5)
         if keep_through is not None:  # makes TensorBoard forget the steps that will be done again
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(
-                self._event(wall_time=time.time(), step=keep_through + 1, session_log=start)
-            )
+            self._writer.add_event(self._event(wall_time=time.time(), step=keep_through + 1, session_log=start))
 
     def write(self, step: int, now: float, values: Mapping[str, Value]) -> None:
         entries = [

@@ -238,9 +238,7 @@ class Supervisor:
                 )
         if self._first_leader_end is not None and now >= self._first_leader_end + LEADERS_END_S:
             names = ", ".join(leader.spec.name for leader in self._leaders if leader.is_running)
-            return Outcome(
-                exit_code=1, message=f"{names} did not end within {LEADERS_END_S:g} s of the first rank"
-            )
+            return Outcome(exit_code=1, message=f"{names} did not end within {LEADERS_END_S:g} s of the first rank")
         return None
 
     def _next_deadline(self) -> float | None:

@@ -54,9 +54,7 @@ def summary(run_dir: str | Path) -> Summary:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is not a run directory: it has no config.yaml")
     if not (folder / "metrics.jsonl").is_file():
-        raise ConfigError(
-            f"{folder} has no metrics.jsonl yet: no step has ended; its logs are in {folder / 'logs'}"
-        )
+        raise ConfigError(f"{folder} has no metrics.jsonl yet: no step has ended; its logs are in {folder / 'logs'}")
     rows = list(read_jsonl(folder / "metrics.jsonl"))
     ledger = folder / "ledger.jsonl"
     steps = [row for row in rows if _number(row, "time/step_s") is not None]
@@ -140,10 +138,7 @@ def _bars(histogram: dict[int, float]) -> list[str]:
     if not total:
         return []
     shares = {gap: count / total for gap, count in sorted(histogram.items())}
-    return [
-        f"{gap:>3} old {share:>6.1%} {'#' * round(BAR_WIDTH * share)}".rstrip()
-        for gap, share in shares.items()
-    ]
+    return [f"{gap:>3} old {share:>6.1%} {'#' * round(BAR_WIDTH * share)}".rstrip() for gap, share in shares.items()]
 
 
 def _drops_text(drops: dict[str, int]) -> str:

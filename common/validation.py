@@ -219,9 +219,7 @@ def _check_sizes(config: Config) -> None:
     estimator = config.algorithm.advantage
     compares = estimator is not AdvantageEstimator.gae or config.algorithm.dynamic_sampling
     reason = (
-        "algorithm.dynamic_sampling=true"
-        if estimator is AdvantageEstimator.gae
-        else f"algorithm.advantage={estimator}"
+        "algorithm.dynamic_sampling=true" if estimator is AdvantageEstimator.gae else f"algorithm.advantage={estimator}"
     )
     _refuse_if(
         compares and rollout.group_size < 2,

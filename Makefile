@@ -1,0 +1,53 @@
+# make demo    train the demo (installs first when needed)
+# make test    lint, type check and run every test
+# make lint    only lint and type check
+# make clean   remove the virtual environment
+#
+# PYTHON=python3.12 picks the interpreter; RUN_ARGS="seed=1 name=demo-1" adds settings to the demo.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+RUN_ARGS ?=
+# Tests share two cores with the processes that they start.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	@echo "== training the demo: about five minutes on two cores; Ctrl-C stops it"
+	@$(BIN)/python run.py train -c demo --overwrite $(RUN_ARGS)
+
+test: lint
+	@echo "== tests"
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@echo "== ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+$(STAMP): requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=..." >&2; exit 1; }
+	@echo "== making $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== installing the locked packages: about 150 of them, 2.5 GB, a few minutes"
+	@$(PIP) install --no-deps -r requirements/cpu.lock
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+		echo "== this build of torch needs CUDA libraries; installing them"; \
+		$(PIP) install "$$(grep '^torch==' requirements/cpu.lock)"; }
+	@echo "== installing async-vapo itself (editable)"
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
