@@ -33,14 +33,19 @@ def token_scale(mask_T: Tensor, num_tokens: int) -> Tensor:
     return mask_T.float() / max(num_tokens, 1)
 
 
+def tokens_per_response(mask_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
+    """Masked tokens of each response, int64 (B,)."""
+    before_T1 = torch.nn.functional.pad(mask_T.long().cumsum(0), (1, 0))
+    return before_T1[cu_seqlens_B1[1:]] - before_T1[cu_seqlens_B1[:-1]]
+
+
 def sequence_scale(mask_T: Tensor, cu_seqlens_B1: Tensor, num_sequences: int) -> Tensor:
     """mask / (masked tokens of the token's response * num_sequences), float32 (T,).
 
     Every response of the mini-batch weighs the same (VAPO eq. 6, vanilla PPO). `num_sequences` counts the
     responses of the whole mini-batch, on all ranks, that have a token in the mask.
     """
-    before_T1 = torch.nn.functional.pad(mask_T.long().cumsum(0), (1, 0))
-    count_B = before_T1[cu_seqlens_B1[1:]] - before_T1[cu_seqlens_B1[:-1]]
+    count_B = tokens_per_response(mask_T, cu_seqlens_B1)
     weight_B = 1.0 / (count_B.clamp(min=1).float() * max(num_sequences, 1))
     lengths_B = cu_seqlens_B1.diff()
     return mask_T.float() * torch.repeat_interleave(weight_B, lengths_B, output_size=mask_T.numel())
