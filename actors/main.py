@@ -18,6 +18,7 @@ from actors.engine import Engine, EngineError
 from actors.rollout import complete
 from actors.verifier.pool import VerifierPool
 from common.config import Config
+from common.processes import announce_ready
 from common.tasks import default_verifier
 from common.transport import ActorConnection, model_fingerprints
 from common.types import (
@@ -73,6 +74,7 @@ class Actor:
         ready_at = time.monotonic()
         probe = await self._engine.score(self._probe_token_ids)
         await self._connection.send(Ready(version=self._engine.version, probe_logprobs=probe))
+        announce_ready()
         background = [
             asyncio.create_task(self._beat(welcome.heartbeat_s, ready_at)),
             asyncio.create_task(self._run_phases()),

@@ -11,7 +11,7 @@ reads, and how it reduces it over a run:
     throughput/*_per_s, actors/idle_fraction,
     learner/idle_fraction                                       mean weighted by time/step_s
     staleness/token_mean, staleness/token_max, staleness/hist   mean, maximum, sum
-    accuracy/heldout                                            one point per line that has it, in order
+    accuracy/heldout of accuracy/version                        one point per line that has both, in order
 """
 
 import json

@@ -14,10 +14,10 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Held-out accuracy (avg@k) as it was logged at `step` for policy `version`; None: version not logged."""
+    """Held-out accuracy (avg@k) of policy `version`, logged at `step`, which may be a few steps later."""
 
     step: int
-    version: int | None
+    version: int
     accuracy: float
 
 
@@ -113,8 +113,8 @@ def _accuracy_text(summary: Summary) -> str:
         return "not evaluated yet"
     k = f"held out, avg@{summary.config.eval.samples_per_prompt}"
     if len(points) == 1:
-        return f"{points[0].accuracy:.3f} at step {points[0].step} ({k})"
-    between = ", ".join(f"{point.accuracy:.3f} at step {point.step}" for point in points[1:-1])
+        return f"{points[0].accuracy:.3f} for version {points[0].version} ({k})"
+    between = ", ".join(f"{point.accuracy:.3f} for version {point.version}" for point in points[1:-1])
     text = f"{points[0].accuracy:.3f} -> {points[-1].accuracy:.3f} ({k})"
     return f"{text}; during: {between}" if between else text
 
@@ -166,10 +166,9 @@ def _duration(seconds: float) -> str:
 def _evaluations(rows: Sequence[Row]) -> tuple[Evaluation, ...]:
     points = []
     for row in rows:
-        accuracy, version = _number(row, "accuracy/heldout"), _number(row, "version")
-        if accuracy is not None:
-            known = None if version is None else int(version)
-            points.append(Evaluation(step=row["step"], version=known, accuracy=accuracy))
+        accuracy, version = _number(row, "accuracy/heldout"), _number(row, "accuracy/version")
+        if accuracy is not None and version is not None:
+            points.append(Evaluation(step=row["step"], version=int(version), accuracy=accuracy))
     return tuple(points)
 
 
