@@ -218,6 +218,8 @@ def _build(config: Config) -> Any:
         generation_config="vllm",
         hf_overrides=overrides,
         seed=config.seed,
+        # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators cannot do.
+        enable_chunked_prefill=config.device is Device.cuda,
         disable_log_stats=True,
         enable_log_requests=False,
     )
