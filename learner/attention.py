@@ -4,22 +4,24 @@ in the pack.
 Registered with transformers under the name "packed", so it serves every causal language model whose
 attention goes through `AttentionInterface`. No mask is registered with it: transformers then builds none.
 
-    cpu    sequences of equal or near-equal length go through one batched causal SDPA call
-    cuda   flash-attention's varlen kernel (package flash-attn); written to its interface, not run by us
+    CPU, or float32   sequences of equal or near-equal length go through one batched causal SDPA call
+    CUDA              flash-attention's varlen kernel, which torch carries. Tested with a stand-in for the
+                      kernel only: we had no GPU
 
-Near-equal lengths are padded inside the CPU function only. That is exact: under a causal mask a row never
+Near-equal lengths are padded inside the batched function only. That is exact: under a causal mask a row never
 sees what comes after it, so padding at the end changes no real row, and padded rows are dropped (zero
 gradient). The padding repeats the sequence's own last token, so no value, not even a NaN, crosses from one
 sequence to another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from learner.packing import boundaries, spans
@@ -51,7 +53,7 @@ class Packing:
 
     def buckets_for(self, pair_cost: int) -> "Buckets":
         if pair_cost not in self.buckets:
-            self.buckets[pair_cost] = Buckets.from_lengths(self.lengths, pair_cost)
+            self.buckets[pair_cost] = Buckets.from_lengths(self.lengths, pair_cost, self.cu_seqlens_B1.device)
         return self.buckets[pair_cost]
 
 
@@ -68,7 +70,7 @@ class Buckets:
     is_identity: bool  # the stream already is the buckets: nothing to move
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], pair_cost: int) -> "Buckets":
+    def from_lengths(cls, lengths: Sequence[int], pair_cost: int, device: torch.device) -> "Buckets":
         groups = _group(lengths, MULTIPLY_ADDS_PER_CALL / pair_cost)
         order = torch.tensor([index for group in groups for index in group], dtype=torch.int64)
         widths = torch.tensor([lengths[group[0]] for group in groups for _ in group], dtype=torch.int64)
@@ -82,8 +84,8 @@ class Buckets:
         identity = len(to_padded_N) == len(to_stream_S) and bool((to_padded_N.diff() == 1).all())
         return cls(
             shapes=tuple((len(group), lengths[group[0]]) for group in groups),
-            to_padded_N=to_padded_N,
-            to_stream_S=to_stream_S,
+            to_padded_N=to_padded_N.to(device),
+            to_stream_S=to_stream_S.to(device),
             is_identity=identity,
         )
 
@@ -147,11 +149,12 @@ def packed_attention(
     must be reproducible. `sliding_window` counts the token itself.
     """
     assert attention_mask is None, "packed attention takes no mask"
-    attend = _attend_cuda if query.is_cuda else _attend_cpu
+    has_kernel = query.is_cuda and query.dtype is not torch.float32
+    attend = _attend_varlen if has_kernel else _attend_batched
     return attend(query, key, value, packing, scaling, sliding_window), None
 
 
-def _attend_cpu(
+def _attend_batched(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
     num_heads, width = query.shape[1], query.shape[3]
@@ -166,7 +169,7 @@ def _attend_cpu(
     for (count, length), *rows in zip(buckets.shapes, *parts, strict=True):
         q, k, v = (part.view(count, length, -1, width).transpose(1, 2) for part in rows)
         is_causal = window is None or length <= window
-        mask = None if is_causal else _banded_mask(length, window)
+        mask = None if is_causal else _banded_mask(length, window, query.device)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=k.shape[1] != num_heads
         )
@@ -176,42 +179,35 @@ def _attend_cpu(
     return rows_SW.view(1, -1, num_heads, width)
 
 
-def _banded_mask(length: int, window: int | None) -> Tensor:
+def _banded_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """True where a row may look: itself and the window - 1 tokens before it."""
     assert window is not None
-    ones = torch.ones(length, length, dtype=torch.bool)
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
 
 
-def _attend_cuda(
+def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    varlen = _flash_varlen()
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     longest = max(packing.lengths)
-    out = varlen(
+    boundaries_B1 = packing.cu_seqlens_B1
+    # (-1, 0): everything before, nothing after
+    window_size = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(
         q,
         k,
         v,
-        cu_seqlens_q=packing.cu_seqlens_B1,
-        cu_seqlens_k=packing.cu_seqlens_B1,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
+        boundaries_B1,
+        boundaries_B1,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=window_size,
+        enable_gqa=k.shape[1] != q.shape[1],
     )
+    assert isinstance(out, Tensor)
     return out[None]
-
-
-def _flash_varlen() -> Callable[..., Tensor]:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise ValueError(
-            "device=cuda needs the package flash-attn, install it on the learner's hosts"
-        ) from error
-    return flash_attn_varlen_func
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

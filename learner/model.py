@@ -73,9 +73,7 @@ class Policy(nn.Module):
         Inputs may live on the CPU. The entropy carries a gradient only when `entropy_grad`.
         """
         is_empty = len(prompt_lengths_B) == 0
-        token_ids_S, hidden_TD, positions_T = _run(
-            self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B
-        )
+        token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
         logprobs_T, entropy_T = token_logprobs(
             hidden_TD,
             self.model.get_output_embeddings().weight,
@@ -237,7 +235,9 @@ def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: 
     offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
     for layer in _decoder_layers(hf_model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    # By default the root stays gathered after a forward without backward: publication and checkpoints would
+    # then find compute copies in the place of the master weights.
+    fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -254,9 +254,7 @@ def _decoder_layers(hf_model: PreTrainedModel) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _scatter_from_rank_0(
-    network: nn.Module, full: dict[str, Tensor], device: torch.device, mesh: DeviceMesh
-) -> None:
+def _scatter_from_rank_0(network: nn.Module, full: dict[str, Tensor], device: torch.device, mesh: DeviceMesh) -> None:
     """Every rank's shard of every parameter and buffer from rank 0, one tensor in flight at a time."""
     for name, parameter in network.named_parameters():
         assert isinstance(parameter, DTensor)

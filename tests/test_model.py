@@ -1,22 +1,27 @@
 """The learner's networks: packed attention, chunked log-probs, tied and untied heads, export, sharding."""
 
 import dataclasses
+import inspect
 import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
 from common.config import Config, Device, DType, LearnerConfig, ModelConfig
+from learner import attention
 from learner.logprobs import token_logprobs
 from learner.model import Policy, export_hf, load_critic, load_policy
 from learner.parallel import make_mesh, process_group
@@ -48,9 +53,7 @@ def test_packed_logprobs_and_gradients_equal_full_logits_one_by_one(
         (logprobs @ weights[0] + entropy @ weights[1] * entropy_grad).backward()
         (expected @ weights[0] + expected_entropy @ weights[1] * entropy_grad).backward()
         for (name, p), q in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(
-                p.grad, q.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         policy.zero_grad()
         reference.zero_grad()
 
@@ -104,9 +107,7 @@ def test_sliding_window_equals_the_reference(tmp_path: Path) -> None:
     policy = load_policy(tiny_run(str(tmp_path)), CPU, None)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     inputs = packed(LENGTHS)
-    torch.testing.assert_close(
-        policy(*inputs, 1.0), naive_logprobs(reference, inputs, 1.0), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(reference, inputs, 1.0), rtol=0, atol=1e-5)
 
 
 def test_values_sit_at_the_position_that_predicts_each_token_and_start_at_zero(tmp_path: Path) -> None:
@@ -173,6 +174,36 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
         policy(*inputs, 1.0)[0].sum().backward()
         grads.append([p.grad for p in policy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_cuda_path_hands_the_kernel_what_it_expects(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """A stand-in for the kernel, by its documentation: there may be no GPU here."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = inspect.signature(varlen_attn).bind(q, k, v, *args, **kwargs).arguments
+        assert call["cu_seq_q"].dtype is call["cu_seq_k"].dtype is torch.int32
+        assert call["max_q"] == call["max_k"] == 30
+        left, right = call["window_size"]
+        outputs = []
+        for one in zip(*(x.split(call["cu_seq_q"].diff().tolist()) for x in (q, k, v)), strict=True):
+            length = len(one[0])
+            distance = torch.arange(length)[:, None] - torch.arange(length)
+            mask = (distance >= -right) & ((distance <= left) | (left == -1))
+            heads = [x.transpose(0, 1)[None] for x in one]
+            out = F.scaled_dot_product_attention(
+                *heads, attn_mask=mask, scale=call["scale"], enable_gqa=call["enable_gqa"]
+            )
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
+    packing = attention.Packing.from_lengths(LENGTHS, CPU)
+    expected = attention._attend_batched(q, k, v, packing, 0.3, window)
+    found = attention._attend_varlen(q, k, v, packing, 0.3, window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -287,6 +318,9 @@ def _one_step(config: Config, mesh: DeviceMesh | None, share: Packed, out: Path)
     """The weights after two SGD steps of both networks on `share`; exports the policy as well."""
     policy, critic = load_policy(config, CPU, mesh), load_critic(config, CPU, mesh)
     for _ in range(2):
+        with torch.no_grad():  # scoring before training must not leave gathered copies behind
+            policy(*share, 1.0)
+        assert all(isinstance(p, DTensor) is (mesh is not None) for p in policy.parameters())
         logprobs, entropy = policy(*share, 0.9, entropy_grad=True)
         values = critic(*share)
         (logprobs.sum() + 0.1 * entropy.sum() + (values - 1).square().sum()).mul(0.01).backward()
@@ -300,6 +334,9 @@ def _one_step(config: Config, mesh: DeviceMesh | None, share: Packed, out: Path)
     return state
 
 
+CASES = [("split", 1), ("idle", 1), ("split", 2)]  # who has work, copies of the sharded model
+
+
 def _compare_with_one_rank(rank: int, config: Config, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
@@ -307,14 +344,18 @@ def _compare_with_one_rank(rank: int, config: Config, folder: Path) -> None:
     expected = _one_step(config, None, everything, folder / f"plain{rank}")
     split = [pick(everything, [0, 3, 5, 6]), pick(everything, [1, 2, 4])]
     with process_group(Device.cpu, timeout_s=60):
-        for case, shares in {"split": split, "idle": [packed([]), everything]}.items():
-            found = _one_step(config, make_mesh(config), shares[rank], folder / case)
+        for case, replicas in CASES:
+            settings = dataclasses.replace(config.learner, replicas=replicas)
+            mesh = make_mesh(dataclasses.replace(config, learner=settings))
+            assert mesh is not None and mesh.ndim == replicas
+            chosen = [[packed([]), everything], split][case == "split"]
+            found = _one_step(config, mesh, chosen[rank], folder / f"{case}{replicas}")
             assert found.keys() == expected.keys()
             for name, tensor in expected.items():
                 assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-6), (case, name)
         dist.barrier()
     if rank == 0:
-        model = AutoModelForCausalLM.from_pretrained(folder / "idle")
+        model = AutoModelForCausalLM.from_pretrained(folder / "split2")
         for name, p in model.named_parameters():
             assert torch.equal(p, found[name]), name
 
@@ -324,9 +365,7 @@ def _compare_with_one_rank(rank: int, config: Config, folder: Path) -> None:
 def test_two_ranks_equal_one_rank_also_with_nothing_to_do(
     tmp_path: Path, is_tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_run(
-        write_tiny_model(tmp_path / "base", is_tied=is_tied), activation_checkpointing=is_tied, ranks=2
-    )
+    config = tiny_run(write_tiny_model(tmp_path / "base", is_tied=is_tied), activation_checkpointing=is_tied, ranks=2)
     _set_rendezvous(monkeypatch)
     mp.spawn(_compare_with_one_rank, (config, tmp_path), nprocs=2)
 
@@ -354,9 +393,7 @@ def test_bfloat16_computes_low_and_keeps_float32_master_weights_and_gradients(
             assert difference < 0.1, (name, difference)
 
 
-def test_replicas_that_do_not_divide_the_ranks_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replicas_that_do_not_divide_the_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _set_rendezvous(monkeypatch)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
