@@ -1,10 +1,11 @@
-"""Lazy import of sympy, once per pool: it costs half a second and 60 MB, which plain integers never pay.
+"""Lazy imports of mpmath and sympy, once per pool: they cost half a second and 60 MB, which plain integers never pay.
 
 In a worker that was forked before sympy was loaded, the import is not done there: HeavyImportNeeded goes up
-to the worker's loop, the template process imports sympy once, and the answer is put again to a worker forked
+to the worker's loop, the template process imports them once, and the answer is put again to a worker forked
 after that. So the import never counts against an answer's time limit, and all workers share its memory.
 """
 
+import importlib
 import sys
 from types import ModuleType
 
@@ -17,15 +18,22 @@ class HeavyImportNeeded(Exception):
 
 
 def defer() -> None:
-    """From now on this process raises HeavyImportNeeded instead of importing sympy itself."""
+    """From now on this process raises HeavyImportNeeded instead of importing them itself."""
     global _is_deferred
     _is_deferred = True
 
 
+def load_mpmath() -> ModuleType:
+    """Returns mpmath. Raises HeavyImportNeeded in a worker whose template has not loaded it."""
+    return _load("mpmath")
+
+
 def load_sympy() -> ModuleType:
     """Returns sympy. Raises HeavyImportNeeded in a worker whose template has not loaded it."""
-    if _is_deferred and "sympy" not in sys.modules:
-        raise HeavyImportNeeded
-    import sympy
+    return _load("sympy")
 
-    return sympy
+
+def _load(name: str) -> ModuleType:
+    if name not in sys.modules and _is_deferred:
+        raise HeavyImportNeeded(name)
+    return importlib.import_module(name)

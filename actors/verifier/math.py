@@ -1,1 +1,75 @@
-"""The mathematical verifier."""
+"""The mathematical verifier: is the final answer of a response equal to the reference?
+
+`verify` takes the last box of the response. `verify_answer_line`, `verify_hashes` and `verify_anywhere` also accept
+an answer without a box; which of them a task uses is its `verifier.function`.
+"""
+
+import re
+from fractions import Fraction
+from typing import Any
+
+from actors.verifier.extract import Extraction, extract, last_box
+from actors.verifier.heavy import load_mpmath, load_sympy
+from common.types import Verdict
+
+_PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,400})(?:\.(\d{1,100}))?\s*\$?\s*\.?\s*")
+_MAX_COMPARED = 100_000  # characters of an answer that is looked at at all
+
+
+def warm() -> None:
+    """Loads what symbolic answers need; called once in the pool's template process."""
+    load_mpmath()
+    load_sympy()
+
+
+def verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+    """Compares the last \\boxed{} or \\fbox{} of the response with the reference."""
+    return _verify(response, reference, Extraction.BOXED)
+
+
+def verify_answer_line(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+    """As `verify`; without a box, the last line of the form "Answer: ..."."""
+    return _verify(response, reference, Extraction.ANSWER_LINE)
+
+
+def verify_hashes(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+    """As `verify`; without a box, the text after the last ####."""
+    return _verify(response, reference, Extraction.HASHES)
+
+
+def verify_anywhere(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+    """As `verify`; without a box, "the answer is ...", else the last formula or number of the text."""
+    return _verify(response, reference, Extraction.ANYWHERE)
+
+
+def _verify(response: str, reference: str, mode: Extraction) -> Verdict:
+    answer = extract(response, mode)
+    if answer is None:
+        return Verdict.UNANSWERED
+    return Verdict.CORRECT if answers_equal(answer, reference) else Verdict.WRONG
+
+
+def answers_equal(a: str, b: str) -> bool:
+    """Whether two answers, as LaTeX or plain text, are the same. Symmetric; the empty answer equals nothing."""
+    x, y = _plain_number(a), _plain_number(b)
+    if x is not None and y is not None:
+        return x == y
+    if len(a) > _MAX_COMPARED or len(b) > _MAX_COMPARED:
+        return False
+    from actors.verifier.compare import texts_equal  # pylatexenc and the parser: not for plain integers
+
+    return texts_equal(_unboxed(a), _unboxed(b))
+
+
+def _plain_number(text: str) -> Fraction | None:
+    """The common case without any parsing: an integer or a decimal."""
+    found = _PLAIN.fullmatch(text)
+    if found is None:
+        return None
+    whole, places = found.groups()
+    return Fraction(int(whole)) if places is None else Fraction(f"{whole}.{places}")
+
+
+def _unboxed(text: str) -> str:
+    box = last_box(text) if "box" in text else None
+    return box[1] if box is not None else text

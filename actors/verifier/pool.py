@@ -74,9 +74,7 @@ class VerifierPool:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self._process.wait()
         except TimeoutError:
-            logger.error(
-                "verifier template %d did not stop in %g s: killed", self._process.pid, _STOP_TIMEOUT_S
-            )
+            logger.error("verifier template %d did not stop in %g s: killed", self._process.pid, _STOP_TIMEOUT_S)
             self._process.kill()
             await self._process.wait()
         await self._reader
@@ -133,17 +131,13 @@ class VerifierPool:
         except TimeoutError:
             process.kill()
             await process.wait()
-            raise VerifierError(
-                f"verifier {self.function} was not loaded within {_START_TIMEOUT_S:g} s"
-            ) from None
+            raise VerifierError(f"verifier {self.function} was not loaded within {_START_TIMEOUT_S:g} s") from None
         if greeting == "ready":
             return process
         code = await process.wait()
         if greeting.startswith("error "):
             raise ValueError(greeting.removeprefix("error "))
-        raise VerifierError(
-            f"verifier {self.function}: its process left with exit code {code} while starting"
-        )
+        raise VerifierError(f"verifier {self.function}: its process left with exit code {code} while starting")
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Resolves futures from the template's replies until it closes its side, then ends what is still

@@ -1,0 +1,299 @@
+"""Whether two answers say the same: dispatch on what they are (number, tuple, set, equation, matrix, words).
+
+Symmetric by construction: each rule for a pair of different kinds is tried in both orders.
+"""
+
+from itertools import combinations
+
+from actors.verifier.matrices import simplify_matrices
+from actors.verifier.scalars import ratio_sign, scalars_equal
+from actors.verifier.sets import as_set, flip, sets_equal
+from actors.verifier.tree import (
+    Apply,
+    Constant,
+    Matrix,
+    Node,
+    Quantity,
+    Relation,
+    Sequence,
+    Symbol,
+    Text,
+    is_scalar,
+    key,
+    negate,
+    replace,
+    subtract,
+    symbols,
+    walk,
+)
+
+MAX_ITEMS = 100
+
+
+def nodes_equal(a: Node, b: Node) -> bool:
+    """Whether two trees are the same answer."""
+    a, b = _prepare(a), _prepare(b)
+    if key(a) == key(b):
+        return True
+    return _one_way(a, b) or _one_way(b, a) or _same_kind(a, b)
+
+
+def _prepare(node: Node) -> Node:
+    """Matrix arithmetic carried out, and ± written as the list of its two values."""
+    node = _expand_signs(simplify_matrices(node))
+    match node:
+        case Apply(function="percent", arguments=(value,)):
+            return Quantity(value, "%")
+        case Apply(function="degree", arguments=(value,)):
+            return Quantity(value, "degree")
+        case Apply(function="neg", arguments=(Apply(function="percent" | "degree" as unit, arguments=(value,)),)):
+            return Quantity(negate(value), "%" if unit == "percent" else unit)
+    return node
+
+
+def _expand_signs(node: Node) -> Node:
+    if isinstance(node, Sequence):
+        items: list[Node] = []
+        for item in node.items:
+            expanded = _expand_signs(item)
+            is_pair = isinstance(expanded, Sequence) and expanded.brackets == "" and _has_sign(item)
+            items.extend(expanded.items if is_pair and isinstance(expanded, Sequence) else [item])
+        return Sequence(node.brackets, tuple(items)) if node.brackets in ("", "{}") else node
+    return Sequence("", (_choose_sign(node, True), _choose_sign(node, False))) if _has_sign(node) else node
+
+
+def _has_sign(node: Node) -> bool:
+    return any(isinstance(n, Apply) and n.function in ("pm", "mp") for n in walk(node))
+
+
+def _choose_sign(node: Node, is_upper: bool) -> Node:
+    for found in [n for n in walk(node) if isinstance(n, Apply) and n.function in ("pm", "mp")]:
+        is_plus = (found.function == "pm") == is_upper
+        node = replace(node, found, found.arguments[0] if is_plus else negate(found.arguments[0]))
+    return node
+
+
+def _one_way(a: Node, b: Node) -> bool:
+    """Rules where only `a` is reduced to something simpler."""
+    match a:
+        case Quantity() if not isinstance(b, Quantity):
+            return _quantity_matches(a, b)
+        case Relation() if not isinstance(b, Relation):
+            value = value_of(a)
+            if value is not None and nodes_equal(value, b):
+                return True
+        case Sequence(brackets="{}", items=(item,)) if not isinstance(b, Sequence):
+            return nodes_equal(item, b)
+        case Apply(function="in") if not (isinstance(b, Apply) and b.function == "in"):
+            return nodes_equal(a.arguments[1], b)
+        case Matrix() if isinstance(b, Sequence) and b.brackets == "()" and len(a.rows[0]) == 1:
+            return _items_equal([row[0] for row in a.rows], list(b.items), is_ordered=True)
+    return False
+
+
+def _quantity_matches(quantity: Quantity, bare: Node) -> bool:
+    """A unit that only one side gives is dropped; degrees also equal their value in radians."""
+    if nodes_equal(quantity.value, bare):
+        return True
+    in_radians = quantity.unit == "degree" and is_scalar(bare) and is_scalar(quantity.value)
+    return in_radians and scalars_equal(Apply("degree", (quantity.value,)), bare)
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    match a, b:
+        case Text(), _:
+            return False
+        case Quantity(), Quantity():
+            return a.unit == b.unit and nodes_equal(a.value, b.value)
+        case Matrix(), Matrix():
+            rows = list(zip(a.rows, b.rows, strict=False))
+            same_shape = len(a.rows) == len(b.rows) and len(a.rows[0]) == len(b.rows[0])
+            return same_shape and all(_items_equal(list(x), list(y), is_ordered=True) for x, y in rows)
+        case Sequence(), Sequence() if _sequences_equal(a, b):
+            return True
+        case Relation(), Relation() if _relations_equal(a, b):
+            return True
+        case Apply(function="ratio"), Apply(function="ratio"):
+            return _ratios_equal(a, b)
+        case Apply(function="in"), Apply(function="in"):
+            return nodes_equal(a.arguments[0], b.arguments[0]) and nodes_equal(a.arguments[1], b.arguments[1])
+    if is_scalar(a) and is_scalar(b):
+        return scalars_equal(a, b)
+    if _is_clearly_a_set(a) or _is_clearly_a_set(b):
+        set_a, set_b = as_set(a), as_set(b)
+        return set_a is not None and set_b is not None and sets_equal(set_a, set_b)
+    return False
+
+
+def _is_clearly_a_set(node: Node) -> bool:
+    match node:
+        case Apply(function="union" | "setminus" | "in") | Relation():
+            return True
+        case Sequence(brackets="[)" | "(]" | "{}"):
+            return True
+        case Sequence(brackets="()" | "[]"):
+            return any(isinstance(n, Constant) and n.name == "oo" for n in walk(node))
+    return False
+
+
+def _ratios_equal(a: Apply, b: Apply) -> bool:
+    """a:b:c as proportions. A part of zero, as in the time 12:00, must be met by the same numbers."""
+    x, y = a.arguments, b.arguments
+    if len(x) != len(y):
+        return False
+    if _items_equal(list(x), list(y), is_ordered=True):
+        return True
+    zero = {key(n) for n in (*x, *y)} & {"0"}
+    return not zero and all(
+        nodes_equal(Apply("*", (x[i], y[j])), Apply("*", (x[j], y[i]))) for i, j in combinations(range(len(x)), 2)
+    )
+
+
+def _sequences_equal(a: Sequence, b: Sequence) -> bool:
+    kinds = {a.brackets, b.brackets}
+    left, right = _values(a), _values(b)
+    if kinds <= {"", "{}"}:
+        if kinds == {""} and _is_assignments(a) and _is_assignments(b):
+            return _items_equal(list(a.items), list(b.items), is_ordered=False)
+        is_ordered = "{}" not in kinds and _is_ordered_list(a, b)
+        as_sets = "{}" in kinds or any(isinstance(item, Sequence) for item in (*left, *right))
+        return _items_equal(left, right, is_ordered=is_ordered, drop_repeated=as_sets and not is_ordered)
+    if len(kinds) == 1 or (kinds <= {"", "()"} or kinds <= {"", "[]"}):
+        return _items_equal(left, right, is_ordered=True)
+    return False
+
+
+def _is_ordered_list(a: Sequence, b: Sequence) -> bool:
+    """`AB = 4, CD = 5` against `4, 5`, and lists that go on with dots, are compared item by item."""
+    if any(isinstance(n, Symbol) and n.name == "..." for n in (*a.items, *b.items)):
+        return True
+    return _is_assignments(a) != _is_assignments(b) and (_names_differ(a) or _names_differ(b))
+
+
+def _is_assignments(sequence: Sequence) -> bool:
+    return len(sequence.items) > 1 and all(
+        isinstance(item, Relation) and value_of(item) is not None for item in sequence.items
+    )
+
+
+def _names_differ(sequence: Sequence) -> bool:
+    """Whether a list of assignments names different quantities; x_1 = 2, x_2 = 3 are the values of one unknown."""
+    if not _is_assignments(sequence):
+        return False
+    names = [item.sides[0] for item in sequence.items if isinstance(item, Relation)]
+    plain = [n.name for n in names if isinstance(n, Symbol)]
+    heads = {name.partition("_")[0] for name in plain}
+    indices = [name.partition("_")[2] for name in plain]
+    is_numbered = len(heads) == 1 and indices == [str(k + 1) for k in range(len(names))]
+    return len({key(n) for n in names}) > 1 and not is_numbered
+
+
+def _values(sequence: Sequence) -> list[Node]:
+    """The items with `x = 5` read as 5 and with lists of assignments read as tuples."""
+    values: list[Node] = []
+    for item in sequence.items:
+        value = value_of(item) if isinstance(item, Relation) else None
+        if isinstance(item, Sequence) and _is_assignments(item):
+            value = Sequence("()", tuple(_values(item)))
+        values.append(value if value is not None else item)
+    return values
+
+
+def _items_equal(a: list[Node], b: list[Node], is_ordered: bool, drop_repeated: bool = False) -> bool:
+    if len(a) > MAX_ITEMS or len(b) > MAX_ITEMS:
+        return False
+    if drop_repeated:
+        a, b = _distinct(a), _distinct(b)
+    if len(a) != len(b):
+        return False
+    if is_ordered:
+        return all(nodes_equal(x, y) for x, y in zip(a, b, strict=True))
+    rest = list(b)
+    for item in a:
+        match = next((k for k, other in enumerate(rest) if nodes_equal(item, other)), None)
+        if match is None:
+            return False
+        rest.pop(match)
+    return True
+
+
+def _distinct(items: list[Node]) -> list[Node]:
+    kept: list[Node] = []
+    for item in items:
+        if not any(nodes_equal(item, other) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def value_of(relation: Relation) -> Node | None:
+    """What `x = 5`, `f(x) = ... = x^2` or `2 + 3 = 5` states as its value; None where it is a true equation.
+
+    In a chain the last side before an approximation counts.
+    """
+    if not set(relation.operators) <= {"=", "≈"}:
+        return None
+    sides = list(relation.sides)
+    if "≈" in relation.operators and "=" in relation.operators:
+        sides = sides[: relation.operators.index("≈") + 1]
+    if len(sides) == 1:
+        sides = [sides[0], sides[0]]
+    first, last = sides[0], sides[-1]
+    if is_name(first):
+        own = symbols(first) if isinstance(first, Symbol) else set()
+        return last if not own & symbols(last) else None
+    if is_name(last) and len(sides) == 2 and not symbols(first):
+        return first
+    is_constant = all(is_scalar(side) and not symbols(side) for side in sides)
+    return last if is_constant or relation.operators[0] == "≈" else None
+
+
+def is_name(node: Node) -> bool:
+    """Whether a side of an equation names something: x, f(x), |AB|, a:b, (x, y), without arithmetic."""
+    match node:
+        case Symbol():
+            return True
+        case Apply(function="*" | "ratio" | "abs" | "/" | "overline"):
+            return all(is_name(argument) for argument in node.arguments)
+        case Apply():
+            return node.function.startswith("call:")
+        case Sequence(brackets="()"):
+            return all(is_name(item) for item in node.items)
+    return False
+
+
+def _relations_equal(a: Relation, b: Relation) -> bool:
+    value_a, value_b = value_of(a), value_of(b)
+    if value_a is not None and value_b is not None:
+        names = a.sides[0], b.sides[0]
+        if key(names[0]) == key(names[1]) or (not is_name(names[0]) and not is_name(names[1])):
+            return nodes_equal(value_a, value_b)
+    left, right = _links(a), _links(b)
+    if len(left) != len(right):
+        return False
+    rest = list(right)
+    for link in left:
+        match = next((k for k, other in enumerate(rest) if _links_equal(link, other)), None)
+        if match is None:
+            return False
+        rest.pop(match)
+    return True
+
+
+def _links(relation: Relation) -> list[tuple[str, Node, Node]]:
+    return list(zip(relation.operators, relation.sides, relation.sides[1:], strict=False))
+
+
+def _links_equal(a: tuple[str, Node, Node], b: tuple[str, Node, Node]) -> bool:
+    """Whether two relations differ by rearrangement: left - right is a constant times the other's."""
+    (operator_a, *sides_a), (operator_b, *sides_b) = a, b
+    if operator_b not in (operator_a, flip(operator_a)):
+        return False
+    if not all(is_scalar(side) for side in (*sides_a, *sides_b)):
+        return operator_a == operator_b and all(nodes_equal(x, y) for x, y in zip(sides_a, sides_b, strict=True))
+    difference_a, difference_b = subtract(*sides_a), subtract(*sides_b)
+    if not symbols(difference_a) or not symbols(difference_b):
+        return False
+    sign = ratio_sign(difference_a, difference_b)
+    if sign is None:
+        return False
+    return operator_b == (operator_a if sign > 0 else flip(operator_a))

@@ -1,0 +1,119 @@
+"""Brings the spellings of one answer to plain LaTeX, before it is parsed: unicode, markdown, spacing, digit groups."""
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ", "0123456789+-()nixy")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₓₙₖₘᵢⱼ", "0123456789+-()aexnkmij")
+_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ]+")
+_SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₓₙₖₘᵢⱼ]+")
+_VULGAR = re.compile("[¼½¾⅐-⅞↉]")
+_GREEK = {
+    chr(code): "\\" + unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda") + " "
+    for code in [*range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA)]
+}
+_SIGNS = {
+    **_GREEK,
+    **{"Δ": "\\Delta ", "Γ": "\\Gamma ", "Σ": "\\Sigma ", "Φ": "\\Phi ", "Ω": "\\Omega ", "Π": "\\Pi "},
+    **{"×": "\\times ", "✕": "\\times ", "÷": "\\div ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot "},
+    **{"•": "\\cdot ", "∗": "*", "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "⁄": "/", "∕": "/"},
+    **{"≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "≡": "\\equiv "},
+    **{"∞": "\\infty ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∖": "\\setminus "},
+    **{"∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}"},
+    **{"°": "^{\\circ}", "º": "^{\\circ}", "′": "'", "’": "'", "″": "''", "…": "...", "⋯": "...", "∶": ":"},
+    **{"⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle "},
+    **{"∠": "\\angle ", "△": "\\triangle ", "∣": "|", "→": "\\to ", "€": " ", "£": " ", "¥": " ", "₹": " "},
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063", ""),
+}
+_SIGN = re.compile("[" + re.escape("".join(_SIGNS)) + "]")
+_ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\[a-z]+ ?|(?=[({]))")
+_ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
+
+_OVER_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z{}$%,;!()\[\]])")
+_SINGLE_ESCAPE = re.compile(r"(?<!\\)\\(?!\\|n\b)")
+_DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\begin\{(?:equation|align|gather|math)\*?\}")
+_EMPHASIS = re.compile(r"^(\*\*|__|\*|_|`+)(?!\s)(.+?)(?<!\s)\1$", re.DOTALL)
+_THIN_JOIN = re.compile(r"(?<=\d)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\u202f|\u00a0)(?=\d{3}(?!\d))")
+_SPACE_GROUPS = re.compile(r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d]| *[/\\])")
+_COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_MIXED = re.compile(r"(?<![\w.}^/)])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
+_HYPHEN_MIXED = re.compile(r"^(\d+)-(\d+)/(\d+)$")
+_METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
+_TAIL = re.compile(r"(?:\s|\\\\|\\$|(?<!\.)\.$|[,;:]|\\[,;!: ]$|~)+$")
+_HEAD = re.compile(r"^(?:\s|[:=]|\\[,;!: ]|~)+")
+_SIMPLE = (
+    (re.compile(r"<\|[^|<>]*\|>"), " "),
+    (re.compile(r"\\n(?![a-z])"), " "),
+    (re.compile(r"\\(?:left|right)\s*\."), " "),
+    (re.compile(r"\\left\s*(?:\||\\vert(?![a-z]))"), r"\\lvert "),
+    (re.compile(r"\\right\s*(?:\||\\vert(?![a-z]))"), r"\\rvert "),
+    (re.compile(r"\\left\s*<"), r"\\langle "),
+    (re.compile(r"\\right\s*>"), r"\\rangle "),
+    (re.compile(r"\\(q?quad)(?=[a-zA-Z])"), r"\\\1 "),
+    (re.compile(r"\\(?:ldots|dots|cdots|dotsc|dotsb|hdots)(?![a-zA-Z])"), "..."),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<!\\)%"), r"\\%"),
+    (re.compile(r"(?<!\\)#"), r"\\#"),
+)
+
+
+def normalize(text: str) -> str:
+    """The answer in plain LaTeX without delimiters; digit groups with commas are left for `join_comma_groups`."""
+    text = _from_unicode(text)
+    if "\\\\" in text and not _SINGLE_ESCAPE.search(text.replace("\\\\", "")):
+        text = _OVER_ESCAPED.sub(r"\\", text)
+    text = _strip(text)
+    while (emphasis := _EMPHASIS.match(text)) and emphasis.group(1) not in emphasis.group(2):
+        text = _strip(emphasis.group(2))
+    for pattern, new in _SIMPLE:
+        text = pattern.sub(new, text)
+    text = _strip(_DELIMITERS.sub(" ", text))
+    text = _THIN_JOIN.sub("", text)
+    text = _SPACE_GROUPS.sub(lambda found: found.group().replace(" ", ""), text)
+    text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
+    text = _HYPHEN_MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
+    return _METRES.sub(lambda found: rf"\text{{{found.group(1) or found.group(3)}}}{found.group(2) or ''}", text)
+
+
+def _strip(text: str) -> str:
+    return _HEAD.sub("", _TAIL.sub("", text))
+
+
+def _from_unicode(text: str) -> str:
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)
+    text = _VULGAR.sub(_spell_vulgar, text)
+    text = _SIGN.sub(lambda sign: _SIGNS[sign.group()], text)
+    text = _ROOT.sub(_spell_root, text)
+    return unicodedata.normalize("NFKC", text)
+
+
+def _spell_vulgar(found: re.Match[str]) -> str:
+    numerator, _, denominator = unicodedata.normalize("NFKC", found.group()).partition("⁄")
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
+
+
+def _spell_root(found: re.Match[str]) -> str:
+    sign, radicand = found.groups()
+    return rf"\sqrt{_ROOT_INDEX[sign]}" + (f"{{{radicand}}}" if radicand else "")
+
+
+def join_comma_groups(text: str) -> str:
+    """Removes the commas of numbers like 1,234,567.
+
+    Within brackets a comma more often separates items, so there digits are joined only where a list would be odd: a
+    group with a leading zero (1,000), or other commas with spaces (1,234, 5,678).
+    """
+    pieces, position, depth = [], 0, 0
+    has_spaced_comma = ", " in text
+    for found in _COMMA_GROUPS.finditer(text):
+        before = text[position : found.start()]
+        depth += sum(before.count(c) for c in "([") - sum(before.count(c) for c in ")]")
+        depth += before.count("\\{") - before.count("\\}")
+        has_zero_group = any(group.startswith("0") for group in found.group().split(",")[1:])
+        joins = depth <= 0 or has_zero_group or has_spaced_comma
+        pieces += [before, found.group().replace(",", "") if joins else found.group()]
+        position = found.end()
+    return "".join(pieces) + text[position:]

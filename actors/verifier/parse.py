@@ -1,0 +1,496 @@
+"""From tokens to the expression tree: a recursive descent parser for the notation of mathematical answers.
+
+    answer  list ((";") list)*                       several items are a list, see Sequence
+    list    item (("," | "and" | "or") item)*
+    item    side (relation side)*                    with a unit after a number
+    side    ratio (("∪" | "∩" | "∖") ratio)*
+    ratio   sum (":" sum)*
+    sum     sign? term (("+" | "-" | "±" | "∓") term)*
+    term    factor (("*" | "/" | "mod" | nothing) factor)*
+    factor  primary ("^" exponent | "!" | "%" | degree | prime | subscript)*
+
+Whatever is not in this grammar raises ParseError; the caller then compares it as text.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from actors.verifier.matrices import determinant
+from actors.verifier.tokens import ParseError, Token, repeating_decimal, tokenize
+from actors.verifier.tree import (
+    INFINITY,
+    TWO,
+    Apply,
+    Constant,
+    Matrix,
+    Node,
+    Number,
+    Quantity,
+    Relation,
+    Sequence,
+    Symbol,
+    Text,
+    negate,
+    symbols,
+)
+from actors.verifier.vocabulary import CONSTANT_NAMES, UNITS
+
+_CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
+_CLOSING = {"|": "|", "⌊": "⌋", "⌈": "⌉", "<": ">"}
+_PRIMARY = frozenset(
+    ["sym", "const", "letter", "func", "group", "frac", "root", "binom", "overline", "matrix", "series", "numbers", "mark", "lim", "empty"]
+)
+_ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
+_SEPARATORS = frozenset({"comma", "and"})
+
+
+def parse(latex: str) -> Node:
+    """The tree of one answer in normal notation (see notation.normalize). Raises ParseError."""
+    return _parse_all(tokenize(latex))
+
+
+def _parse_all(tokens: tuple[Token, ...]) -> Node:
+    parser = _Parser(tokens)
+    node = parser.answer()
+    if parser.peek() is not None:
+        raise ParseError(f"unexpected {parser.peek()}")
+    return node
+
+
+def _flat(tokens: tuple[Token, ...]) -> str:
+    """The tokens of a subscript as one string."""
+    return "".join(token.text + "".join(_flat(part) for part in token.parts) for token in tokens)
+
+
+class _Parser:
+    """A cursor over one token list; nested lists (arguments, groups) get a parser of their own."""
+
+    def __init__(self, tokens: tuple[Token, ...]) -> None:
+        self._tokens = tokens
+        self._position = 0
+        self._open_bars = 0
+
+    def peek(self, ahead: int = 0) -> Token | None:
+        position = self._position + ahead
+        return self._tokens[position] if position < len(self._tokens) else None
+
+    def _take(self) -> Token:
+        token = self.peek()
+        if token is None:
+            raise ParseError("unexpected end")
+        self._position += 1
+        return token
+
+    def _at(self, kind: str, *texts: str) -> bool:
+        token = self.peek()
+        return token is not None and token.kind == kind and (not texts or token.text in texts)
+
+    def _accept(self, kind: str, *texts: str) -> Token | None:
+        return self._take() if self._at(kind, *texts) else None
+
+    def answer(self) -> Node:
+        groups = [self._list()]
+        while self._accept("semi"):
+            if self.peek() is not None:
+                groups.append(self._list())
+        if len(groups) == 1:
+            items = groups[0]
+            return items[0] if len(items) == 1 else Sequence("", tuple(items))
+        return Sequence("", tuple(g[0] if len(g) == 1 else Sequence("", tuple(g)) for g in groups))
+
+    def _list(self) -> list[Node]:
+        items = [self._item()]
+        while self._at("comma") or self._at("and"):
+            while self._accept("comma") or self._accept("and"):
+                pass
+            if self.peek() is None or self._at("close") or self._at("semi"):
+                break
+            items.append(self._item())
+        return items
+
+    def _item(self) -> Node:
+        if self._at("word"):
+            return self._worded_item()
+        sides, operators = [self._side()], []
+        while self._at("rel") or (self._at("word", "in") and self._is_bracket(self.peek(1))):
+            token = self._take()
+            operators.append("∈" if token.kind == "word" else token.text)
+            sides.append(self._side())
+        if not operators:
+            return sides[0]
+        if operators == ["∈"]:
+            return Apply("in", (sides[0], sides[1]))
+        if not set(operators) <= set("=≈≠<≤>≥≡"):
+            raise ParseError(f"relations {operators}")
+        return Relation(tuple(operators), tuple(sides))
+
+    @staticmethod
+    def _is_bracket(token: Token | None) -> bool:
+        return token is not None and token.kind in ("open", "numbers")
+
+    def _worded_item(self) -> Node:
+        """`area = 5` names a value; other items that begin with words are text."""
+        words = []
+        while (token := self._accept("word")) is not None:
+            words.append(token.text)
+        if self._at("rel", "=", "≈") or self._at("op", ":"):
+            self._take()
+            return Relation(("=",), (Symbol(" ".join(words)), self._side()))
+        while (token := self.peek()) is not None and token.kind not in (*_SEPARATORS, "semi", "close"):
+            words.append(_flat((self._take(),)))
+        return Text(" ".join(words))
+
+    def _side(self) -> Node:
+        node = self._ratio()
+        while self._at("op", "∪", "∩", "∖") or (isinstance(node, Sequence) and self._at("sym", "U")):
+            sign = self._take().text
+            function = {"∩": "intersection", "∖": "setminus"}.get(sign, "union")
+            node = Apply(function, (node, self._ratio()))
+        if self._at("word") or self._at("letter") or self._at("degree"):
+            node = self._with_unit(node)
+        return node
+
+    def _with_unit(self, node: Node) -> Node:
+        if symbols(node) or (self._at("word", "in") and self._is_bracket(self.peek(1))):
+            if self._at("word", "in"):
+                return node
+            raise ParseError("words after an expression")
+        pieces: list[str] = []
+        while (token := self.peek()) is not None and token.kind in ("word", "letter", "op", "group", "num"):
+            pieces.append(_flat((self._take(),)))
+        return Quantity(node, _unit(pieces))
+
+    def _ratio(self) -> Node:
+        parts = [self._sum()]
+        while self._accept("op", ":"):
+            parts.append(self._sum())
+        return parts[0] if len(parts) == 1 else Apply("ratio", tuple(parts))
+
+    def _sum(self) -> Node:
+        terms: list[Node] = []
+        while True:
+            if terms and not self._at("op", "+", "-", "±", "∓"):
+                break
+            signs = []
+            while (sign := self._accept("op", "+", "-", "±", "∓")) is not None:
+                signs.append(sign.text)
+            node = self._term()
+            for text in reversed(signs):
+                wrap: dict[str, Callable[[Node], Node]] = {
+                    "-": negate,
+                    "±": lambda n: Apply("pm", (n,)),
+                    "∓": lambda n: Apply("mp", (n,)),
+                }
+                node = wrap.get(text, lambda n: n)(node)
+            terms.append(node)
+        return terms[0] if len(terms) == 1 else Apply("+", tuple(terms))
+
+    def _term(self) -> Node:
+        node = self._factor()
+        while True:
+            if self._accept("op", "*"):
+                node = _product(node, self._signed_factor())
+            elif self._at("op", "/") and not self._is_unit(self.peek(1)):
+                self._take()
+                node = Apply("/", (node, self._signed_factor()))
+            elif self._accept("op", "mod"):
+                node = Apply("mod", (node, self._signed_factor()))
+            elif self._accept("op", "choose"):
+                node = Apply("binomial", (node, self._factor()))
+            elif self._starts_factor(node):
+                node = _product(node, self._factor())
+            else:
+                return node
+
+    @staticmethod
+    def _is_unit(token: Token | None) -> bool:
+        return token is not None and token.kind in ("word", "letter")
+
+    def _starts_factor(self, left: Node) -> bool:
+        """Whether the next token continues a product without a sign."""
+        token = self.peek()
+        if token is None:
+            return False
+        if token.kind == "open":
+            return token.text in "([⌊⌈|" and not isinstance(left, Sequence)
+        if token.kind == "bar":
+            return self._open_bars == 0
+        if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
+            return not isinstance(left, Number | Sequence)
+        return token.kind in _PRIMARY
+
+    def _signed_factor(self) -> Node:
+        if self._accept("op", "-"):
+            return negate(self._signed_factor())
+        self._accept("op", "+")
+        return self._factor()
+
+    def _factor(self) -> Node:
+        node = self._primary()
+        while True:
+            if self._accept("op", "!"):
+                if self._at("op", "!"):
+                    raise ParseError("double factorial")
+                node = Apply("!", (node,))
+            elif self._accept("op", "%"):
+                node = Apply("percent", (node,))
+            elif self._accept("degree"):
+                node = Apply("degree", (node,))
+            elif self._at("op", "'") and isinstance(node, Symbol):
+                node = Symbol(node.name + self._take().text)
+            elif self._accept("op", "_"):
+                node = self._subscripted(node)
+            elif self._accept("op", "^"):
+                node = self._raised(node)
+            else:
+                return self._called(node)
+
+    def _subscripted(self, node: Node) -> Node:
+        subscript = _flat((self._take(),)).strip("()")
+        if isinstance(node, Symbol):
+            return Symbol(f"{node.name}_{subscript}")
+        before = self._tokens[self._position - 3]
+        if isinstance(node, Number) and before.kind == "num" and before.text.isdigit():
+            return _in_base(before.text, subscript)
+        raise ParseError("subscript")
+
+    def _raised(self, node: Node) -> Node:
+        token = self._take()
+        if token.kind == "group":
+            inside = token.parts[0]
+            if inside and all(t.kind == "op" and t.text == "'" for t in inside) and isinstance(node, Symbol):
+                return Symbol(node.name + "'" * len(inside))
+            if len(inside) == 1 and inside[0] == Token("op", "°"):
+                return Apply("degree", (node,))
+            return Apply("^", (node, _parse_all(inside)))
+        if token == Token("op", "°"):
+            return Apply("degree", (node,))
+        if token.kind == "op" and token.text in "+-":
+            exponent = self._signed_factor()
+            return Apply("^", (node, negate(exponent) if token.text == "-" else exponent))
+        if token.kind == "op" and token.text == "*" and isinstance(node, Symbol):
+            return Symbol(node.name + "*")
+        self._position -= 1
+        exponent = self._primary()
+        if self._accept("op", "^"):
+            exponent = self._raised(exponent)
+        return Apply("^", (node, exponent))
+
+    def _called(self, node: Node) -> Node:
+        """f(x+1), and y(t) for any letter before a single letter in brackets."""
+        if not isinstance(node, Symbol) or not self._at("open", "("):
+            return node
+        inner, after = self.peek(1), self.peek(2)
+        is_single = inner is not None and inner.kind == "sym" and after == Token("close", ")")
+        if node.name[0] not in _CALLABLE and not is_single:
+            return node
+        self._take()
+        arguments = self._list()
+        if not self._accept("close", ")"):
+            raise ParseError("unclosed call")
+        return Apply(f"call:{node.name}", tuple(arguments))
+
+    def _primary(self) -> Node:
+        token = self._take()
+        match token.kind:
+            case "num":
+                return self._number(token)
+            case "sym":
+                return Symbol(token.text)
+            case "letter":
+                name = token.text
+                return Constant(CONSTANT_NAMES[name]) if name in CONSTANT_NAMES else Symbol(name)
+            case "const":
+                return Constant(token.text)
+            case "func":
+                return self._function(token.text)
+            case "group":
+                return _parse_all(token.parts[0])
+            case "open":
+                return self._bracketed(token.text)
+            case "bar":
+                return self._absolute()
+            case "series":
+                return self._series(token.text)
+            case "lim":
+                self._accept("op", "_")
+                return Apply(f"call:lim {_flat((self._take(),))}", (self._term(),))
+            case "mark":
+                return Apply(f"call:{token.text}", (self._term(),))
+        return _structured(token)
+
+    def _number(self, token: Token) -> Node:
+        assert token.value is not None
+        after = self.peek()
+        is_integer = token.text.isdigit()
+        if after is not None and after.kind == "overline" and "." in token.text:
+            period = _flat(after.parts[0])
+            if not period.isdigit():
+                raise ParseError("repeating digits")
+            self._take()
+            return Number(repeating_decimal(token.text, period))
+        if is_integer and after is not None and after.kind == "frac":
+            top, bottom = (_flat(part) for part in after.parts)
+            if top.isdigit() and bottom.isdigit() and int(top) < int(bottom):
+                self._take()
+                return Number(token.value + Fraction(int(top), int(bottom)))
+        return Number(token.value, token.digits)
+
+    def _bracketed(self, opening: str) -> Node:
+        if opening == "|":
+            return self._absolute()
+        if opening == "{" and self._accept("close", "}"):
+            return Sequence("{}", ())
+        # Within \\{x | x > 0\\} a bar is no absolute value.
+        self._open_bars, saved_bars = int(opening == "{"), self._open_bars
+        items = self._list()
+        while self._accept("semi"):
+            items += self._list()
+        if opening == "{" and isinstance(items[0], Symbol | Apply) and self._accept("bar"):
+            items = [Apply("in", (items[0], condition)) for condition in self._list()]
+        self._open_bars = saved_bars
+        closing = self._take()
+        if closing.kind != "close":
+            raise ParseError(f"{closing.text} within {opening}")
+        if len(items) == 1 and isinstance(items[0], Apply) and items[0].function == "in" and opening == "{":
+            return items[0].arguments[1]
+        pair = opening + closing.text
+        if len(items) == 1 and pair in ("()", "[]"):
+            return items[0]
+        match pair:
+            case "⌊⌋" | "⌈⌉" if len(items) == 1:
+                return Apply("floor" if opening == "⌊" else "ceil", (items[0],))
+            case "<>":
+                return Sequence("()", tuple(items))
+            case "()" | "[]" | "{}":
+                return Sequence(pair, tuple(items))
+            case "[)" | "(]" if len(items) == 2:
+                return Sequence(pair, tuple(items))
+        raise ParseError(f"brackets {pair} around {len(items)} items")
+
+    def _absolute(self) -> Node:
+        self._open_bars += 1
+        node = self._side()
+        self._open_bars -= 1
+        if not self._accept("bar") and not self._accept("close", "|"):
+            raise ParseError("unclosed |")
+        return determinant(node) if isinstance(node, Matrix) else Apply("abs", (node,))
+
+    def _series(self, function: str) -> Node:
+        if not self._accept("op", "_"):
+            raise ParseError("series without bounds")
+        start = _parse_all(self._take().parts[0])
+        if not self._accept("op", "^") or not isinstance(start, Relation) or start.operators != ("=",):
+            raise ParseError("series without bounds")
+        end = self._primary()
+        return Apply(function, (start.sides[0], start.sides[1], end, self._term()))
+
+    def _function(self, name: str) -> Node:
+        base: Node | None = None
+        power: Node | None = None
+        while self._at("op", "^", "_"):
+            if self._take().text == "_":
+                base = self._primary()
+            else:
+                power = self._raised(Symbol("")).arguments[1]  # type: ignore[union-attr]
+        arguments = self._arguments()
+        if power == Number(Fraction(-1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
+            name, power = f"arc{name}", None
+        node = _apply_function(name, base, arguments)
+        return Apply("^", (node, power)) if power is not None else node
+
+    def _arguments(self) -> list[Node]:
+        if self._at("open", "("):
+            node = self._primary()
+            return list(node.items) if isinstance(node, Sequence) and node.brackets == "()" else [node]
+        if self._at("open"):
+            return [self._primary()]
+        node = negate(self._factor()) if self._accept("op", "-") else self._factor()
+        while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
+            node = _product(node, self._factor())
+        return [node]
+
+
+def _product(left: Node, right: Node) -> Node:
+    return Apply("*", (*left.arguments, right) if isinstance(left, Apply) and left.function == "*" else (left, right))
+
+
+def _structured(token: Token) -> Node:
+    """Tokens that carry their arguments."""
+    parts = token.parts
+    match token.kind:
+        case "frac":
+            return Apply("/", (_parse_all(parts[0]), _parse_all(parts[1])))
+        case "binom":
+            return Apply("binomial", (_parse_all(parts[0]), _parse_all(parts[1])))
+        case "root":
+            return Apply("root", (_parse_all(parts[0]), _parse_all(parts[1]) if len(parts) > 1 else TWO))
+        case "overline":
+            return Apply("overline", (_parse_all(parts[0]),))
+        case "numbers":
+            reals = Sequence("()", (negate(INFINITY), INFINITY))
+            return reals if token.text == "R" else Symbol(f"set {token.text}")
+        case "empty":
+            return Sequence("{}", ())
+        case "matrix":
+            rows = tuple(tuple(_parse_all(cell) for cell in row.parts) for row in parts[0])
+            if not rows or len({len(row) for row in rows}) != 1:
+                raise ParseError("ragged matrix")
+            matrix = Matrix(rows)
+            return determinant(matrix) if token.text == "vmatrix" else matrix
+    raise ParseError(f"unexpected {token.kind} {token.text}")
+
+
+def _apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:
+    match name, arguments:
+        case "log", [x] if base is not None:
+            return Apply("log", (base, x))
+        case "log" | "ln", [x] if base is None:
+            return Apply("ln", (x,))
+        case "lg", [x]:
+            return Apply("log", (Number(Fraction(10)), x))
+        case "sqrt" | "cbrt", [x]:
+            return Apply("root", (x, Number(Fraction(2 if name == "sqrt" else 3))))
+        case "factorial", [x]:
+            return Apply("!", (x,))
+        case "coth", [x]:
+            return Apply("/", (Number(Fraction(1)), Apply("tanh", (x,))))
+        case "det", [Matrix() as matrix]:
+            return determinant(matrix)
+        case (("max" | "min" | "gcd" | "lcm"), [_, *_]):
+            return Apply(name, tuple(arguments))
+        case "binomial", [n, k]:
+            return Apply("binomial", (n, k))
+        case _, [x] if base is None and name not in ("binomial", "log", "det"):
+            return Apply(name, (x,))
+    raise ParseError(f"arguments of {name}")
+
+
+def _in_base(numeral: str, subscript: str) -> Node:
+    names = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+    base = int(subscript) if subscript.isdigit() and len(subscript) < 3 else names.get(subscript.lower(), 0)
+    if not 2 <= base <= 36:
+        raise ParseError("base")
+    try:
+        return Number(Fraction(int(numeral, base)))
+    except ValueError as error:
+        raise ParseError("digit beyond the base") from error
+
+
+def _unit(pieces: list[str]) -> str:
+    """One spelling for a unit: "square centimeters", "cm^2" and "centimeters^2" are all "cm^2"."""
+    unit, power = "", ""
+    for piece in pieces:
+        word = piece.lower().strip()
+        if word in ("square", "sq", "cubic", "cu"):
+            power = "^2" if word[0] == "s" else "^3"
+        elif word == "per":
+            unit += "/"
+        elif re.fullmatch("[a-z]+|%", word):
+            spelled = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
+            unit += ("" if not unit or unit.endswith("/") else " ") + spelled + power
+            power = ""
+        else:
+            unit += word
+    return unit

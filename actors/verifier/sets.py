@@ -1,0 +1,224 @@
+"""Sets of real numbers: intervals, points and their unions, and the inequalities in one variable that describe them."""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cmp_to_key
+
+from actors.verifier.numeric import Undefined
+from actors.verifier.scalars import is_positive, scalars_equal
+from actors.verifier.tree import (
+    INFINITY,
+    ONE,
+    ZERO,
+    Apply,
+    Constant,
+    Node,
+    Number,
+    Relation,
+    Sequence,
+    Symbol,
+    is_scalar,
+    negate,
+    subtract,
+    symbols,
+    walk,
+)
+from actors.verifier.tree import replace as substitute
+
+_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠", "≈": "≈", "≡": "≡"}
+_MINUS_INFINITY = Apply("neg", (INFINITY,))
+_BRACKETS = {"()": (False, False), "[]": (True, True), "[)": (True, False), "(]": (False, True)}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The reals between two constants; a point is [a, a]."""
+
+    low: Node
+    high: Node
+    has_low: bool
+    has_high: bool
+
+
+def flip(operator: str) -> str:
+    """The relation read from right to left."""
+    return _FLIPPED[operator]
+
+
+def sets_equal(a: list[Interval], b: list[Interval]) -> bool:
+    a, b = _merge(a), _merge(b)
+    return len(a) == len(b) and all(_intervals_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _intervals_equal(a: Interval, b: Interval) -> bool:
+    return (
+        (a.has_low, a.has_high) == (b.has_low, b.has_high)
+        and _compare(a.low, b.low) == 0
+        and _compare(a.high, b.high) == 0
+    )
+
+
+def as_set(node: Node) -> list[Interval] | None:
+    """The set of reals that a node denotes, or None. An inequality denotes the values of its variable."""
+    try:
+        return _as_set(node)
+    except Undefined:
+        return None
+
+
+def _as_set(node: Node) -> list[Interval] | None:
+    match node:
+        case Sequence(brackets="{}"):
+            if not all(is_scalar(item) and not symbols(item) for item in node.items):
+                return None
+            return [Interval(item, item, True, True) for item in node.items]
+        case Sequence(items=(low, high)) if node.brackets in _BRACKETS:
+            if not _is_endpoint(low) or not _is_endpoint(high):
+                return None
+            return [Interval(low, high, *_BRACKETS[node.brackets])]
+        case Apply(function="in"):
+            return _as_set(node.arguments[1])
+        case Apply(function="union"):
+            parts = [_as_set(argument) for argument in node.arguments]
+            return None if any(part is None for part in parts) else [i for part in parts if part for i in part]
+        case Apply(function="setminus"):
+            whole, removed = (_as_set(argument) for argument in node.arguments)
+            return None if whole is None or removed is None else _remove(_merge(whole), removed)
+        case Relation():
+            return _solve(node)
+    return None
+
+
+def _is_endpoint(node: Node) -> bool:
+    return is_scalar(node) and not symbols(node)
+
+
+def _is_infinite(node: Node) -> int:
+    """1 for infinity, -1 for minus infinity, else 0."""
+    if node == INFINITY:
+        return 1
+    if node == _MINUS_INFINITY:
+        return -1
+    if any(isinstance(n, Constant) and n.name == "oo" for n in walk(node)):
+        plain = isinstance(node, Apply) and node.function == "+" and len(node.arguments) == 1
+        return _is_infinite(node.arguments[0]) if plain and isinstance(node, Apply) else 0
+    return 0
+
+
+def _compare(a: Node, b: Node) -> int:
+    """-1, 0, 1 as a < b, a = b, a > b. Raises Undefined."""
+    infinite_a, infinite_b = _is_infinite(a), _is_infinite(b)
+    if infinite_a or infinite_b:
+        return (infinite_a > infinite_b) - (infinite_a < infinite_b)
+    if scalars_equal(a, b):
+        return 0
+    return 1 if is_positive(subtract(a, b)) else -1
+
+
+def _merge(intervals: list[Interval]) -> list[Interval]:
+    """Sorted, without empty ones, and with those that overlap or touch made one. Raises Undefined."""
+    proper = []
+    for interval in intervals:
+        order = _compare(interval.low, interval.high)
+        if order < 0 or (order == 0 and interval.has_low and interval.has_high):
+            proper.append(interval)
+    proper.sort(key=cmp_to_key(lambda x, y: _compare(x.low, y.low) or y.has_low - x.has_low))
+    merged: list[Interval] = []
+    for interval in proper:
+        if merged:
+            last = merged[-1]
+            gap = _compare(interval.low, last.high)
+            if gap < 0 or (gap == 0 and (interval.has_low or last.has_high)):
+                order = _compare(interval.high, last.high)
+                if order > 0:
+                    last = replace(last, high=interval.high, has_high=interval.has_high)
+                elif order == 0:
+                    last = replace(last, has_high=last.has_high or interval.has_high)
+                merged[-1] = last
+                continue
+        merged.append(interval)
+    return merged
+
+
+def _remove(whole: list[Interval], points: list[Interval]) -> list[Interval] | None:
+    """`whole` without single points."""
+    for point in points:
+        if point.low != point.high:
+            return None
+        rest: list[Interval] = []
+        for interval in whole:
+            left, right = _compare(interval.low, point.low), _compare(point.low, interval.high)
+            if left > 0 or right > 0:
+                rest.append(interval)
+            else:
+                rest.append(Interval(interval.low, point.low, interval.has_low, False))
+                rest.append(Interval(point.low, interval.high, False, interval.has_high))
+        whole = _merge(rest)
+    return whole
+
+
+def _solve(relation: Relation) -> list[Interval] | None:
+    """The values of v for v < b, a <= v < b, v != b and the like, v a variable, f(...) or |v|; linear in v."""
+    atoms = {n for side in relation.sides for n in walk(side) if isinstance(n, Symbol)}
+    calls = {
+        n
+        for side in relation.sides
+        for n in walk(side)
+        if isinstance(n, Apply) and (n.function.startswith("call:") or n.function == "abs") and symbols(n)
+    }
+    candidates = calls or atoms
+    if len(candidates) != 1 or "=" in relation.operators or "≈" in relation.operators:
+        return None
+    (atom,) = candidates
+    result: list[Interval] | None = None
+    for operator, left, right in zip(relation.operators, relation.sides, relation.sides[1:], strict=False):
+        part = _solve_linear(subtract(left, right), operator, atom)
+        if part is None:
+            return None
+        result = part if result is None else _intersect(result, part)
+    if result is not None and isinstance(atom, Apply) and atom.function == "abs":
+        if not isinstance(atom.arguments[0], Symbol):
+            return None
+        return _without_absolute(result)
+    return result
+
+
+def _solve_linear(difference: Node, operator: str, atom: Node) -> list[Interval] | None:
+    """Solves difference <operator> 0, where difference is linear in `atom` with constant coefficients."""
+    at = [substitute(difference, atom, Number(Fraction(k))) for k in range(4)]
+    if any(symbols(value) for value in at) or operator not in _FLIPPED:
+        return None
+    slope = subtract(at[1], at[0])
+    if not scalars_equal(subtract(at[2], at[1]), slope) or not scalars_equal(subtract(at[3], at[2]), slope):
+        return None
+    if scalars_equal(slope, ZERO):
+        return None
+    root = Apply("/", (negate(at[0]), slope))
+    if not is_positive(slope):
+        operator = _FLIPPED[operator]
+    below = Interval(_MINUS_INFINITY, root, False, operator == "≤")
+    above = Interval(root, INFINITY, operator == "≥", False)
+    return {"<": [below], "≤": [below], ">": [above], "≥": [above], "≠": [below, above]}.get(operator)
+
+
+def _intersect(a: list[Interval], b: list[Interval]) -> list[Interval]:
+    parts = []
+    for x in a:
+        for y in b:
+            low = x if _compare(x.low, y.low) > 0 or (_compare(x.low, y.low) == 0 and not x.has_low) else y
+            high = x if _compare(x.high, y.high) < 0 or (_compare(x.high, y.high) == 0 and not x.has_high) else y
+            parts.append(Interval(low.low, high.high, low.has_low, high.has_high))
+    return _merge(parts)
+
+
+def _without_absolute(values: list[Interval]) -> list[Interval]:
+    """{x : |x| in values}."""
+    parts = []
+    for interval in _intersect(values, [Interval(ZERO, INFINITY, True, False)]):
+        parts.append(interval)
+        parts.append(Interval(_minus(interval.high), _minus(interval.low), interval.has_high, interval.has_low))
+    return _merge(parts)
+
+
+def _minus(node: Node) -> Node:
+    return negate(node) if node != ONE else Number(Fraction(-1))

@@ -1,0 +1,92 @@
+"""The words of mathematical notation that the verifier knows."""
+
+FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac"})
+BINOMIALS = frozenset({"binom", "dbinom", "tbinom"})
+OVERLINES = frozenset({"overline", "dot", "bar", "widebar"})
+TEXTS = frozenset(["text", "textbf", "textit", "textrm", "textsf", "texttt", "textnormal", "textup", "textsc", "textmd", "mbox", "hbox", "emph"])
+WRAPPERS = frozenset(
+    ["mathbf", "mathrm", "mathit", "mathsf", "mathtt", "mathbb", "mathcal", "mathfrak", "mathscr", "mathnormal", "boldsymbol", "bm", "pmb", "vec", "hat", "overrightarrow", "underline", "boxed", "fbox", "ensuremath"]
+)
+MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "Vmatrix", "smallmatrix", "array"])
+IGNORED = frozenset(
+    ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl", "Biggr", "displaystyle", "textstyle", "limits", "nolimits", "quad", "qquad", "enspace", "thinspace", "negthinspace", "small", "large", "Large", "normalsize", "rm", "bf", "it", "cal", "hfill", "noindent", "centering", ",", ";", "!", ":", ">", "$", "\\"]
+) | {" ", "\n"}
+GREEK = frozenset(
+    ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "rho", "varrho", "sigma", "varsigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar"]
+)
+RELATIONS = {
+    **{"=": "=", "==": "=", "<": "<", ">": ">", "<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠"},
+}
+_RELATION_MACROS = {
+    **dict.fromkeys(("le", "leq", "leqslant", "leqq"), "≤"),
+    **dict.fromkeys(("ge", "geq", "geqslant", "geqq"), "≥"),
+    **dict.fromkeys(("ne", "neq"), "≠"),
+    **dict.fromkeys(("approx", "approxeq", "thickapprox", "simeq"), "≈"),
+    **{"lt": "<", "gt": ">", "equiv": "≡", "sim": "∼", "cong": "≅", "mid": "|", "to": "→", "rightarrow": "→"},
+}
+# Macro without arguments -> (kind, text) of its token.
+MACROS: dict[str, tuple[str, str]] = {
+    **{name: ("rel", sign) for name, sign in _RELATION_MACROS.items() if name != "mid"},
+    **{"times": ("op", "*"), "cdot": ("op", "*"), "ast": ("op", "*"), "div": ("op", "/"), "colon": ("op", ":")},
+    **{"pm": ("op", "±"), "mp": ("op", "∓"), "bmod": ("op", "mod"), "mod": ("op", "mod"), "%": ("op", "%")},
+    **{"cup": ("op", "∪"), "cap": ("op", "∩"), "setminus": ("op", "∖"), "backslash": ("op", "∖")},
+    **{"bigcup": ("op", "∪"), "choose": ("op", "choose"), "circ": ("op", "°"), "degree": ("degree", "°")},
+    **{"in": ("rel", "∈"), "prime": ("op", "'"), "infty": ("const", "oo"), "pi": ("const", "pi")},
+    **{"emptyset": ("empty", ""), "varnothing": ("empty", ""), "{": ("open", "{"), "}": ("close", "}")},
+    **{"lbrace": ("open", "{"), "rbrace": ("close", "}"), "lbrack": ("open", "["), "rbrack": ("close", "]")},
+    **{"langle": ("open", "<"), "rangle": ("close", ">"), "lfloor": ("open", "⌊"), "rfloor": ("close", "⌋")},
+    **{"lceil": ("open", "⌈"), "rceil": ("close", "⌉"), "lvert": ("open", "|"), "rvert": ("close", "|")},
+    **{"vert": ("bar", "|"), "mid": ("bar", "|"), "land": ("and", "and"), "lor": ("and", "or")},
+    **{"wedge": ("and", "and"), "vee": ("and", "or"), "sum": ("series", "sum"), "prod": ("series", "product")},
+    **{"angle": ("mark", "angle"), "triangle": ("mark", "triangle"), "R": ("numbers", "R"), "lim": ("lim", "lim")},
+}
+NUMBER_SETS = frozenset("RZNQC")
+_BOTH = {
+    **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln")},
+    **{f"arc{name}": f"arc{name}" for name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh")},
+    **{"log": "log", "lg": "lg", "gcd": "gcd", "max": "max", "min": "min", "lcm": "lcm", "det": "det"},
+}
+FUNCTION_NAMES = {**_BOTH, "tg": "tan", "ctg": "cot", "coth": "coth"}
+PLAIN_FUNCTIONS = {
+    **_BOTH,
+    **{"sqrt": "sqrt", "abs": "abs", "floor": "floor", "ceil": "ceil", "ceiling": "ceil", "cbrt": "cbrt"},
+    **{f"a{name}": f"arc{name}" for name in ("sin", "cos", "tan")},
+    **{"binomial": "binomial", "binom": "binomial", "factorial": "factorial"},
+}
+CONSTANT_NAMES = {
+    **{"pi": "pi", "e": "e", "i": "i"},
+    **{"inf": "oo", "infty": "oo", "infinity": "oo", "oo": "oo"},
+}
+CONNECTORS = frozenset({"and", "or"})
+SEGMENTS = "arcsin|arccos|arctan|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|and|or"
+
+# Spellings of units -> one spelling each. Other words after a number count as a unit in the spelling given.
+UNITS = {
+    **dict.fromkeys(("%", "percent", "pct", "percentage", "percents"), "%"),
+    **dict.fromkeys(("degree", "degrees", "deg", "°"), "degree"),
+    **dict.fromkeys(("dollar", "dollars", "usd", "bucks"), "dollar"),
+    **dict.fromkeys(("cent", "cents"), "cent"),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), "m"),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), "cm"),
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), "mm"),
+    **dict.fromkeys(("km", "kilometer", "kilometers", "kilometre", "kilometres"), "km"),
+    **dict.fromkeys(("in", "inch", "inches"), "in"),
+    **dict.fromkeys(("ft", "foot", "feet"), "ft"),
+    **dict.fromkeys(("yd", "yard", "yards"), "yd"),
+    **dict.fromkeys(("mi", "mile", "miles"), "mi"),
+    **dict.fromkeys(("g", "gram", "grams"), "g"),
+    **dict.fromkeys(("kg", "kilogram", "kilograms", "kgs"), "kg"),
+    **dict.fromkeys(("mg", "milligram", "milligrams"), "mg"),
+    **dict.fromkeys(("lb", "lbs", "pound", "pounds"), "lb"),
+    **dict.fromkeys(("oz", "ounce", "ounces"), "oz"),
+    **dict.fromkeys(("l", "liter", "liters", "litre", "litres"), "l"),
+    **dict.fromkeys(("ml", "milliliter", "milliliters", "millilitre", "millilitres"), "ml"),
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
+    **dict.fromkeys(("day", "days"), "day"),
+    **dict.fromkeys(("year", "years", "yr", "yrs"), "year"),
+    **dict.fromkeys(("unit", "units"), "unit"),
+    **dict.fromkeys(("mph",), "mi/h"),
+    **dict.fromkeys(("rad", "radian", "radians"), "rad"),
+}
