@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from common.processtree import Guardian, adopt_orphans, child_setup, descendants, kill, reap_adopted
+import psutil
+
+from common.processtree import Guardian, adopt_orphans, child_setup, descendants, family, kill, reap_adopted
 
 READY_FILE = "ASYNC_VAPO_READY_FILE"  # environment variable: file that a follower makes when it is ready
 
@@ -227,7 +228,7 @@ class Supervisor:
         """Restarts that are due, followers that are not ready, leaders that do not follow the first out."""
         for child in self._followers:
             if child.start_again_at is not None and now >= child.start_again_at:
-                kill(self._orphans())  # what the former life left behind may hold its memory or port
+                self._kill_orphans()  # what the former life left behind may hold its memory or port
                 self._start(child)
             limit_s = child.spec.start_timeout_s
             if child.is_running and now >= child.started_at + limit_s and not child.is_ready:
@@ -290,15 +291,13 @@ class Supervisor:
                 child.ready_path.unlink(missing_ok=True)
         reap_adopted(self._foreign)
 
-    def _orphans(self) -> list[Any]:
-        """Descendants that no living child of ours accounts for."""
+    def _kill_orphans(self) -> None:
+        """Kill the descendants that no living child of ours accounts for."""
         reap_adopted(self._foreign | {child.popen.pid for child in self._children if child.num_starts})
-        owned = set(self._foreign)
-        for process in descendants(self._foreign):
-            if any(child.is_running and child.popen.pid == process.pid for child in self._children):
-                owned.add(process.pid)
-                owned.update(below.pid for below in process.children(recursive=True))
-        return descendants(owned)
+        living = {child.popen.pid for child in self._children if child.is_running}
+        orphans = descendants(self._foreign | family(living))
+        kill(orphans)
+        psutil.wait_procs(orphans, timeout=STOP_S)
 
     def _pump(self, deadline: float | None) -> None:
         """Wait for a signal, output or the deadline; copy output and note interrupts."""

@@ -43,13 +43,24 @@ def child_setup(cores: Collection[int]) -> Callable[[], None]:
 
 
 def descendants(ignore: Iterable[int] = ()) -> list[psutil.Process]:
-    """All living processes below this one, children of `ignore` pids included but not those themselves."""
+    """All living processes below this one but those with an `ignore` pid."""
     skip = set(ignore)
     return [
         process
         for process in psutil.Process().children(recursive=True)
         if process.pid not in skip and _is_alive(process)
     ]
+
+
+def family(pids: Iterable[int]) -> set[int]:
+    """These processes and all below them."""
+    members = set(pids)
+    for pid in list(members):
+        try:
+            members.update(process.pid for process in psutil.Process(pid).children(recursive=True))
+        except psutil.NoSuchProcess:
+            continue
+    return members
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
