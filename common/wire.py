@@ -162,7 +162,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_checked(item, args[0], where) for item in value)
     if origin is dict and type(value) is dict:
-        return {_text(key, where): _checked(item, args[1], where) for key, item in value.items()}
+        return {key: _checked(item, args[1], f"{where}[{_text(key, where)!r}]") for key, item in value.items()}
     if origin is None:
         checked = _checked_scalar(value, hint, where)
         if checked is not None:
@@ -201,7 +201,7 @@ def _check_json(value: Any, where: str, depth: int) -> None:
             _check_json(item, where, depth - 1)
     elif type(value) is dict:
         for key, item in value.items():
-            _check_json(item, f"{where}[{_describe(_text(key, where))}]", depth - 1)
+            _check_json(item, f"{where}[{_text(key, where)!r}]", depth - 1)
     else:
         raise WireError(f"{where} holds {_describe(value)}, which is not a JSON value")
 

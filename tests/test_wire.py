@@ -1,0 +1,293 @@
+"""Frames: round trips, the exact bytes, and that nothing which arrives can do more than raise WireError."""
+
+import math
+from dataclasses import fields
+from typing import Any, get_args
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from common.types import (
+    PROTOCOL_VERSION,
+    Ack,
+    Bye,
+    CompletedGroup,
+    FinishReason,
+    Heartbeat,
+    Hello,
+    Lease,
+    Message,
+    Purpose,
+    Ready,
+    Verdict,
+    WeightsCommand,
+    WeightsPhase,
+    WeightsReport,
+    Welcome,
+)
+from common.wire import MAX_HEADER_BYTES, MAX_JSON_DEPTH, WireError, decode, encode
+
+MAX_BYTES = 1 << 20
+
+ints = st.integers(-(2**63), 2**63 - 1)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+floats = st.floats(allow_nan=False, allow_infinity=False)
+int32s = hnp.arrays(np.int32, st.integers(0, 20))
+float32s = hnp.arrays(np.float32, st.integers(0, 20))
+json_values = st.recursive(
+    st.none() | st.booleans() | ints | floats | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+rows = st.dictionaries(texts, json_values, max_size=3)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> CompletedGroup:
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    n, num_tokens = len(lengths), sum(lengths)
+    return CompletedGroup(
+        lease_id=draw(ints),
+        lengths=np.array(lengths, np.int32),
+        token_ids=draw(hnp.arrays(np.int32, num_tokens)),
+        behavior_logprobs=draw(hnp.arrays(np.float32, num_tokens)),
+        versions=draw(hnp.arrays(np.int32, num_tokens)),
+        rewards=draw(hnp.arrays(np.float32, n)),
+        verdicts=tuple(draw(st.lists(st.sampled_from(Verdict), min_size=n, max_size=n))),
+        finish_reasons=tuple(draw(st.lists(st.sampled_from(FinishReason), min_size=n, max_size=n))),
+        generation_s=draw(floats),
+        verification_s=draw(floats),
+    )
+
+
+leases = st.builds(
+    Lease, lease_id=ints, purpose=st.sampled_from(Purpose), prompt_uid=texts, prompt_token_ids=int32s,
+    reference=texts, row=rows, num_samples=ints, seed=ints, temperature=floats, max_tokens=ints,
+)  # fmt: skip
+messages: st.SearchStrategy[Any] = st.one_of(
+    groups(),
+    leases,
+    st.builds(Hello, protocol_version=ints, name=texts, capacity=ints, model_fingerprint=texts,
+              tokenizer_fingerprint=texts),
+    st.builds(Ready, version=ints, probe_logprobs=float32s),
+    st.builds(Heartbeat, held_groups=ints, generated_tokens=ints, busy_s=floats, uptime_s=floats),
+    st.builds(Welcome, heartbeat_s=floats, timeout_s=floats, probe_token_ids=int32s),
+    st.builds(WeightsCommand, phase=st.sampled_from(WeightsPhase), version=ints, payload=rows),
+    st.builds(WeightsReport, phase=st.sampled_from(WeightsPhase), version=ints, error=st.none() | texts,
+              probe_logprobs=float32s),
+    st.builds(Bye, error=st.none() | texts),
+    st.builds(Ack, lease_id=ints),
+)  # fmt: skip
+
+GROUP = CompletedGroup(
+    lease_id=7,
+    lengths=np.array([1, 2], np.int32),
+    token_ids=np.array([5, 6, 256], np.int32),
+    behavior_logprobs=np.array([-0.5, 0.0, -1.0], np.float32),
+    versions=np.array([3, 3, 4], np.int32),
+    rewards=np.array([1.0, -1.0], np.float32),
+    verdicts=(Verdict.CORRECT, Verdict.TIMED_OUT),
+    finish_reasons=(FinishReason.STOP, FinishReason.LENGTH),
+    generation_s=1.5,
+    verification_s=0.25,
+)
+
+
+def assert_same(left: Message, right: Message) -> None:
+    assert type(left) is type(right)
+    for field in fields(left):
+        ours, theirs = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(ours, np.ndarray):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)  # NaN equals NaN here
+        else:
+            assert type(ours) is type(theirs)
+            assert ours == theirs
+
+
+def header(message: Message) -> list[Any]:
+    return msgpack.unpackb(bytes(encode(message)[0]))
+
+
+def with_header(parts: Any, frames: list[Any]) -> list[Any]:
+    return [msgpack.packb(parts), *frames]
+
+
+@given(messages)
+def test_every_message_comes_back_as_it_was(message: Message) -> None:
+    assert_same(message, decode([bytes(frame) for frame in encode(message)], MAX_BYTES))
+
+
+def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:
+    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x01\x81\xa8lease_id\x07\x90"]
+
+
+def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
+    frames = [bytes(frame) for frame in encode(GROUP)]
+    assert frames[0] == (
+        b"\x94\xaeCompletedGroup\x01\x85\xa8lease_id\x07"
+        b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaefinish_reasons\x92\xa4stop\xa6length"
+        b"\xacgeneration_s\xcb\x3f\xf8\0\0\0\0\0\0\xaeverification_s\xcb\x3f\xd0\0\0\0\0\0\0"
+        b"\x95\x93\xa7lengths\xa5int32\x91\x02\x93\xa9token_ids\xa5int32\x91\x03"
+        b"\x93\xb1behavior_logprobs\xa7float32\x91\x03\x93\xa8versions\xa5int32\x91\x03\x93\xa7rewards\xa7float32\x91\x02"
+    )
+    assert frames[1:] == [
+        b"\x01\0\0\0\x02\0\0\0",
+        b"\x05\0\0\0\x06\0\0\0\0\x01\0\0",
+        b"\0\0\0\xbf\0\0\0\0\0\0\x80\xbf",
+        b"\x03\0\0\0\x03\0\0\0\x04\0\0\0",
+        b"\0\0\x80\x3f\0\0\x80\xbf",
+    ]
+
+
+def test_arrays_are_sent_and_received_without_a_copy() -> None:
+    frames = encode(GROUP)
+    assert np.shares_memory(np.frombuffer(frames[2], np.uint8), GROUP.token_ids)
+    received = [bytes(frame) for frame in frames]
+    decoded = decode(received, MAX_BYTES)
+    assert isinstance(decoded, CompletedGroup)
+    assert np.shares_memory(np.frombuffer(received[2], np.uint8), decoded.token_ids)
+    assert not decoded.token_ids.flags.writeable
+
+
+def test_a_frame_at_an_odd_address_becomes_an_aligned_array() -> None:
+    frames = encode(GROUP)
+    odd = memoryview(b"\0" + bytes(frames[2]))[1:]
+    decoded = decode([frames[0], frames[1], odd, *frames[3:]], MAX_BYTES)
+    assert isinstance(decoded, CompletedGroup)
+    assert decoded.token_ids.flags.aligned
+    np.testing.assert_array_equal(decoded.token_ids, GROUP.token_ids)
+
+
+@given(st.lists(st.binary(max_size=200), max_size=7))
+def test_arbitrary_bytes_are_a_message_or_a_wire_error(frames: list[bytes]) -> None:
+    try:
+        assert isinstance(decode(frames, MAX_BYTES), get_args(Message))
+    except WireError:
+        pass
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts | st.binary(max_size=9)
+    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=4)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(message=messages, data=st.data())
+def test_a_header_with_anything_in_any_place_is_a_message_or_a_wire_error(
+    message: Message, data: st.DataObject
+) -> None:
+    parts, frames = header(message), encode(message)[1:]
+    place = data.draw(st.integers(0, 3))
+    if place == 2 and parts[2]:
+        parts[2][data.draw(st.sampled_from(sorted(parts[2])))] = data.draw(anything)
+    elif place == 3 and parts[3]:
+        spec = parts[3][data.draw(st.integers(0, len(parts[3]) - 1))]
+        spec[data.draw(st.integers(0, 2))] = data.draw(anything)
+    else:
+        parts[place] = data.draw(anything)
+    try:
+        decoded = decode(with_header(parts, frames), MAX_BYTES)
+    except WireError:
+        return
+    assert_same(decoded, decode(encode(decoded), MAX_BYTES))
+
+
+@given(message=messages, data=st.data())
+def test_a_message_cut_anywhere_is_a_wire_error(message: Message, data: st.DataObject) -> None:
+    frames = [bytes(frame) for frame in encode(message)]
+    index = data.draw(st.integers(0, len(frames) - 1))
+    if frames[index]:
+        frames[index] = frames[index][: data.draw(st.integers(0, len(frames[index]) - 1))]
+    else:
+        del frames[index]
+    with pytest.raises(WireError):
+        decode(frames, MAX_BYTES)
+
+
+def changed(place: int, value: Any) -> list[Any]:
+    parts = header(GROUP)
+    parts[place] = value
+    return parts
+
+
+def field_changed(name: str, value: Any) -> list[Any]:
+    return changed(2, header(GROUP)[2] | {name: value})
+
+
+def spec_changed(**changes: Any) -> list[Any]:
+    specs = header(GROUP)[3]
+    specs[1] = [changes.get("name", "token_ids"), changes.get("dtype", "int32"), changes.get("shape", [3])]
+    return changed(3, specs)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (changed(0, "Surprise"), "unknown kind of message: 'Surprise'"),
+        (changed(0, "Prompt"), "unknown kind"),  # a record, but not a message
+        (changed(1, PROTOCOL_VERSION + 1), f"protocol version {PROTOCOL_VERSION + 1}, but this side speaks"),
+        (changed(1, True), "protocol version True"),
+        (changed(2, {"lease_id": 1}), "lacks the fields"),
+        (field_changed("extra", 1), "unknown fields"),
+        (field_changed("lease_id", "7"), "CompletedGroup.lease_id must be"),
+        (field_changed("lease_id", True), "CompletedGroup.lease_id must be"),
+        (field_changed("lease_id", 7.0), "CompletedGroup.lease_id must be"),
+        (field_changed("lease_id", 2**63), "more than 64 bits"),
+        (field_changed("generation_s", math.nan), "must be finite"),
+        (field_changed("verdicts", ["correct", "perhaps"]), "CompletedGroup.verdicts must be"),
+        (field_changed("verdicts", ["correct"]), "1 rewards, verdicts|verdicts"),
+        (spec_changed(dtype="float64"), "must be announced as int32"),
+        (spec_changed(dtype="object"), "must be announced as int32"),
+        (spec_changed(name="rewards"), "token_ids must be announced"),
+        (spec_changed(shape=[4]), "does not fit its frame of 12 bytes"),
+        (spec_changed(shape=[3, 1]), "1 dimension"),
+        (spec_changed(shape=[-3]), "1 dimension"),
+        (spec_changed(shape=[2**62]), "does not fit"),
+        (changed(3, []), "5 arrays, not 0 specs"),
+    ],
+)
+def test_a_wrong_header_is_refused_with_a_sentence(parts: list[Any], sentence: str) -> None:
+    with pytest.raises(WireError, match=sentence):
+        decode(with_header(parts, encode(GROUP)[1:]), MAX_BYTES)
+
+
+def test_lengths_that_do_not_add_up_are_refused() -> None:
+    frames = encode(GROUP)
+    frames[1] = np.array([1, 1], np.int32).tobytes()
+    with pytest.raises(WireError, match="lengths sum to 2 over 2 completions"):
+        decode(frames, MAX_BYTES)
+
+
+def test_an_oversized_message_is_refused_before_it_is_read() -> None:
+    frames = encode(GROUP)
+    size = sum(len(frame) for frame in frames)
+    decode(frames, size)
+    with pytest.raises(WireError, match=f"a message of {size} bytes"):
+        decode(frames, size - 1)
+    with pytest.raises(WireError, match="the limits are"):
+        decode([b"\0" * (MAX_HEADER_BYTES + 1)], 1 << 30)
+
+
+def test_a_row_that_is_too_deep_or_no_json_does_not_travel() -> None:
+    nested: Any = 1
+    for _ in range(MAX_JSON_DEPTH + 1):
+        nested = [nested]
+    command = {"phase": WeightsPhase.UPDATE, "version": 1}
+    with pytest.raises(WireError, match=r"WeightsCommand.payload\['a'\] is nested deeper"):
+        encode(WeightsCommand(payload={"a": nested}, **command))
+    for value in (b"bytes", {1: "x"}, {1, 2}, np.int64(3), 2**70, "\ud800"):
+        with pytest.raises(WireError):
+            encode(WeightsCommand(payload={"a": value}, **command))
+
+
+def test_a_wrong_array_does_not_travel() -> None:
+    with pytest.raises(WireError, match="Ready.probe_logprobs must be float32 of 1 dimension"):
+        encode(Ready(version=0, probe_logprobs=np.zeros(3)))
