@@ -226,6 +226,7 @@ class Trainer:
         metrics |= diagnostics.token_metrics("gae/advantage", e.advantages_T, e.mask_T)
         if e.mask_T.any():
             metrics["policy/entropy"] = e.entropy_T[e.mask_T].mean().item()
+            metrics["policy/lm_token_fraction"] = (e.lm_mask_T.sum() / e.mask_T.sum()).item()
         if e.values_T is not None:
             metrics |= diagnostics.gae_metrics(policy_lambda(algorithm, batch.response_lengths_B))
             metrics |= diagnostics.critic_metrics(

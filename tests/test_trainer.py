@@ -6,6 +6,7 @@ test_trainer_split.py.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from common.config import (
     StalenessConfig,
     ValueTarget,
 )
+from learner.checkpoint import Checkpointer
 from learner.packing import Batch, boundaries, prediction_positions
 from learner.trainer import Trainer
 
@@ -172,6 +174,24 @@ def test_warm_up_trains_the_critic_for_its_epochs_and_leaves_the_policy_bit_equa
     assert torch.equal(after_policy, policy) and not torch.equal(after_critic, critic)
 
 
+def test_the_critic_is_updated_in_every_pass_and_the_policy_in_the_last() -> None:
+    trainer = make_trainer(config(critic_updates_per_step=3, critic_warmup_epochs=2, mini_batches=2))
+    metrics = trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert (metrics["critic/updates"], metrics["policy/updates"]) == (6.0, 2.0)
+
+
+def test_values_are_not_clipped_in_warm_up() -> None:
+    """The second pass of warm-up starts far from the old values, and the loss goes on falling."""
+    clipped, free = (
+        make_trainer(config(value_clip=clip, critic_warmup_epochs=8, learning_rate=0.1)) for clip in (1e-3, None)
+    )
+    batch = make_batch(LENGTHS)
+    for trainer in (clipped, free):
+        assert "critic/clip_fraction" not in trainer.step(batch, 0, is_warmup=True)
+    assert torch.equal(parameters(clipped)[1], parameters(free)[1])
+    assert "critic/clip_fraction" in clipped.step(batch, 0, is_warmup=False)
+
+
 def test_warm_up_brings_the_value_towards_the_outcome() -> None:
     trainer = make_trainer(config(learning_rate=0.1))
     batch = replace(make_batch(LENGTHS), rewards_B=torch.ones(len(LENGTHS)))
@@ -266,13 +286,13 @@ def test_tokens_over_the_age_limit_leave_every_loss_and_the_denominators() -> No
     cfg = config(over_age=OverAge.mask, max_staleness=1, mini_batches=1)
     young = make_batch(lengths, version=5)
     versions_T = young.versions_T.clone()
-    versions_T[4:10] = 3  # response 1 is two versions old at version 5
+    versions_T[:4] = 3  # response 0, which is correct, is two versions old at version 5
     masked, without = make_trainer(cfg), make_trainer(cfg)
     metrics = masked.step(replace(young, versions_T=versions_T), version=5, is_warmup=False)
-    without.step(young.select(torch.tensor([0, 2, 3])), version=5, is_warmup=False)
+    without.step(young.select(torch.tensor([1, 2, 3])), version=5, is_warmup=False)
     for a, b in zip(parameters(masked), parameters(without), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
-    assert metrics["staleness/masked_fraction"] == pytest.approx(6 / 22)
+    assert metrics["staleness/masked_fraction"] == pytest.approx(4 / 22)
     assert metrics["staleness/token_max"] == 2.0
 
 
@@ -349,12 +369,12 @@ def test_learning_rate_warms_up_linearly() -> None:
     assert trainer.policy.optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_a_restored_trainer_goes_on_exactly_like_the_saved_one() -> None:
-    trainer = make_trainer(config(mini_batches=4, **EVERYTHING))
+def test_a_restored_trainer_goes_on_exactly_like_the_saved_one(tmp_path: Path) -> None:
+    trainer, twin = (make_trainer(config(mini_batches=4, **EVERYTHING)) for _ in range(2))
     trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
-    twin = make_trainer(config(mini_batches=4, **EVERYTHING))
-    state = trainer.state_dict()
-    twin.load_state_dict(state)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, 0, trainer)
+    checkpointer.load(1, twin)
     for each in (trainer, twin):
         each.step(make_batch(LENGTHS, seed=3), 1, is_warmup=False)
     assert all(torch.equal(a, b) for a, b in zip(parameters(trainer), parameters(twin), strict=True))
