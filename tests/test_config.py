@@ -1,0 +1,211 @@
+"""Loading, merging and refusing configurations; every shipped recipe loads."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from common.config import (
+    RECIPES,
+    Aggregation,
+    Config,
+    ConfigError,
+    TransferBackend,
+    load_config,
+    read_config,
+    save_config,
+)
+
+MODEL = "model.path=configs/models/chain_sum"
+NAMES = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
+WITH_OWN_MODEL = ("demo", "number_walk")  # the others need one that is not shipped, or go on top of a task
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+
+
+def refusal(overrides: Sequence[str], files: Sequence[str] = ()) -> str:
+    """The message with which `overrides` are refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, [MODEL, *overrides])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_recipe_loads(name: str) -> None:
+    if name in WITH_OWN_MODEL:
+        load_config([name], [])
+    else:
+        load_config([name], [MODEL])
+
+
+@pytest.mark.parametrize("task", WITH_OWN_MODEL)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in WITH_OWN_MODEL and "qwen" not in n])
+def test_every_algorithm_and_ablation_goes_on_top_of_a_task(task: str, name: str) -> None:
+    before, after = load_config([task], []), load_config([task, name], [])
+    assert after.name == task and after.model == before.model
+    assert after.rollout.prompts_per_step * after.rollout.group_size == 128
+    assert after.actors.groups_in_flight * after.rollout.group_size == 128
+
+
+def test_each_ablation_changes_its_own_part_only() -> None:
+    base = load_config(["number_walk"], [])
+    for name in (n for n in NAMES if n.startswith("ablations/")):
+        ablated = load_config(["number_walk", name], [])
+        changed = {f.name for f in dataclasses.fields(Config) if getattr(ablated, f.name) != getattr(base, f.name)}
+        assert changed == ({"rollout", "actors"} if name.endswith("no_group_sampling") else {"algorithm"}), name
+
+
+def test_vapo_is_the_default_algorithm() -> None:
+    assert load_config(["vapo"], [MODEL]).algorithm == load_config([], [MODEL]).algorithm
+
+
+def test_later_files_and_then_overrides_win(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\nlearner: {steps: 5, mini_batches: 2}\n")
+    (tmp_path / "b.yaml").write_text("learner: {steps: 6}\n")
+    config = load_config([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [MODEL, "seed=3"])
+    assert (config.seed, config.learner.steps, config.learner.mini_batches) == (3, 6, 2)
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config(
+        [],
+        [MODEL, "learner.policy.learning_rate=1e-3", "algorithm.aggregation=sequence", "cores=[1,0]", "name=7"],
+    )
+    assert config.learner.policy.learning_rate == 1e-3
+    assert config.algorithm.aggregation is Aggregation.sequence
+    assert config.cores == [1, 0]
+    assert config.name == "7"
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(["demo"], ["cores=[0]", "algorithm.dual_clip=3.0"])
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert load_config([str(tmp_path / "config.yaml")], []) == config
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_reading_does_not_ask_for_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {path: gone}\n")
+    assert read_config(tmp_path / "config.yaml").model.path == "gone"
+
+
+def test_shipped_models_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(load_config(["demo"], []).model.path)
+    assert path.is_absolute() and path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.gama=1", ("algorithm.gama", "did you mean algorithm.gamma?")),
+        ("learner.max_staleness=3", ("learner.max_staleness", "did you mean staleness.max_staleness?")),
+        ("steps=3", ("did you mean learner.steps?",)),
+        ("learner.policy.learnin_rate=1", ("did you mean learner.policy.learning_rate?",)),
+        ("learner.steps=many", ("learner.steps=many", "Integer")),
+        ("learner.steps=1.5", ("learner.steps=1.5",)),
+        ("algorithm.advantage=gea", ("algorithm.advantage=gea", "gae, grpo, rloo")),
+        ("learner=3", ("learner=3",)),
+        ("eval=null", ("eval=",)),
+        ("cores=[a]", ("cores[0]=a",)),
+        ("learner.steps", ("'learner.steps'", "section.key=value")),
+        ("learner.steps=[1", ("learner.steps=[1",)),
+        ("name=${oc.env:NO_SUCH_VARIABLE}", ("name", "NO_SUCH_VARIABLE")),
+    ],
+)
+def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str, ...]) -> None:
+    message = refusal([override])
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["name=a/b"], ("name='a/b'",)),
+        (["cores=[1,1]"], ("cores=[1, 1]",)),
+        (["weights.publish_every=2", "staleness.max_staleness=0"], ("publish_every=2", "max_staleness=0")),
+        (["staleness.exact=true", "staleness.max_staleness=0"], ("staleness.exact",)),
+        (["weights.backend=nccl"], ("weights.backend=nccl", "device=cpu", "use gloo")),
+        (["device=cuda"], ("weights.backend=gloo", "use nccl")),
+        (["learner.ranks=4", "learner.replicas=3"], ("learner.replicas=3", "learner.ranks=4")),
+        (["algorithm.dual_clip=1.0"], ("algorithm.dual_clip=1.0", "above 1")),
+        (["algorithm.gamma=1.1"], ("algorithm.gamma=1.1", "at most 1")),
+        (["learner.batch_timeout_s=nan"], ("learner.batch_timeout_s=nan",)),
+        (["rollout.group_size=1", "algorithm.dynamic_sampling=true"], ("rollout.group_size=1", "dynamic_sampling")),
+        (["rollout.group_size=1", "algorithm.advantage=rloo"], ("rollout.group_size=1", "advantage=rloo")),
+        (["rollout.prompts_per_step=1", "rollout.group_size=2"], ("learner.mini_batches=4", "2 responses")),
+        (["rollout.max_tokens=256"], ("model.max_model_len=256", "rollout.max_tokens=256")),
+        (["learner.tokens_per_micro_batch=100"], ("tokens_per_micro_batch=100", "256")),
+        (["algorithm.advantage=grpo"], ("critic_warmup_steps=50", "advantage=grpo")),
+        (
+            ["algorithm.advantage=grpo", "algorithm.critic_warmup_steps=0", "algorithm.value_target=vtrace"],
+            ("value_target=vtrace", "needs a critic"),
+        ),
+        (["model.path=nowhere"], ("model.path=nowhere", "run.py prepare")),
+        (["model.critic_path=nowhere"], ("model.critic_path=nowhere",)),
+        (["eval.num_prompts=300"], ("eval.num_prompts=300", "task.num_heldout=256")),
+        (["reward.correct=-1"], ("reward.correct=-1",)),
+        (["reward.overlong_penalty=true"], ("overlong_buffer=4096", "max_tokens=128")),
+        (["reward.overlong_buffer=10"], ("reward.overlong_buffer=10", "overlong_penalty=true")),
+        (["algorithm.policy_lambda=0.9"], ("policy_lambda=0.9", "length_adaptive_alpha=null")),
+        (["algorithm.truncation=3", "algorithm.correction=none"], ("truncation=3", "no effect")),
+        (["algorithm.mask_low=0.1"], ("mask_low=0.1", "icepop")),
+        (["algorithm.vtrace_c_bar=2"], ("vtrace_c_bar=2", "vtrace")),
+        (["model.dtype=bfloat16"], ("weights.probe_tolerance=0.001", "bfloat16")),
+        (["transport.heartbeat_timeout_s=0.1"], ("heartbeat_timeout_s=0.1",)),
+        (["verifier.function=module.function"], ("verifier.function=module.function", "module:function")),
+        (["transport.port=70000"], ("transport.port=70000", "65535")),
+    ],
+)
+def test_what_cannot_work_together_is_refused_with_the_values(overrides: list[str], words: tuple[str, ...]) -> None:
+    message = refusal(overrides)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["staleness.max_staleness=0"],
+        ["algorithm.length_adaptive_alpha=null", "algorithm.policy_lambda=0.9"],
+        ["algorithm.correction=icepop", "algorithm.mask_low=0.1"],
+        ["device=cuda", "weights.backend=nccl", "model.dtype=bfloat16", "weights.probe_tolerance=0.1"],
+        ["learner.policy.learning_rate=0"],
+        ["learner.steps=0"],
+    ],
+)
+def test_unusual_but_possible_combinations_are_accepted(overrides: list[str]) -> None:
+    config = load_config([], [MODEL, *overrides])
+    assert config.weights.backend in TransferBackend
+
+
+def test_a_missing_model_says_what_to_set() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path is not set"):
+        load_config([], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("learner: [1, 2\n", "not readable YAML"),
+        ("- 1\n", "mapping"),
+        ("seed: 1\nseed: 2\n", "not readable YAML"),
+        ("leaner: {steps: 1}\n", "did you mean learner"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    message = refusal([], [str(path)])
+    assert str(path) in message and words in message
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    message = refusal([], ["dmo"])
+    assert "dmo" in message and "demo" in message and "ablations/no_clip_higher" in message

@@ -1,0 +1,153 @@
+"""What `train` starts, how the pieces find each other, and what it refuses to touch."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from common.config import RECIPES, Config, ConfigError, load_config
+from common.launcher import (
+    actor_specs,
+    learner_specs,
+    lock_run,
+    prepare_run_dir,
+    rank_environment,
+    reserve_port,
+    wait_for_endpoint,
+    with_cores,
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(["demo"], [f"runs_dir={tmp_path}", "name=trial", "learner.ranks=2", "actors.count=2"])
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "run.py", *arguments], cwd=RECIPES.parent, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_ranks_get_the_environment_of_torchrun_and_the_first_one_the_console(config: Config) -> None:
+    first, second = learner_specs(config, port=1234)
+    assert second.environment.items() >= rank_environment(1, 2, 1234).items()
+    assert (first.is_leader, first.is_echoed, second.is_leader, second.is_echoed) == (True, True, True, False)
+    assert rank_environment(1, 2, 1234)["MASTER_PORT"] == "1234"
+
+
+def test_actors_wait_for_the_learner_of_their_run(config: Config) -> None:
+    first, second = actor_specs(config)
+    assert f"file:{config.run_dir / 'endpoint'}" in first.command
+    assert (first.name, second.name) == ("actor-0", "actor-1")
+    assert first.restarts == config.actors.restarts and not first.is_leader
+
+
+def test_threads_follow_the_cores(config: Config) -> None:
+    spec = with_cores(actor_specs(config)[0], (3, 5))
+    assert spec.cores == (3, 5)
+    assert spec.environment["OMP_NUM_THREADS"] == "2"
+    assert spec.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_gpus_go_to_the_ranks_first_and_too_few_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(
+        ["demo"],
+        ["device=cuda", "weights.backend=nccl", "actors.count=2", "actors.tensor_parallel_size=2"],
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5,6")
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in actor_specs(config)] == ["3,4", "5,6"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match="need 5 GPUs, but 1 are visible"):
+        actor_specs(config)
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(config: Config) -> None:
+    prepare_run_dir(config, overwrite=False)
+    (config.run_dir / "metrics.jsonl").write_text("{}\n")
+    (config.run_dir / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"already holds a run: choose another name=\.\.\., or pass --overwrite"):
+        prepare_run_dir(config, overwrite=False)
+    prepare_run_dir(config, overwrite=True)
+    assert sorted(path.name for path in config.run_dir.iterdir()) == ["config.yaml", "logs", "notes.txt"]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(config: Config) -> None:
+    config.run_dir.mkdir()
+    (config.run_dir / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="not a run directory"):
+        prepare_run_dir(config, overwrite=True)
+    assert (config.run_dir / "thesis.tex").exists()
+
+
+def test_a_run_directory_has_one_train_at_a_time(config: Config) -> None:
+    with lock_run(config), pytest.raises(ConfigError, match="is being trained now"), lock_run(config):
+        pass
+    with lock_run(config):
+        pass
+
+
+def test_a_reserved_port_is_free_for_the_store_and_for_nobody_else() -> None:
+    with reserve_port() as port:
+        with socket.socket() as stranger, pytest.raises(OSError) as caught:
+            stranger.bind(("127.0.0.1", port))
+        assert caught.value.errno == errno.EADDRINUSE
+        with socket.socket() as store:
+            store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            store.bind(("0.0.0.0", port))
+            store.listen()
+
+
+def test_the_endpoint_is_awaited(tmp_path: Path) -> None:
+    path = tmp_path / "endpoint"
+    timer = threading.Timer(0.2, path.write_text, args=["tcp://127.0.0.1:5555\n"])
+    timer.start()
+    try:
+        assert wait_for_endpoint(f"file:{path}", timeout_s=30.0) == "tcp://127.0.0.1:5555"
+    finally:
+        timer.join()
+    assert wait_for_endpoint("tcp://host:1", timeout_s=0.0) == "tcp://host:1"
+
+
+def test_a_learner_that_never_comes_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"no learner wrote its address to .*endpoint within 0.1 s"):
+        wait_for_endpoint(f"file:{tmp_path / 'endpoint'}", timeout_s=0.1)
+    with pytest.raises(ConfigError, match="must be tcp"):
+        wait_for_endpoint("somewhere", timeout_s=0.1)
+
+
+def test_forbidden_cores_are_named(config: Config) -> None:
+    missing = max(os.sched_getaffinity(0)) + 1000
+    result = run("train", "-c", "demo", f"runs_dir={config.runs_dir}", f"cores=[{missing}]")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: cores=[{missing}] holds [{missing}]")
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("train", "-c", "demo", "learner.step=1"), "error: unknown setting learner.step in the command line: did you"),
+        (("train", "-c", "demo", "model.path=nowhere"), "error: model.path=nowhere is not a Hugging Face model folder"),
+        (("train", "-c", "nowhere.yaml"), "error: no configuration file nowhere.yaml"),
+        (("inspect", "nowhere"), "error: nowhere is not a run directory"),
+        (("learner", "--config", "nowhere.yaml"), "error: no configuration file nowhere.yaml"),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence_and_code_2(arguments: tuple[str, ...], sentence: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(sentence)
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_a_rank_started_alone_says_how_to_start_all(config: Config, tmp_path: Path) -> None:
+    prepare_run_dir(config, overwrite=False)
+    result = run("learner", "--config", str(config.run_dir / "config.yaml"))
+    assert result.returncode == 2
+    assert "torchrun --nproc-per-node 2" in result.stderr

@@ -1,0 +1,87 @@
+"""The closing summary, from hand-made run directories."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import Config, ConfigError, ModelConfig, save_config
+from common.metrics import RunLog, Value
+from common.report import render, summary
+from run import main
+
+
+def run_dir(folder: Path, rows: list[dict[str, Value]]) -> Path:
+    """A run whose line i+1 is rows[i]."""
+    save_config(Config(name="trial", model=ModelConfig(path="gone")), folder / "config.yaml")
+    with RunLog(folder) as log:
+        for step, values in enumerate(rows, start=1):
+            log.log(step, values)
+    return folder
+
+
+def step(seconds: float, **values: Value) -> dict[str, Value]:
+    return {"time/step_s": seconds, **{name.replace("__", "/"): value for name, value in values.items()}}
+
+
+def test_counts_are_last_values_rates_are_totals_over_time_and_shares_are_weighted_by_time(tmp_path: Path) -> None:
+    rows = [
+        step(1.0, version=0, tokens__generated=100, tokens__trained=50, actors__idle_fraction=0.0, drops__stale=0),
+        step(3.0, version=1, tokens__generated=800, tokens__trained=400, actors__idle_fraction=0.4, drops__stale=2),
+    ]
+    result = summary(run_dir(tmp_path, rows))
+    assert (result.num_steps, result.num_versions, result.wall_s) == (2, 1, 4.0)
+    assert (result.generated_tokens, result.generated_per_s) == (800, 200.0)
+    assert (result.trained_tokens, result.trained_per_s) == (400, 100.0)
+    assert result.actors_idle == pytest.approx(0.3)
+    assert result.learner_idle is None
+    assert result.drops == {"stale": 2}
+
+
+def test_staleness_is_weighted_by_tokens(tmp_path: Path) -> None:
+    rows = [
+        step(1.0, staleness__hist={0: 30.0}, staleness__token_max=0),
+        step(1.0, staleness__hist={0: 20.0, 2: 50.0}, staleness__token_max=2),
+    ]
+    result = summary(run_dir(tmp_path, rows))
+    assert result.staleness_hist == {0: 50.0, 2: 50.0}
+    assert (result.staleness_mean, result.staleness_max) == (1.0, 2.0)
+    text = render(result)
+    assert "mean 1.00, max 2 of at most 2 versions" in text
+    assert "2 old  50.0% ####################\n" in text
+
+
+def test_accuracy_is_shown_before_during_and_after_with_its_version(tmp_path: Path) -> None:
+    rows: list[dict[str, Value]] = [
+        {"accuracy/heldout": 0.44, "accuracy/version": 0},
+        step(1.0, accuracy__heldout=0.7, accuracy__version=10),
+        {"accuracy/heldout": 0.89, "accuracy/version": 30},
+    ]
+    result = summary(run_dir(tmp_path, rows))
+    assert [point.accuracy for point in result.evaluations] == [0.44, 0.7, 0.89]
+    assert "0.440 -> 0.890 (held out, avg@4); during: 0.700 for version 10" in render(result)
+
+
+def test_a_run_that_measured_nothing_yet_is_still_rendered(tmp_path: Path) -> None:
+    text = render(summary(run_dir(tmp_path, [{"version": 0}])))
+    assert "not evaluated yet" in text and "not measured" in text and "no group" in text
+
+
+def test_drops_are_listed_by_reason(tmp_path: Path) -> None:
+    text = render(summary(run_dir(tmp_path, [step(1.0, drops__stale=3, drops__actor_lost=1, drops__failed=0)])))
+    assert "4 groups: actor_lost 1, stale 3" in text
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run directory"):
+        summary(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {path: x}\n")
+    with pytest.raises(ConfigError, match="no step has ended"):
+        summary(tmp_path)
+
+
+def test_inspect_prints_the_summary_and_explains_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_dir(tmp_path, [step(2.0, version=1)])
+    assert main(["inspect", str(folder)]) == 0
+    assert capsys.readouterr().out == render(summary(folder)) + "\n"
+    assert main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing'} is not a run directory: it has no config.yaml\n"
