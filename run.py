@@ -4,8 +4,8 @@
     python run.py inspect runs/demo                  the closing summary of a run, again
     python run.py --help                             all commands
 
-Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on
-stderr; 128 + n stopped by signal n; else the code of the process that failed first.
+Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on stderr;
+1 somebody was waited for in vain; 128 + n stopped by signal n; else the code of the process that failed first.
 
 Commands import what they need after parsing, so that `--help` needs neither torch nor vLLM.
 """
@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         if error.filename is None:  # not about a path that the user can have meant
             raise
-        return _fail(f"{error.filename} does not exist")
+        return _fail(error, f"{error.filename} does not exist", USER_ERROR)
     except (ValueError, TimeoutError) as error:
-        if _is_programming_error(error):
+        if _is_raised_by_library(error):
             raise
-        return _fail(str(error))
+        return _fail(error, str(error), USER_ERROR if isinstance(error, ValueError) else 1)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -115,21 +115,26 @@ def _begin_role(name: str) -> None:
     )
 
 
-def _fail(message: str) -> int:
+def _fail(error: Exception, message: str, code: int) -> int:
+    """One sentence for the reader; a role's log also gets the traceback, unless the mistake is in the configuration."""
+    if logging.getLogger().handlers and not isinstance(error, ConfigError):
+        logging.getLogger(__name__).error("the role ends", exc_info=error)
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return USER_ERROR
+    return code
 
 
-def _is_programming_error(error: BaseException) -> bool:
-    """Whether a library raised `error`, which takes a traceback to understand.
-
-    One that our own code raised is the user's mistake, and its sentence is enough.
-    """
+def _is_raised_by_library(error: BaseException) -> bool:
+    """Then it takes the traceback to understand it; what our own code raises is a sentence for the user."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     home = Path(__file__).resolve().parent
-    return trace is None or home not in Path(trace.tb_frame.f_code.co_filename).resolve().parents
+    own = {home / "run.py", *(home / package for package in ("actors", "common", "configs", "learner"))}
+    return trace is None or own.isdisjoint(_and_parents(Path(trace.tb_frame.f_code.co_filename).resolve()))
+
+
+def _and_parents(path: Path) -> set[Path]:
+    return {path, *path.parents}
 
 
 def _parser() -> argparse.ArgumentParser:
