@@ -44,7 +44,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from common.report import render, summary
 
     config = load_config(arguments.config, arguments.overrides)
-    print(f"training {config.name} in {config.run_dir} (logs in {config.run_dir / 'logs'})", flush=True)
     outcome = train(config, arguments.overwrite)
     if outcome.message is not None:
         print(f"error: {outcome.message}", file=sys.stderr)

@@ -46,6 +46,8 @@ def train(config: Config, overwrite: bool) -> Outcome:
         specs = learner_specs(config, port) + actor_specs(config)
         shares = deal_cores(cores, len(specs))
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
+        places = ", ".join(f"{spec.name} on {','.join(map(str, spec.cores))}" for spec in specs)
+        print(f"{config.run_dir}: starting on cores: {places}; this takes about half a minute", flush=True)
         return Supervisor(specs, config.run_dir / "logs").run()
 
 

@@ -217,7 +217,7 @@ class Supervisor:
         if child.spec.is_leader or not (child.is_ready or child.was_ready):
             return Outcome(exit_code=child.exit_code, message=child.how_it_ended())
         if child.num_starts > child.spec.restarts:
-            message = f"{child.how_it_ended()}, after {child.spec.restarts} restarts"
+            message = f"{child.how_it_ended()}; its {child.spec.restarts} restarts are used up"
             return Outcome(exit_code=child.exit_code, message=message)
         backoff_s = min(2.0 ** (child.num_starts - 1), MAX_BACKOFF_S)
         child.start_again_at = time.monotonic() + backoff_s

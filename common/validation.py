@@ -111,6 +111,7 @@ def validate(config: Config) -> None:
     _check_staleness(config)
     _check_sizes(config)
     _check_rewards(config)
+    _check_critic_path(config)
     _check_critic(config.algorithm)
     _check_unused(config.algorithm, config.reward)
 
@@ -153,6 +154,14 @@ def _check_models(config: Config) -> None:
             f"{key}={value} is not a Hugging Face model folder (no config.json there): give one, "
             "or make the base model of a built-in task with `run.py prepare TASK`",
         )
+
+
+def _check_critic_path(config: Config) -> None:
+    _refuse_if(
+        config.model.critic_path is not None and config.algorithm.advantage is not AdvantageEstimator.gae,
+        f"model.critic_path={config.model.critic_path} has no effect: algorithm.advantage="
+        f"{config.algorithm.advantage} has no critic",
+    )
 
 
 def _check_device(config: Config) -> None:

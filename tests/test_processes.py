@@ -141,7 +141,7 @@ def test_restarts_are_limited(log_dir: Path) -> None:
     rows = [leader(SLEEP), follower(READY + "raise SystemExit(7)", restarts=1)]
     code, message, _ = finish(start(log_dir, rows))
     assert code == 7
-    assert message.endswith("after 1 restarts")
+    assert message.endswith("its 1 restarts are used up")
 
 
 def test_a_follower_that_never_gets_ready_is_named(log_dir: Path) -> None:
