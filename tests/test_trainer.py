@@ -357,6 +357,23 @@ def test_gradient_that_is_not_finite_stops_the_step_before_the_update() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
 
 
+def test_whitening_is_over_the_whole_batch() -> None:
+    plain = make_trainer(config()).step(make_batch(LENGTHS), 0, is_warmup=False)
+    white = make_trainer(config(whiten_advantages=True)).step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert (white["gae/advantage_mean"], white["gae/advantage_std"]) == pytest.approx((0.0, 1.0), abs=1e-5)
+    assert abs(plain["gae/advantage_std"] - 1.0) > 1e-2
+
+
+def test_vtrace_targets_shrink_with_the_ratio_of_old_to_behavior() -> None:
+    """One token a response, zero critic: the target is min(1, rho) R, the loss the mean of its half square."""
+    batch = on_policy(make_batch([1, 1]), TablePolicy())
+    log_rho_T = torch.tensor([0.4, 1.6]).log()
+    batch = replace(batch, behavior_logprobs_T=batch.behavior_logprobs_T - log_rho_T)
+    cfg = config(value_target=ValueTarget.vtrace, mini_batches=1)
+    loss = make_trainer(cfg).step(batch, 0, is_warmup=True)["critic/value_loss"]
+    assert loss == pytest.approx((0.4**2 + 1.0) / 4, rel=1e-5)
+
+
 def test_learning_rate_warms_up_linearly() -> None:
     cfg = config(mini_batches=2, learning_rate=1.0)
     slow = replace(cfg.learner.policy, warmup_steps=4)
