@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from torch.optim import Optimizer
 from common.types import JSON
 
 logger = logging.getLogger(__name__)
+
+# One process without a process group is a supported setup, not an accident to warn of at every save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON values
 RNG_KEY = "rng_state"
@@ -131,9 +135,7 @@ class Checkpointer:
         data = (folder / "data.bin").read_bytes()
         return Resumed(step=info["step"], version=info["version"], data=data)
 
-    def _finish(
-        self, staged: Future[Any], temporary: Path, step: int, info: dict[str, JSON], data: bytes
-    ) -> None:
+    def _finish(self, staged: Future[Any], temporary: Path, step: int, info: dict[str, JSON], data: bytes) -> None:
         staged.result()
         self._complete(temporary, step, info, data)
 
@@ -143,13 +145,15 @@ class Checkpointer:
             return
         _write_synced(temporary / "state.json", json.dumps(info).encode())
         _write_synced(temporary / "data.bin", data)
-        folder = step_folder(self.directory, step)
-        if folder.exists():  # a run that was resumed at this step and saves it again
-            folder.rename(self.directory / f"incomplete_replaced_{step:08d}")
+        saves = [save for saved, save in _complete_saves(self.directory) if saved == step]
+        folder = _save_folder(self.directory, step, saves[-1] + 1 if saves else 0)
         temporary.rename(folder)
-        for old in complete_steps(self.directory)[: -self.keep]:
-            shutil.rmtree(step_folder(self.directory, old))
         logger.info("checkpoint %s is complete", folder)
+        kept = complete_steps(self.directory)[-self.keep :]
+        for saved, save in _complete_saves(self.directory):
+            old = _save_folder(self.directory, saved, save)
+            if saved not in kept or (saved == step and old != folder):
+                shutil.rmtree(old)
 
     def _where(self, folder: Path) -> dict[str, Any]:
         return {"checkpoint_id": folder, "process_group": self._group, "no_dist": self._group is None}
@@ -160,13 +164,27 @@ class Checkpointer:
 
 
 def step_folder(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
+    """The complete checkpoint of `step`. Raises ValueError when there is none."""
+    saves = [save for saved, save in _complete_saves(directory) if saved == step]
+    if not saves:
+        raise ValueError(f"there is no checkpoint of step {step} in {directory}, it has {complete_steps(directory)}")
+    return _save_folder(directory, step, saves[-1])
 
 
 def complete_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints in `directory`, oldest first."""
-    matches = (re.fullmatch(r"step_(\d+)", path.name) for path in directory.glob("step_*"))
-    return sorted(int(match.group(1)) for match in matches if match)
+    return sorted({step for step, _ in _complete_saves(directory)})
+
+
+def _save_folder(directory: Path, step: int, save: int) -> Path:
+    """A step that is saved again (by a resumed run) gets a new name, so that the old one serves until then."""
+    return directory / (f"step_{step:08d}.{save}" if save else f"step_{step:08d}")
+
+
+def _complete_saves(directory: Path) -> list[tuple[int, int]]:
+    """(step, how many times it had been saved before), in that order."""
+    matches = (re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name) for path in directory.glob("step_*"))
+    return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
 
 
 def network_state(network: nn.Module, optimizer: Optimizer) -> StateDict:
@@ -206,9 +224,7 @@ def load_parameters(folder: Path, prefix: str, network: nn.Module) -> None:
 
     `prefix` is where `network_state` sits in the saved state dict, such as "policy".
     """
-    tensors = {
-        f"{prefix}/parameters/{name}": parameter.detach() for name, parameter in network.named_parameters()
-    }
+    tensors = {f"{prefix}/parameters/{name}": parameter.detach() for name, parameter in network.named_parameters()}
     _read_tensors(folder, tensors, None)
 
 
@@ -262,16 +278,13 @@ def _join(flat: Mapping[str, Any]) -> StateDict:
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint {folder}")
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         size = getattr(saved.get(name), "size", None)
         if size != tensor.shape:
             found = "is missing" if size is None else f"has shape {tuple(size)}"
             raise ValueError(
-                f"checkpoint {folder} is of another model: tensor {name} {found}, "
-                f"expected {tuple(tensor.shape)}"
+                f"checkpoint {folder} is of another model: tensor {name} {found}, expected {tuple(tensor.shape)}"
             )
     dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
 
