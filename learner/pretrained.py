@@ -25,6 +25,7 @@ from learner.attention import IMPLEMENTATION
 
 # Settings that change the logits after the output layer; learner/logprobs.py computes a plain linear layer.
 UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 SHARD_BYTES = 4 << 30
 
 
@@ -37,19 +38,7 @@ def load_causal_lm(path: str, tie_word_embeddings: bool | None, has_weights: boo
     post-processes its logits.
     """
     config = read_config(path)
-    hf_logging.disable_progress_bar()  # logs are files
-    if has_weights:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=IMPLEMENTATION,
-            output_loading_info=True,
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"model folder {path} lacks the weights {sorted(report['missing_keys'])}")
-    else:
-        model = allocate(AutoModelForCausalLM, config)
+    model = _load(AutoModelForCausalLM, path, config) if has_weights else allocate(AutoModelForCausalLM, config)
     if model.get_output_embeddings().bias is not None:
         raise ValueError(f"the output layer of {path} has a bias, which is not supported")
     tie = config.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings
@@ -66,21 +55,15 @@ def load_value_model(path: str, has_weights: bool) -> tuple[PreTrainedModel, Ten
         return load_causal_lm(path, None, has_weights).base_model, None
     if config.num_labels != 1:
         raise ValueError(f"critic folder {path} has {config.num_labels} labels, a value model has one")
-    if has_weights:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, attn_implementation=IMPLEMENTATION
-        )
-    else:
-        model = allocate(AutoModelForSequenceClassification, config)
+    auto_class = AutoModelForSequenceClassification
+    model = _load(auto_class, path, config) if has_weights else allocate(auto_class, config)
     return model.base_model, model.score.weight.detach()
 
 
 def read_config(path: str) -> PreTrainedConfig:
     """The folder's configuration. Raises ValueError when there is none or it is not supported."""
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"model folder {path} has no config.json, set model.path to a Hugging Face model folder"
-        )
+        raise ValueError(f"model folder {path} has no config.json, set model.path to a Hugging Face model folder")
     config = AutoConfig.from_pretrained(path)
     for name in UNSUPPORTED_LOGITS:
         if getattr(config, name, None) not in (None, 1.0):
@@ -88,10 +71,21 @@ def read_config(path: str) -> PreTrainedConfig:
     return config
 
 
-def allocate(
-    auto_class: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
-    config: PreTrainedConfig,
-) -> PreTrainedModel:
+def _load(auto_class: AutoClass, path: str, config: PreTrainedConfig) -> PreTrainedModel:
+    hf_logging.disable_progress_bar()  # logs are files
+    model, report = auto_class.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=IMPLEMENTATION,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"model folder {path} lacks the weights {sorted(report['missing_keys'])}")
+    return model
+
+
+def allocate(auto_class: AutoClass, config: PreTrainedConfig) -> PreTrainedModel:
     """A model whose parameters are uninitialised: untouched pages cost no RAM until they are written."""
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
@@ -130,9 +124,7 @@ def write_folder(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for file in tokenizer_path.iterdir():
-        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".gguf") or file.name.endswith(
-            ".index.json"
-        )
+        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".gguf") or file.name.endswith(".index.json")
         if file.is_file() and not is_weights and file.name != "config.json":
             shutil.copy2(file, out_dir / file.name)
     shards: list[list[str]] = []
