@@ -29,17 +29,17 @@ Value = float | Mapping[int, float]
 # name in metrics, label on the console, format: what one progress line shows, in this order
 CONSOLE = (
     ("accuracy/heldout", "accuracy", ".3f"),
-    ("reward/mean", "reward", "+.2f"),
+    ("reward/mean", "reward", "+z.2f"),
     ("length/mean", "length", ".0f"),
     ("staleness/token_mean", "stale", ".2f"),
     ("staleness/token_max", "max", ".0f"),
-    ("critic/explained_variance", "ev", "+.2f"),
+    ("critic/explained_variance", "ev", "+z.2f"),
     ("policy/entropy", "entropy", ".2f"),
     ("offpolicy/ess", "ess", ".2f"),
     ("throughput/generated_tokens_per_s", "gen/s", ",.0f"),
     ("throughput/trained_tokens_per_s", "train/s", ",.0f"),
-    ("actors/idle_fraction", "idle actors", ".0%"),
-    ("learner/idle_fraction", "learner", ".0%"),
+    ("actors/idle_fraction", "idle actors", "z.0%"),
+    ("learner/idle_fraction", "learner", "z.0%"),
     ("time/step_s", "s", ".1f"),
 )
 
