@@ -95,9 +95,7 @@ def _decay(factor_B: Tensor, cu_seqlens_B1: Tensor, like_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gae(
-    values_T: Tensor, rewards_B: Tensor, cu_seqlens_B1: Tensor, gae_lambda_B: Tensor, gamma: float = 1.0
-) -> Tensor:
+def gae(values_T: Tensor, rewards_B: Tensor, cu_seqlens_B1: Tensor, gae_lambda_B: Tensor, gamma: float = 1.0) -> Tensor:
     """Generalised advantage estimates with a lambda per response, (T,).
 
     A_t = SUM_{k=0}^{l-1-t} (gamma lambda)^k delta_{t+k},  t = 0 .. l-1   (VAPO eq. 3, arXiv 1506.02438)
@@ -107,9 +105,7 @@ def gae(
 
 
 @torch.no_grad()
-def monte_carlo_returns(
-    rewards_B: Tensor, cu_seqlens_B1: Tensor, num_tokens: int, gamma: float = 1.0
-) -> Tensor:
+def monte_carlo_returns(rewards_B: Tensor, cu_seqlens_B1: Tensor, num_tokens: int, gamma: float = 1.0) -> Tensor:
     """G_t = gamma^(l-1-t) R, (T,): the outcome itself at gamma = 1, with no value in it that could cancel."""
     returns_T = expand(rewards_B, cu_seqlens_B1, num_tokens)
     if gamma == 1.0:

@@ -309,9 +309,7 @@ def update_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Me
     metrics = _clip_metrics(sums, maxima)
     for network in ("critic", "policy"):
         updates = sums.get(f"{network}/updates", 0.0)
-        per_update = (
-            name for name in sums if name.startswith(f"{network}/") and not name.endswith("/updates")
-        )
+        per_update = (name for name in sums if name.startswith(f"{network}/") and not name.endswith("/updates"))
         metrics |= {name: sums[name] / updates for name in per_update} | {f"{network}/updates": updates}
     return metrics
 

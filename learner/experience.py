@@ -115,9 +115,7 @@ def policy_lambda(algorithm: AlgorithmConfig, lengths_B: Tensor) -> Tensor:
     return adv.length_adaptive_lambda(lengths_B, algorithm.length_adaptive_alpha)
 
 
-def policy_advantages(
-    algorithm: AlgorithmConfig, batch: Batch, mine: Tensor, values_T: Tensor | None
-) -> Tensor:
+def policy_advantages(algorithm: AlgorithmConfig, batch: Batch, mine: Tensor, values_T: Tensor | None) -> Tensor:
     """Advantages of the share at `mine` before whitening, (T,): from `values_T`, or from its groups' rewards.
 
     With V-trace targets the advantages stay GAE: the correction weight of the loss already accounts for the
@@ -128,9 +126,7 @@ def policy_advantages(
         assert values_T is not None, "GAE needs values"
         cu_seqlens_B1 = share.response_cu_seqlens_B1.to(values_T.device)
         lambda_B = policy_lambda(algorithm, cu_seqlens_B1.diff())
-        return adv.gae(
-            values_T, share.rewards_B.to(values_T.device), cu_seqlens_B1, lambda_B, algorithm.gamma
-        )
+        return adv.gae(values_T, share.rewards_B.to(values_T.device), cu_seqlens_B1, lambda_B, algorithm.gamma)
     is_grpo = algorithm.advantage is AdvantageEstimator.grpo
     estimator = adv.group_normalised_advantages if is_grpo else adv.leave_one_out_advantages
     advantages_B = estimator(batch.rewards_B, batch.group_index_B)[mine]

@@ -161,9 +161,7 @@ def test_no_responses_give_no_advantages() -> None:
     assert whiten(none, none.bool()).shape == (0,)
 
 
-lengths_strategy = st.lists(
-    st.one_of(st.integers(1, 6), st.integers(60, 70), st.integers(120, 200)), max_size=6
-)
+lengths_strategy = st.lists(st.one_of(st.integers(1, 6), st.integers(60, 70), st.integers(120, 200)), max_size=6)
 unit = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0))
 
 

@@ -91,17 +91,13 @@ def test_clip_higher_widens_the_upper_edge_only() -> None:
         (0.5, 1.0, -0.5, -0.5),
     ],
 )
-def test_dual_clip_bounds_negative_advantages_only(
-    u: float, advantage: float, loss: float, gradient: float
-) -> None:
+def test_dual_clip_bounds_negative_advantages_only(u: float, advantage: float, loss: float, gradient: float) -> None:
     assert policy_gradient(u, advantage, dual_clip=3.0) == pytest.approx((loss, gradient), abs=1e-12)
 
 
 def test_weights_and_scale_multiply_loss_and_gradient() -> None:
     logprobs = tensor(0.0, 0.1, -0.1).requires_grad_()
-    loss = policy_loss(
-        logprobs, tensor(0, 0, 0), tensor(1, -1, 2), tensor(2, 0.5, 0), tensor(0.1, 0.2, 0.3), **CLIP
-    )
+    loss = policy_loss(logprobs, tensor(0, 0, 0), tensor(1, -1, 2), tensor(2, 0.5, 0), tensor(0.1, 0.2, 0.3), **CLIP)
     loss.backward()
     expected = [-0.2, 0.1 * math.exp(0.1), 0.0]
     assert loss.item() == pytest.approx(sum(expected))
@@ -154,9 +150,7 @@ def test_dis_gradient_is_the_banded_ratio_times_the_advantage_for_both_signs() -
     r = tensor(0.6, 0.8, 1.0, 5.0, 7.0, 5.0)
     advantages = tensor(1.0, 1.0, 1.0, 1.0, 1.0, -2.0)
     logprobs = r.log().requires_grad_()
-    dis_loss(
-        logprobs, torch.zeros_like(r), advantages, torch.ones_like(r), dis_low=0.3, dis_high=5.0
-    ).backward()
+    dis_loss(logprobs, torch.zeros_like(r), advantages, torch.ones_like(r), dis_low=0.3, dis_high=5.0).backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.8, -1.0, -5.0, 0.0, 10.0])
 
@@ -244,9 +238,7 @@ def test_losses_of_any_split_add_up_to_the_loss_of_the_whole(lengths: list[int],
         x, old_x, a, m = logprobs[piece], old[piece], advantages[piece], mask[piece]
         weights = correction_weights(old_x, x, Correction.decoupled, **BANDS)
         by_token, by_response = token_scale(m, int(mask.sum())), sequence_scale(m, cu, sum(responses))
-        losses = [
-            policy_loss(x, old_x, a, weights, s, **CLIP, dual_clip=3.0) for s in (by_token, by_response)
-        ]
+        losses = [policy_loss(x, old_x, a, weights, s, **CLIP, dual_clip=3.0) for s in (by_token, by_response)]
         return torch.stack([*losses, value_loss(x, old_x, a, by_token, 0.2), kl_loss(x, old_x, by_token)])
 
     whole = total(slice(None), lengths)
