@@ -1,23 +1,42 @@
 """Equality of two answers as texts: what they can be read as, and whether any reading of one is one of the other."""
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
 from actors.verifier.equal import nodes_equal
 from actors.verifier.notation import join_comma_groups, normalize
 from actors.verifier.parse import parse
-from actors.verifier.tokens import ParseError
-from actors.verifier.tree import Node, Symbol, Text
+from actors.verifier.tokens import MAX_LENGTH, ParseError
+from actors.verifier.tree import Node, Number
+from actors.verifier.vocabulary import NUMBER_WORDS
 
 _PREFIX = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)?\s*(?=\S)", re.IGNORECASE)
-_CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*[.):]\s*\S|^\(\s*([A-J])\s*\)\s*\S")
+_CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*[.):]\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)(?![a-z])\s*")
-_ELLIPSIS = re.compile(r"\s+")
-_LAST_CLAUSE = re.compile(r"^[A-Za-z' ,]*[A-Za-z][^$\\]*\b(?:is|it's|equals)\s+([^\sA-Za-z][^\s]*)$")
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+_GROUPED = re.compile(r"\{([^{}]*)\}")
+_WORDY = re.compile(r"[A-Za-z',.;-]*[A-Za-z]{3}[A-Za-z',.;-]*")
+_HEX = re.compile(r"([0-9A-F]+)_\{?(1[1-6])\}?", re.IGNORECASE)
+_LOG = re.compile(r"\\?log(?!\s*_)(?![a-z])")
+_LAST_CLAUSE = re.compile(r"[A-Za-z',\s\d.]*\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
+_DENIED_NUMBER = re.compile(r"\bnot\s+(?:it's\s+not\s+)?-?[\d.]+")
+_DOUBT = re.compile(
+    r"\b(?:or|maybe|perhaps|possibly|either|unless|guess|not\s+\d|never|wrong|false|if)\b", re.IGNORECASE
+)
+_SAYINGS = {
+    **dict.fromkeys(("allrealnumbers", "allreals", "therealnumbers", "allrealvalues"), r"\mathbb{R}"),
+    **dict.fromkeys(("nosolution", "nosolutions", "norealsolution", "norealsolutions"), r"\emptyset"),
+    **dict.fromkeys(("theemptyset", "emptyset", "nosolutionexists", "nosolutionsexist"), r"\emptyset"),
+    **dict.fromkeys(("dne", "itdoesnotexist"), r"\text{doesnotexist}"),
+    **NUMBER_WORDS,
+}
 
 
 def texts_equal(a: str, b: str) -> bool:
     """Whether two answers are equal as text or in one of their readings as mathematics."""
+    if max(len(a), len(b)) > 2 * MAX_LENGTH:
+        return a.strip() == b.strip() and _has_content(a)
     a, b = _clean(a), _clean(b)
     if not _has_content(a) or not _has_content(b):
         return False
@@ -30,38 +49,64 @@ def texts_equal(a: str, b: str) -> bool:
 
 def _clean(text: str) -> str:
     normal = normalize(_PREFIX.sub("", normalize(text)))
-    clause = _LAST_CLAUSE.match(normal)
-    return clause.group(1) if clause else normal
+    clause = _LAST_CLAUSE.fullmatch(normal)
+    if clause and not _DOUBT.search(_DENIED_NUMBER.sub("", normal)):
+        normal = normalize(clause.group(1))
+    return _SAYINGS.get(_literal(normal), normal)
 
 
 def _has_content(text: str) -> bool:
-    return any(c.isalnum() for c in text) or "emptyset" in text or "varnothing" in text
+    return any(c.isalnum() for c in text)
 
 
 def _literal(text: str) -> str:
-    """The text without spaces and text macros; words compare without case, symbols with."""
-    plain = _ELLIPSIS.sub("", _TEXT_MACRO.sub("", text)).strip("{}.")
-    return plain.lower() if re.fullmatch(r"[A-Za-z']{3,}|(?:[A-Za-z]{2,}[,.;{} ]*){3,}", plain) else plain
+    """The text without text macros and without spaces, except between digits; words in lower case."""
+    plain = _SPACE.sub("", _TEXT_MACRO.sub("", text))
+    if grouped := _GROUPED.fullmatch(plain):
+        plain = grouped.group(1)
+    bare = plain.replace("{", "").replace("}", "")
+    return bare.lower() if _WORDY.fullmatch(bare) else plain
 
 
 def _choice_equal(a: str, b: str) -> bool | None:
     """A letter of a multiple-choice question against "C. x = 42" or "(C) 42"; None: not such a question."""
     for letter, other in ((a, b), (b, a)):
         plain = _literal(letter).strip("(){}")
-        found = _CHOICE.match(_TEXT_MACRO.sub("", other).replace("{", "").replace("}", ""))
-        if re.fullmatch("[A-J]", plain) and found:
-            return plain == (found.group(1) or found.group(2))
+        label = _split_label(other)
+        if re.fullmatch("[A-J]", plain) and label:
+            return plain == label[0]
     return None
+
+
+def _split_label(text: str) -> tuple[str, str] | None:
+    """(letter, content) of a choice that is given with its content."""
+    found = _CHOICE.match(_TEXT_MACRO.sub("", text).replace("{(", "(").replace(")}", ")"))
+    return (found[1] or found[3], found[2] or found[4]) if found else None
 
 
 @lru_cache(maxsize=256)
 def _readings(text: str) -> tuple[Node, ...]:
-    """The trees that a text can stand for: with commas as digit separators first, then as list separators."""
-    spellings = dict.fromkeys((join_comma_groups(text), text))
-    trees = []
-    for spelling in spellings:
+    """The trees that a text can stand for.
+
+    More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; (A) 5 is
+    a choice with its label.
+    """
+    if found := _HEX.fullmatch(text):
         try:
-            trees.append(parse(spelling))
-        except (ParseError, ValueError, RecursionError):
-            continue
-    return tuple(tree for tree in trees if not isinstance(tree, Text | Symbol) or len(trees) >= 1)
+            return (Number(Fraction(int(found[1], int(found[2])))),)
+        except ValueError:  # a digit beyond the base
+            return ()
+    spellings = dict.fromkeys((join_comma_groups(text), text))
+    if _LOG.search(text):
+        spellings |= dict.fromkeys(_LOG.sub(r"\\log_{10}", spelling) for spelling in list(spellings))
+    if label := _split_label(text):
+        spellings[label[1]] = None
+    trees = [tree for spelling in spellings if (tree := _try_parse(spelling)) is not None]
+    return tuple(dict.fromkeys(trees))
+
+
+def _try_parse(spelling: str) -> Node | None:
+    try:
+        return parse(spelling)
+    except (ParseError, ValueError):
+        return None

@@ -1,3 +1,4 @@
+
 """Whether two answers say the same: dispatch on what they are (number, tuple, set, equation, matrix, words).
 
 Symmetric by construction: each rule for a pair of different kinds is tried in both orders.
@@ -13,6 +14,7 @@ from actors.verifier.tree import (
     Constant,
     Matrix,
     Node,
+    Number,
     Quantity,
     Relation,
     Sequence,
@@ -82,7 +84,7 @@ def _one_way(a: Node, b: Node) -> bool:
             value = value_of(a)
             if value is not None and nodes_equal(value, b):
                 return True
-        case Sequence(brackets="{}", items=(item,)) if not isinstance(b, Sequence):
+        case Sequence(brackets="{}", items=(item,)) if not isinstance(b, Sequence) or b.brackets == "()":
             return nodes_equal(item, b)
         case Apply(function="in") if not (isinstance(b, Apply) and b.function == "in"):
             return nodes_equal(a.arguments[1], b)
@@ -137,16 +139,22 @@ def _is_clearly_a_set(node: Node) -> bool:
 
 
 def _ratios_equal(a: Apply, b: Apply) -> bool:
-    """a:b:c as proportions. A part of zero, as in the time 12:00, must be met by the same numbers."""
+    """a:b:c as proportions, unless it may be a time of day such as 10:30, which is no proportion."""
     x, y = a.arguments, b.arguments
     if len(x) != len(y):
         return False
     if _items_equal(list(x), list(y), is_ordered=True):
         return True
-    zero = {key(n) for n in (*x, *y)} & {"0"}
-    return not zero and all(
+    return not (_is_time(a) or _is_time(b)) and all(
         nodes_equal(Apply("*", (x[i], y[j])), Apply("*", (x[j], y[i]))) for i, j in combinations(range(len(x)), 2)
     )
+
+
+def _is_time(ratio: Apply) -> bool:
+    match ratio.arguments:
+        case (Number(value=hours), Number(value=minutes)):
+            return hours <= 24 and (minutes == 0 or 10 <= minutes < 60)
+    return False
 
 
 def _sequences_equal(a: Sequence, b: Sequence) -> bool:
@@ -233,10 +241,11 @@ def value_of(relation: Relation) -> Node | None:
     if not set(relation.operators) <= {"=", "≈"}:
         return None
     sides = list(relation.sides)
-    if "≈" in relation.operators and "=" in relation.operators:
-        sides = sides[: relation.operators.index("≈") + 1]
+    if "≈" in relation.operators:
+        is_only_named = relation.operators[0] == "≈" and is_name(sides[0])
+        sides = sides[:2] if is_only_named else sides[: relation.operators.index("≈") + 1]
     if len(sides) == 1:
-        sides = [sides[0], sides[0]]
+        return sides[0] if is_scalar(sides[0]) and not symbols(sides[0]) else None
     first, last = sides[0], sides[-1]
     if is_name(first):
         own = symbols(first) if isinstance(first, Symbol) else set()
@@ -244,7 +253,7 @@ def value_of(relation: Relation) -> Node | None:
     if is_name(last) and len(sides) == 2 and not symbols(first):
         return first
     is_constant = all(is_scalar(side) and not symbols(side) for side in sides)
-    return last if is_constant or relation.operators[0] == "≈" else None
+    return last if is_constant else None
 
 
 def is_name(node: Node) -> bool:
@@ -262,6 +271,7 @@ def is_name(node: Node) -> bool:
 
 
 def _relations_equal(a: Relation, b: Relation) -> bool:
+    b = _with_variable_of(a, b)
     value_a, value_b = value_of(a), value_of(b)
     if value_a is not None and value_b is not None:
         names = a.sides[0], b.sides[0]
@@ -277,6 +287,18 @@ def _relations_equal(a: Relation, b: Relation) -> bool:
             return False
         rest.pop(match)
     return True
+
+
+def _with_variable_of(a: Relation, b: Relation) -> Relation:
+    """`b`, with f(t) = t^2 written in the variable of `a`, which is f(x) = ...: the name does not matter."""
+    match a.sides[0], b.sides[0]:
+        case (
+            Apply(function=f, arguments=(Symbol() as new,)),
+            Apply(function=g, arguments=(Symbol() as old,)),
+        ) if f == g and f.startswith("call:") and new.name not in symbols(b):
+            renamed = replace(b, old, new)
+            return renamed if isinstance(renamed, Relation) else b
+    return b
 
 
 def _links(relation: Relation) -> list[tuple[str, Node, Node]]:

@@ -1,3 +1,4 @@
+
 """Finds the final answer in a response. Linear in the length of the response, whatever it contains."""
 
 import re
@@ -8,10 +9,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\[dtc]?frac\s*(?:\d\d|\{[^{}]*\}\s*\{[^{}]*\})|\\[a-zA-Z]+|-?[\w.]+")
 _GAP_NOISE = re.compile(r"\\q?quad(?![a-z])|\\[,;:! ()\[\]]|[$~{}]|\\(?:text|textrm|mbox|mathrm)(?![a-z])")
 _CONNECTING_GAP = re.compile(
-    r"\s*(?:[,;&]|(?:[,;]\s*)?(?:\w+ ){0,6}(?:and|or))\s*(?:\(\w\)\s*)?(?:[A-Za-z](?:_\w+)?\s*=\s*)?\s*",
+    r"\s*(?:[,;&]|(?:[,;]\s*)?(?:\(?\w+\)?\s+){0,6}(?:and|or))\s*(?:\(\w\)\s*)?(?:[A-Za-z](?:_\w+)?\s*=\s*)?\s*",
     re.IGNORECASE,
 )
-_ANSWER_LINE = re.compile(r"^[\s*#>_]*(?:final\s+)?answer[\s*_]*[:=][\s*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_ANSWER_LINE = re.compile(r"^[ \t*#>_]*(?:final[ \t]+)?answer[ \t*_]*[:=][ \t*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _PHRASE = re.compile(
     r"\b(?:final\s+answer|answer)\**\s*(?:(?:is|are|equals|:|=)\s*)+(?:indeed|thus|therefore|simply)?\s*"
@@ -28,7 +29,10 @@ _NUMBER = re.compile(
     r"(?:\s*(?:\\?%|m²|m³|°))?"
 )
 _COMMA_DECIMAL = re.compile(r"(?<![\w.,])(\d+),(\d{2})(?=\s*[$€£])")
-_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|not|isn't|unless|guess)\b", re.IGNORECASE)
+_HEDGE = re.compile(
+    r"\b(?:or|maybe|perhaps|possibly|either|not|isn't|unless|guess|but|could|might|alternatively|between|from|to)\b",
+    re.IGNORECASE,
+)
 _SQUARE = re.compile(r"(?<![\w\\\]])\[([^\[\]\n]{1,200})\](?!\()")
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _CHAT = re.compile(r"<\|[^|<>]{1,40}\|>")
@@ -60,6 +64,19 @@ def extract(response: str, mode: Extraction) -> str | None:
     if mode is Extraction.ANSWER_LINE:
         return _last_group(_ANSWER_LINE, final)
     return _last_group(_HASHES, final) if mode is Extraction.HASHES else None
+
+
+def stated_answer(text: str) -> str:
+    """The answer that a reference, or an answer given with its explanation, states: its box, or what follows ####,
+    or what a long text says the answer is; else the text as it stands."""
+    if "boxed" in text or "fbox" in text:
+        box = last_box(text)
+        return box[1] if box is not None else _BOX.sub("", text.replace("\\\\", "\\")).lstrip("{")
+    if "####" in text and (marked := _last_group(_HASHES, text)) is not None:
+        return marked
+    if len(text) > 200:
+        return _from_phrase(text[-_TAIL_CHARS:]) or text
+    return text
 
 
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
@@ -129,6 +146,8 @@ def _extract_anywhere(text: str, box: tuple[int, str] | None) -> str | None:
             return box[1]
         stated = _from_phrase(visible)
         return stated if stated is not None else box[1]
+    if len(visible) < 200 and not re.search(r"(?<![A-Za-z\\])[A-Za-z]{3,}", visible):
+        return visible.strip() or None  # nothing but a formula
     return _from_phrase(visible) or _from_prose(visible)
 
 
@@ -148,7 +167,7 @@ def _from_phrase(text: str) -> str | None:
 
 def _statement(sentence: str) -> str | None:
     """The answer within a sentence such as "The volume of $ABCD$ is 120"."""
-    sentence = sentence.strip().strip('"“”').strip()
+    sentence = sentence.replace('\\"', " ").strip(' \t\n"“”')
     if re.search(r"[A-Za-z]{3,}.*\s(?:is|are|equals)\s", sentence):
         sentence = re.split(r"\s(?:is|are|equals)\s", sentence)[-1]
     if not re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}", _MATH.sub(" ", sentence)):

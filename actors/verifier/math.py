@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from actors.verifier.extract import Extraction, extract, last_box
+from actors.verifier.extract import Extraction, extract, stated_answer
 from actors.verifier.heavy import load_mpmath, load_sympy
 from common.types import Verdict
 
@@ -58,7 +58,7 @@ def answers_equal(a: str, b: str) -> bool:
         return False
     from actors.verifier.compare import texts_equal  # pylatexenc and the parser: not for plain integers
 
-    return texts_equal(_unboxed(a), _unboxed(b))
+    return texts_equal(stated_answer(a), stated_answer(b))
 
 
 def _plain_number(text: str) -> Fraction | None:
@@ -68,8 +68,3 @@ def _plain_number(text: str) -> Fraction | None:
         return None
     whole, places = found.groups()
     return Fraction(int(whole)) if places is None else Fraction(f"{whole}.{places}")
-
-
-def _unboxed(text: str) -> str:
-    box = last_box(text) if "box" in text else None
-    return box[1] if box is not None else text

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  the signs of mathematics are meant as they stand
 """Brings the spellings of one answer to plain LaTeX, before it is parsed: unicode, markdown, spacing, digit groups."""
 
 import re
@@ -37,10 +38,10 @@ _THIN_JOIN = re.compile(r"(?<=\d)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\
 _SPACE_GROUPS = re.compile(r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d]| *[/\\])")
 _COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _MIXED = re.compile(r"(?<![\w.}^/)])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
-_HYPHEN_MIXED = re.compile(r"^(\d+)-(\d+)/(\d+)$")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
-_TAIL = re.compile(r"(?:\s|\\\\|\\$|(?<!\.)\.$|[,;:]|\\[,;!: ]$|~)+$")
-_HEAD = re.compile(r"^(?:\s|[:=]|\\[,;!: ]|~)+")
+_TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
+_HEAD = re.compile(r"[:=~]|\\[,;!: ]")
 _SIMPLE = (
     (re.compile(r"<\|[^|<>]*\|>"), " "),
     (re.compile(r"\\n(?![a-z])"), " "),
@@ -52,6 +53,7 @@ _SIMPLE = (
     (re.compile(r"\\(q?quad)(?=[a-zA-Z])"), r"\\\1 "),
     (re.compile(r"\\(?:ldots|dots|cdots|dotsc|dotsb|hdots)(?![a-zA-Z])"), "..."),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\\\d])"), r" \1 "),
     (re.compile(r"(?<!\\)%"), r"\\%"),
     (re.compile(r"(?<!\\)#"), r"\\#"),
 )
@@ -70,13 +72,24 @@ def normalize(text: str) -> str:
     text = _strip(_DELIMITERS.sub(" ", text))
     text = _THIN_JOIN.sub("", text)
     text = _SPACE_GROUPS.sub(lambda found: found.group().replace(" ", ""), text)
-    text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
-    text = _HYPHEN_MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
+    text = _TIMES_TEN.sub(r"\\times ", _MIXED.sub(_spell_mixed, text))
     return _METRES.sub(lambda found: rf"\text{{{found.group(1) or found.group(3)}}}{found.group(2) or ''}", text)
 
 
 def _strip(text: str) -> str:
-    return _HEAD.sub("", _TAIL.sub("", text))
+    """Without the spaces and punctuation around the answer; an ellipsis stays."""
+    text = text.strip()
+    while (found := _HEAD.match(text)) is not None:
+        text = text[found.end() :].lstrip()
+    while (found := _TAIL.search(text, max(0, len(text) - 3))) is not None:
+        text = text[: found.start()].rstrip()
+    return text
+
+
+def _spell_mixed(found: re.Match[str]) -> str:
+    """1 1/2 as a sum; an improper fraction after a space is left as it is, and refused by the parser."""
+    whole, top, bottom = found.groups()
+    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if int(top) < int(bottom) else found.group()
 
 
 def _from_unicode(text: str) -> str:

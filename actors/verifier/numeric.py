@@ -6,12 +6,14 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from actors.verifier.heavy import load_mpmath
-from actors.verifier.tree import Apply, Constant, Node, Number, Symbol
+from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, walk
 
 Value: TypeAlias = Any  # mpmath's mpf or mpc, which carry no type stubs
 
 MAX_BITS = 200_000  # of an exact integer; larger powers and factorials are evaluated approximately
 MAX_FACTORIAL = 10_000
+MAX_STEPS = 20_000  # nodes visited in one evaluation; sums visit their term again and again
+MAX_ARGUMENT_BITS = 1000  # of an argument of sin and the like
 MAX_MAGNITUDE = 1 << 40  # bits of the exponent of an approximate value; beyond: Undefined
 
 
@@ -38,6 +40,8 @@ def _rational(node: Node) -> Fraction | None:
 
 
 def _rational_apply(function: str, x: list[Fraction]) -> Fraction | None:
+    if sum(v.numerator.bit_length() + v.denominator.bit_length() for v in x) > 4 * MAX_BITS:
+        return None
     match function:
         case "+":
             return sum(x, Fraction(0))
@@ -113,11 +117,10 @@ def _integer_root(value: int, n: int) -> int | None:
         return root if root * root == value else None
     if value < 2:
         return value
-    low, high = 1, 1 << (value.bit_length() // n + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**n <= value else (low, middle - 1)
-    return low if low**n == value else None
+    root = 1 << -(-value.bit_length() // n)  # Newton's method from above
+    while (better := ((n - 1) * root + value // root ** (n - 1)) // n) < root:
+        root = better
+    return root if root**n == value else None
 
 
 def evaluate(node: Node, digits: int, bindings: dict[str, Fraction] | None = None) -> Value:
@@ -128,7 +131,7 @@ def evaluate(node: Node, digits: int, bindings: dict[str, Fraction] | None = Non
     even root or logarithm of a negative number is then Undefined. Raises Undefined.
     """
     mpmath = load_mpmath()
-    is_complex = bindings is None or any(isinstance(n, Constant) and n.name == "i" for n in _nodes(node))
+    is_complex = bindings is None or any(isinstance(n, Constant) and n.name == "i" for n in walk(node))
     with mpmath.workdps(digits + 5):
         try:
             value = _Evaluator(mpmath, bindings or {}, is_complex).value(node)
@@ -139,20 +142,18 @@ def evaluate(node: Node, digits: int, bindings: dict[str, Fraction] | None = Non
         return value
 
 
-def _nodes(node: Node) -> list[Node]:
-    from actors.verifier.tree import walk
-
-    return list(walk(node))
-
-
 class _Evaluator:
     """Evaluates one tree within mpmath's current precision."""
 
     def __init__(self, mpmath: ModuleType, bindings: dict[str, Fraction], is_complex: bool) -> None:
         self._mp, self._bindings, self._is_complex = mpmath, bindings, is_complex
+        self._steps = MAX_STEPS
 
     def value(self, node: Node) -> Value:
         mp = self._mp
+        self._steps -= 1
+        if self._steps < 0:
+            raise Undefined("too much work")
         match node:
             case Number():
                 return self._fraction(node.value)
@@ -207,6 +208,8 @@ class _Evaluator:
                 return self._real_function(function, x)
         if function.startswith("call:") or function in ("overline", "det"):
             return self._unknown(function, x)
+        if abs(x[0]) >= mp.ldexp(1, MAX_ARGUMENT_BITS):
+            raise Undefined("argument too large")
         return getattr(mp, _MPMATH_NAMES.get(function, function))(*x)
 
     def _real_function(self, function: str, x: list[Value]) -> Value:
@@ -240,20 +243,20 @@ class _Evaluator:
         if base != 0:
             self._check_size(exponent * mp.log(abs(base), 2) if abs(base) != 1 else mp.mpf(0))
         exact = rational(exponent_node)
+        if exact is not None and 1 < exact.denominator <= 64:
+            return self._root(base, mp.mpf(exact.denominator)) ** exact.numerator
         is_negative = not isinstance(base, mp.mpc) and base < 0
         if not is_negative or (exact is not None and exact.denominator == 1):
             return base ** (exact.numerator if exact is not None and exact.denominator == 1 else exponent)
-        if exact is not None and exact.denominator % 2 == 1:
-            magnitude = (-base) ** exponent
-            return -magnitude if exact.numerator % 2 else magnitude
         if not self._is_complex and exponent != mp.nint(exponent):
             raise Undefined("power of a negative number")
         return base**exponent
 
     def _root(self, base: Value, index: Value) -> Value:
         mp = self._mp
-        n = int(mp.nint(index)) if not isinstance(index, mp.mpc) else 0
-        if n != index or not 1 <= abs(n) <= 10_000:
+        is_small = not isinstance(index, mp.mpc) and abs(index) <= 10_000
+        n = int(mp.nint(index)) if is_small else 0
+        if n != index or n == 0:
             return base ** (1 / index)
         if isinstance(base, mp.mpc) or base >= 0:
             return mp.root(base, n) if n > 0 else 1 / mp.root(base, -n)
@@ -271,12 +274,16 @@ class _Evaluator:
     def _series(self, node: Apply) -> Value:
         variable, first_node, last_node, term = node.arguments
         first, last = self.value(first_node), self.value(last_node)
+        if abs(first) > 1e6 or abs(last) > 1e6:
+            raise Undefined("series")
         if not isinstance(variable, Symbol) or first != int(first) or last != int(last) or last - first > 1000:
             raise Undefined("series")
         terms = []
         for k in range(int(first), int(last) + 1):
             inner = _Evaluator(self._mp, {**self._bindings, variable.name: Fraction(k)}, self._is_complex)
+            inner._steps = self._steps
             terms.append(inner.value(term))
+            self._steps = inner._steps
         return self._mp.fsum(terms) if node.function == "sum" else self._mp.fprod(terms)
 
     def _unknown(self, function: str, x: list[Value]) -> Value:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001, RUF002  the signs of mathematics are meant as they stand
 """From tokens to the expression tree: a recursive descent parser for the notation of mathematical answers.
 
     answer  list ((";") list)*                       several items are a list, see Sequence
@@ -12,10 +13,10 @@
 Whatever is not in this grammar raises ParseError; the caller then compares it as text.
 """
 
-import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from actors.verifier.build import apply_function, flat, in_base, magnitude_and_unit, product
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token, repeating_decimal, tokenize
 from actors.verifier.tree import (
@@ -31,15 +32,33 @@ from actors.verifier.tree import (
     Sequence,
     Symbol,
     Text,
+    depth,
     negate,
     symbols,
 )
-from actors.verifier.vocabulary import CONSTANT_NAMES, UNITS
+from actors.verifier.vocabulary import CONSTANT_NAMES
 
+MAX_DEPTH = 100  # of the tree
 _CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
 _CLOSING = {"|": "|", "⌊": "⌋", "⌈": "⌉", "<": ">"}
 _PRIMARY = frozenset(
-    ["sym", "const", "letter", "func", "group", "frac", "root", "binom", "overline", "matrix", "series", "numbers", "mark", "lim", "empty"]
+    [
+        "sym",
+        "const",
+        "letter",
+        "func",
+        "group",
+        "frac",
+        "root",
+        "binom",
+        "overline",
+        "matrix",
+        "series",
+        "numbers",
+        "mark",
+        "lim",
+        "empty",
+    ]
 )
 _ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
 _SEPARATORS = frozenset({"comma", "and"})
@@ -47,7 +66,13 @@ _SEPARATORS = frozenset({"comma", "and"})
 
 def parse(latex: str) -> Node:
     """The tree of one answer in normal notation (see notation.normalize). Raises ParseError."""
-    return _parse_all(tokenize(latex))
+    try:
+        node = _parse_all(tokenize(latex))
+    except RecursionError as error:
+        raise ParseError("too deep") from error
+    if depth(node) > MAX_DEPTH:
+        raise ParseError("too deep")
+    return node
 
 
 def _parse_all(tokens: tuple[Token, ...]) -> Node:
@@ -56,11 +81,6 @@ def _parse_all(tokens: tuple[Token, ...]) -> Node:
     if parser.peek() is not None:
         raise ParseError(f"unexpected {parser.peek()}")
     return node
-
-
-def _flat(tokens: tuple[Token, ...]) -> str:
-    """The tokens of a subscript as one string."""
-    return "".join(token.text + "".join(_flat(part) for part in token.parts) for token in tokens)
 
 
 class _Parser:
@@ -138,7 +158,9 @@ class _Parser:
             self._take()
             return Relation(("=",), (Symbol(" ".join(words)), self._side()))
         while (token := self.peek()) is not None and token.kind not in (*_SEPARATORS, "semi", "close"):
-            words.append(_flat((self._take(),)))
+            if token.kind not in ("word", "letter", "num", "sym", "const"):
+                raise ParseError("a formula among words")
+            words.append(self._take().text)
         return Text(" ".join(words))
 
     def _side(self) -> Node:
@@ -158,8 +180,13 @@ class _Parser:
             raise ParseError("words after an expression")
         pieces: list[str] = []
         while (token := self.peek()) is not None and token.kind in ("word", "letter", "op", "group", "num"):
-            pieces.append(_flat((self._take(),)))
-        return Quantity(node, _unit(pieces))
+            if token.kind in ("op", "num") and (token.text == ":" or (token.kind == "num" and pieces[-1] != "^")):
+                raise ParseError("a number after a unit")
+            pieces.append(flat((self._take(),)))
+        factor, unit = magnitude_and_unit(pieces)
+        if factor != 1:
+            node = product(Number(factor), node)
+        return Quantity(node, unit) if unit else node
 
     def _ratio(self) -> Node:
         parts = [self._sum()]
@@ -190,7 +217,7 @@ class _Parser:
         node = self._factor()
         while True:
             if self._accept("op", "*"):
-                node = _product(node, self._signed_factor())
+                node = product(node, self._signed_factor())
             elif self._at("op", "/") and not self._is_unit(self.peek(1)):
                 self._take()
                 node = Apply("/", (node, self._signed_factor()))
@@ -199,7 +226,7 @@ class _Parser:
             elif self._accept("op", "choose"):
                 node = Apply("binomial", (node, self._factor()))
             elif self._starts_factor(node):
-                node = _product(node, self._factor())
+                node = product(node, self._factor())
             else:
                 return node
 
@@ -247,12 +274,12 @@ class _Parser:
                 return self._called(node)
 
     def _subscripted(self, node: Node) -> Node:
-        subscript = _flat((self._take(),)).strip("()")
+        subscript = flat((self._take(),)).strip("()")
         if isinstance(node, Symbol):
             return Symbol(f"{node.name}_{subscript}")
         before = self._tokens[self._position - 3]
         if isinstance(node, Number) and before.kind == "num" and before.text.isdigit():
-            return _in_base(before.text, subscript)
+            return in_base(before.text, subscript)
         raise ParseError("subscript")
 
     def _raised(self, node: Node) -> Node:
@@ -315,7 +342,7 @@ class _Parser:
                 return self._series(token.text)
             case "lim":
                 self._accept("op", "_")
-                return Apply(f"call:lim {_flat((self._take(),))}", (self._term(),))
+                return Apply(f"call:lim {flat((self._take(),))}", (self._term(),))
             case "mark":
                 return Apply(f"call:{token.text}", (self._term(),))
         return _structured(token)
@@ -325,13 +352,13 @@ class _Parser:
         after = self.peek()
         is_integer = token.text.isdigit()
         if after is not None and after.kind == "overline" and "." in token.text:
-            period = _flat(after.parts[0])
+            period = flat(after.parts[0])
             if not period.isdigit():
                 raise ParseError("repeating digits")
             self._take()
             return Number(repeating_decimal(token.text, period))
         if is_integer and after is not None and after.kind == "frac":
-            top, bottom = (_flat(part) for part in after.parts)
+            top, bottom = (flat(part) for part in after.parts)
             if top.isdigit() and bottom.isdigit() and int(top) < int(bottom):
                 self._take()
                 return Number(token.value + Fraction(int(top), int(bottom)))
@@ -397,7 +424,7 @@ class _Parser:
         arguments = self._arguments()
         if power == Number(Fraction(-1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
             name, power = f"arc{name}", None
-        node = _apply_function(name, base, arguments)
+        node = apply_function(name, base, arguments)
         return Apply("^", (node, power)) if power is not None else node
 
     def _arguments(self) -> list[Node]:
@@ -408,12 +435,8 @@ class _Parser:
             return [self._primary()]
         node = negate(self._factor()) if self._accept("op", "-") else self._factor()
         while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
-            node = _product(node, self._factor())
+            node = product(node, self._factor())
         return [node]
-
-
-def _product(left: Node, right: Node) -> Node:
-    return Apply("*", (*left.arguments, right) if isinstance(left, Apply) and left.function == "*" else (left, right))
 
 
 def _structured(token: Token) -> Node:
@@ -440,57 +463,3 @@ def _structured(token: Token) -> Node:
             matrix = Matrix(rows)
             return determinant(matrix) if token.text == "vmatrix" else matrix
     raise ParseError(f"unexpected {token.kind} {token.text}")
-
-
-def _apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:
-    match name, arguments:
-        case "log", [x] if base is not None:
-            return Apply("log", (base, x))
-        case "log" | "ln", [x] if base is None:
-            return Apply("ln", (x,))
-        case "lg", [x]:
-            return Apply("log", (Number(Fraction(10)), x))
-        case "sqrt" | "cbrt", [x]:
-            return Apply("root", (x, Number(Fraction(2 if name == "sqrt" else 3))))
-        case "factorial", [x]:
-            return Apply("!", (x,))
-        case "coth", [x]:
-            return Apply("/", (Number(Fraction(1)), Apply("tanh", (x,))))
-        case "det", [Matrix() as matrix]:
-            return determinant(matrix)
-        case (("max" | "min" | "gcd" | "lcm"), [_, *_]):
-            return Apply(name, tuple(arguments))
-        case "binomial", [n, k]:
-            return Apply("binomial", (n, k))
-        case _, [x] if base is None and name not in ("binomial", "log", "det"):
-            return Apply(name, (x,))
-    raise ParseError(f"arguments of {name}")
-
-
-def _in_base(numeral: str, subscript: str) -> Node:
-    names = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-    base = int(subscript) if subscript.isdigit() and len(subscript) < 3 else names.get(subscript.lower(), 0)
-    if not 2 <= base <= 36:
-        raise ParseError("base")
-    try:
-        return Number(Fraction(int(numeral, base)))
-    except ValueError as error:
-        raise ParseError("digit beyond the base") from error
-
-
-def _unit(pieces: list[str]) -> str:
-    """One spelling for a unit: "square centimeters", "cm^2" and "centimeters^2" are all "cm^2"."""
-    unit, power = "", ""
-    for piece in pieces:
-        word = piece.lower().strip()
-        if word in ("square", "sq", "cubic", "cu"):
-            power = "^2" if word[0] == "s" else "^3"
-        elif word == "per":
-            unit += "/"
-        elif re.fullmatch("[a-z]+|%", word):
-            spelled = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
-            unit += ("" if not unit or unit.endswith("/") else " ") + spelled + power
-            power = ""
-        else:
-            unit += word
-    return unit

@@ -2,9 +2,9 @@
 
 * Two rationals are compared as fractions.
 * Two constants a, b: the difference is evaluated at two precisions. A difference that both show is not zero. For
-  expressions out of integers, + - * / and roots, the precision is chosen from a separation bound (below), so that a
-  difference of zero at that precision is a proof. Constants with pi, e, logarithms and the like have no known bound:
-  they must agree to 1000 digits.
+  expressions out of integers, + - * / and roots, the precision is chosen from a separation bound (below), so that
+  a difference of zero at that precision is a proof (up to 5000 digits; further is not looked). Constants with pi, e,
+  logarithms and the like have no known bound: they must agree to 1000 digits.
 * Expressions with variables must agree at NUM_POINTS random real points at 50 digits, over positive, negative and
   integer values; one point of disagreement rejects. Points at which either side is undefined do not count. Where too
   few points are left, only a proof by sympy accepts.
@@ -25,7 +25,7 @@ NUM_POINTS = 10
 DIGITS = 50
 TRANSCENDENTAL_DIGITS = 1000
 _MAX_ATTEMPTS = 60
-_MAX_DIGITS = 20_000
+_MAX_DIGITS = 5_000
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.
 _MIN_DIGITS_OF_APPROXIMATION = 10
 _FUNCTIONS_OF_INTEGERS = frozenset({"!", "binomial", "mod", "gcd", "lcm", "floor", "ceil"})
@@ -55,7 +55,7 @@ def _is_rounding(decimal: Node, value: Fraction, exact: Fraction) -> bool:
             denominator //= prime
     if denominator == 1:  # it could have been written exactly
         return False
-    places = len(str(value.denominator)) - 1  # at least the written places, since the denominator divides 10^places
+    places = int(value.denominator.bit_length() * log10(2)) if value.denominator > 1 else 0
     return abs(value - exact) <= Fraction(1, 10**places) and abs(value - exact) * 10**8 < abs(exact)
 
 
@@ -191,7 +191,7 @@ def _needs_integers(node: Node) -> bool:
 def _points(names: list[str], with_integers: bool) -> list[dict[str, Fraction]]:
     """Probe points: all variables in (0, 1), above 1, negative, of mixed sign, and integers where it matters."""
     generator = random.Random(20250407)
-    ranges = [(0.2, 0.95), (1.1, 4.0), (-3.0, -0.2), (-2.5, 2.5), (5.0, 20.0)]
+    ranges = [(0.2, 0.95), (1.1, 4.0), (-3.0, -0.2), (-2.5, 2.5), (5.0, 20.0), (100.0, 2000.0)]
     points = []
     for attempt in range(_MAX_ATTEMPTS):
         if with_integers and attempt % 2:

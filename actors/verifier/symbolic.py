@@ -3,6 +3,7 @@
 from typing import Any
 
 from actors.verifier.heavy import load_sympy
+from actors.verifier.numeric import MAX_BITS, MAX_FACTORIAL
 from actors.verifier.tree import Apply, Constant, Node, Number, Symbol
 
 # sympy objects are not typed here: sympy's annotations are partial.
@@ -52,7 +53,7 @@ def _apply(sympy: Any, function: str, x: list[Any]) -> Any:
         case "neg":
             return -x[0]
         case "^":
-            if x[0].is_number and x[1].is_number and abs(x[1]) > 10_000:
+            if x[0].is_number and x[1].is_number and abs(x[1]) * _bits(x[0]) > MAX_BITS:
                 raise NotImplementedError("power too large")
             return sympy.Pow(*x)
         case "root":
@@ -65,8 +66,15 @@ def _apply(sympy: Any, function: str, x: list[Any]) -> Any:
             return x[0] * sympy.pi / 180
         case "mod":
             return sympy.Mod(*x)
+    if function in ("!", "binomial") and any(v.is_number and abs(v) > MAX_FACTORIAL for v in x):
+        raise NotImplementedError("factorial too large")
     if function.startswith("call:"):
         return sympy.Function(function.removeprefix("call:"))(*x)
     if function not in _SYMPY_NAMES:
         raise NotImplementedError(function)
     return getattr(sympy, _SYMPY_NAMES[function])(*x)
+
+
+def _bits(number: Any) -> int:
+    """The size of an exact number; 64 for one that is not rational."""
+    return int(number.p).bit_length() + int(number.q).bit_length() if number.is_Rational else 64

@@ -265,7 +265,7 @@ def _from_chars(chars: str) -> tuple[Token, ...]:
 
 def _number(text: str) -> Token:
     mantissa, _, exponent = text.lower().partition("e")
-    if len(exponent) > 5:
+    if len(exponent) > 4:
         raise ParseError("exponent")
     is_decimal = "." in mantissa.rstrip(".")
     value = Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)

@@ -88,7 +88,7 @@ class Text:
 Node: TypeAlias = Number | Symbol | Constant | Apply | Relation | Sequence | Matrix | Quantity | Text
 
 ZERO, ONE, TWO = Number(Fraction(0)), Number(Fraction(1)), Number(Fraction(2))
-PI, E, I, INFINITY = Constant("pi"), Constant("e"), Constant("i"), Constant("oo")
+INFINITY = Constant("oo")
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -113,6 +113,15 @@ def walk(node: Node) -> Iterator[Node]:
         top = stack.pop()
         yield top
         stack.extend(children(top))
+
+
+def depth(node: Node) -> int:
+    """The number of nodes on the longest path down."""
+    level, found = [node], 0
+    while level:
+        found += 1
+        level = [child for parent in level for child in children(parent)]
+    return found
 
 
 def symbols(node: Node) -> set[str]:
@@ -167,7 +176,7 @@ def key(node: Node) -> str:
     """A string that is the same for trees that differ only in the order of sums and products."""
     match node:
         case Number():
-            return str(node.value)
+            return f"{node.value.numerator:x}/{node.value.denominator:x}"
         case Symbol() | Constant():
             return f"{type(node).__name__[0]}:{node.name}"
         case Apply():

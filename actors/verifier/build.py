@@ -1,0 +1,88 @@
+"""Builds tree nodes from the pieces that the parser has read: functions, numerals in a base, units."""
+
+import re
+from fractions import Fraction
+
+from actors.verifier.matrices import determinant
+from actors.verifier.tokens import ParseError, Token
+from actors.verifier.tree import Apply, Matrix, Node, Number
+from actors.verifier.vocabulary import MAGNITUDES, NOT_UNITS, UNITS
+
+
+def flat(tokens: tuple[Token, ...]) -> str:
+    """The tokens of a subscript as one string; different structures give different strings."""
+    return "".join(
+        flat(token.parts[0]) if token.kind == "group" else token.text + _flat_parts(token) for token in tokens
+    )
+
+
+def _flat_parts(token: Token) -> str:
+    return f"{token.kind}[{'|'.join(flat(part) for part in token.parts)}]" if token.parts else ""
+
+
+def product(left: Node, right: Node) -> Node:
+    return Apply("*", (*left.arguments, right) if isinstance(left, Apply) and left.function == "*" else (left, right))
+
+
+def apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:
+    match name, arguments:
+        case "log", [x] if base is not None:
+            return Apply("log", (base, x))
+        case "log" | "ln", [x] if base is None:
+            return Apply("ln", (x,))
+        case "lg", [x]:
+            return Apply("log", (Number(Fraction(10)), x))
+        case "sqrt" | "cbrt", [x]:
+            return Apply("root", (x, Number(Fraction(2 if name == "sqrt" else 3))))
+        case "factorial", [x]:
+            return Apply("!", (x,))
+        case "coth", [x]:
+            return Apply("/", (Number(Fraction(1)), Apply("tanh", (x,))))
+        case "det", [Matrix() as matrix]:
+            return determinant(matrix)
+        case (("max" | "min" | "gcd" | "lcm"), [_, *_]):
+            return Apply(name, tuple(arguments))
+        case "binomial", [n, k]:
+            return Apply("binomial", (n, k))
+        case _, [x] if base is None and name not in ("binomial", "log", "det"):
+            return Apply(name, (x,))
+    raise ParseError(f"arguments of {name}")
+
+
+def in_base(numeral: str, subscript: str) -> Node:
+    names = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+    base = int(subscript) if subscript.isdigit() and len(subscript) < 3 else names.get(subscript.lower(), 0)
+    if not 2 <= base <= 36:
+        raise ParseError("base")
+    try:
+        return Number(Fraction(int(numeral, base)))
+    except ValueError as error:
+        raise ParseError("digit beyond the base") from error
+
+
+def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
+    """The factor of words like "million" and one spelling for a unit.
+
+    "square centimeters", "cm^2" and "centimeters^2" are all "cm^2". Raises ParseError for words that change the value
+    or the meaning of the number before them.
+    """
+    factor, unit, power = Fraction(1), "", ""
+    for piece in pieces:
+        word = piece.lower().strip()
+        if word in NOT_UNITS:
+            raise ParseError(f"{word} after a number")
+        if word in MAGNITUDES and not unit:
+            factor *= MAGNITUDES[word]
+        elif word in ("square", "sq", "cubic", "cu"):
+            power = "^2" if word[0] == "s" else "^3"
+        elif word == "per":
+            unit += "/"
+        elif re.fullmatch("[a-z]+|%", word):
+            spelled = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
+            unit += ("" if not unit or unit.endswith("/") else " ") + spelled + power
+            power = ""
+        elif word in ("^", "/", "*", "2", "3", "-1", "-2"):
+            unit += word
+        else:
+            raise ParseError(f"{word} in a unit")
+    return factor, unit
