@@ -129,9 +129,7 @@ def test_heavy_modules_are_loaded_once_when_first_needed() -> None:
     assert in_pool(body, num_workers=2) == [wrong, wrong, correct, correct, correct, correct, correct]
 
 
-@pytest.mark.parametrize(
-    "function", ["no_such_module:verify", "verifier_plugins:absent", "verifier_plugins", ""]
-)
+@pytest.mark.parametrize("function", ["no_such_module:verify", "verifier_plugins:absent", "verifier_plugins", ""])
 def test_a_function_that_cannot_be_loaded_is_one_sentence_at_the_start(function: str) -> None:
     async def body(pool: VerifierPool) -> None:
         raise AssertionError("must not start")
@@ -150,7 +148,5 @@ def test_the_template_loads_neither_torch_nor_vllm_nor_sympy() -> None:
         "import sys, actors.verifier.template, actors.verifier.math\n"
         "print([m for m in ('torch', 'vllm', 'sympy', 'numpy.linalg') if m in sys.modules])"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "torch" not in printed.stdout and "vllm" not in printed.stdout and "sympy" not in printed.stdout

@@ -2,19 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
-from actors.verifier.heavy import HeavyImportNeeded
+from actors.verifier.heavy import load
 from common.types import Verdict
 
-_is_warm = False
-
-
-def warm() -> None:
-    global _is_warm
-    assert not _is_warm, "the template loads heavy modules once"
-    _is_warm = True
+_HEAVY = "xml.dom.minidom"  # stands for a large module that only some answers need
 
 
 def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
@@ -27,10 +22,9 @@ def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
             print("7 wrong\n" * 1000, flush=True)
             return Verdict.CORRECT
         case "is warm":
-            return Verdict.CORRECT if _is_warm else Verdict.WRONG
+            return Verdict.CORRECT if _HEAVY in sys.modules else Verdict.WRONG
         case "need warmth":
-            if not _is_warm:
-                raise HeavyImportNeeded
+            load(_HEAVY)
             return Verdict.CORRECT
     _ruin(response)
     return Verdict.UNANSWERED

@@ -1,4 +1,3 @@
-
 """Whether two answers say the same: dispatch on what they are (number, tuple, set, equation, matrix, words).
 
 Symmetric by construction: each rule for a pair of different kinds is tried in both orders.

@@ -1,4 +1,3 @@
-
 """Finds the final answer in a response. Linear in the length of the response, whatever it contains."""
 
 import re

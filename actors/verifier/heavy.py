@@ -13,8 +13,7 @@ _is_deferred = False
 
 
 class HeavyImportNeeded(Exception):
-    """A verifier needs modules that this worker does not hold; the template should call the verifier's
-    `warm`."""
+    """A verifier needs a module that this worker does not hold; the message is its name."""
 
 
 def defer() -> None:
@@ -23,17 +22,8 @@ def defer() -> None:
     _is_deferred = True
 
 
-def load_mpmath() -> ModuleType:
-    """Returns mpmath. Raises HeavyImportNeeded in a worker whose template has not loaded it."""
-    return _load("mpmath")
-
-
-def load_sympy() -> ModuleType:
-    """Returns sympy. Raises HeavyImportNeeded in a worker whose template has not loaded it."""
-    return _load("sympy")
-
-
-def _load(name: str) -> ModuleType:
+def load(name: str) -> ModuleType:
+    """Returns the module, imported now if need be. Raises HeavyImportNeeded in a worker that was forked without it."""
     if name not in sys.modules and _is_deferred:
         raise HeavyImportNeeded(name)
     return importlib.import_module(name)

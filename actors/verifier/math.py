@@ -9,17 +9,10 @@ from fractions import Fraction
 from typing import Any
 
 from actors.verifier.extract import Extraction, extract, stated_answer
-from actors.verifier.heavy import load_mpmath, load_sympy
 from common.types import Verdict
 
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,400})(?:\.(\d{1,100}))?\s*\$?\s*\.?\s*")
 _MAX_COMPARED = 100_000  # characters of an answer that is looked at at all
-
-
-def warm() -> None:
-    """Loads what symbolic answers need; called once in the pool's template process."""
-    load_mpmath()
-    load_sympy()
 
 
 def verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:

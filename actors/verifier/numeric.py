@@ -5,7 +5,7 @@ from fractions import Fraction
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from actors.verifier.heavy import load_mpmath
+from actors.verifier.heavy import load
 from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, walk
 
 Value: TypeAlias = Any  # mpmath's mpf or mpc, which carry no type stubs
@@ -130,7 +130,7 @@ def evaluate(node: Node, digits: int, bindings: dict[str, Fraction] | None = Non
     negative reals). With bindings the variables are real and so is everything else unless the tree contains i: an
     even root or logarithm of a negative number is then Undefined. Raises Undefined.
     """
-    mpmath = load_mpmath()
+    mpmath = load("mpmath")
     is_complex = bindings is None or any(isinstance(n, Constant) and n.name == "i" for n in walk(node))
     with mpmath.workdps(digits + 5):
         try:

@@ -16,7 +16,7 @@ import random
 from fractions import Fraction
 from math import log10
 
-from actors.verifier.heavy import load_mpmath
+from actors.verifier.heavy import load
 from actors.verifier.numeric import Undefined, Value, evaluate, rational
 from actors.verifier.symbolic import proves_zero
 from actors.verifier.tree import Apply, Constant, Node, Number, key, subtract, symbols, walk
@@ -71,7 +71,7 @@ def _constants_equal(a: Node, b: Node) -> bool:
 
 def _vanishes(node: Node, digits: int) -> bool:
     """Whether the value has no digit that `digits` and 2 * `digits` agree on."""
-    mpmath = load_mpmath()
+    mpmath = load("mpmath")
     coarse, fine = evaluate(node, digits), evaluate(node, 2 * digits)
     with mpmath.workdps(15):
         return bool(fine == 0 or abs(coarse - fine) > abs(fine) * mpmath.mpf("1e-6"))
@@ -79,7 +79,7 @@ def _vanishes(node: Node, digits: int) -> bool:
 
 def is_positive(node: Node) -> bool:
     """Whether a constant is a positive real number. Raises Undefined."""
-    mpmath = load_mpmath()
+    mpmath = load("mpmath")
     value = evaluate(node, DIGITS)
     return not isinstance(value, mpmath.mpc) and value > 0
 
@@ -181,7 +181,7 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
 
 
 def _close(x: Value, y: Value) -> bool:
-    return bool(abs(x - y) <= max(abs(x), abs(y)) * load_mpmath().mpf("1e-35") or x == y)
+    return bool(abs(x - y) <= max(abs(x), abs(y)) * load("mpmath").mpf("1e-35") or x == y)
 
 
 def _needs_integers(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from actors.verifier.heavy import load_sympy
+from actors.verifier.heavy import load
 from actors.verifier.numeric import MAX_BITS, MAX_FACTORIAL
 from actors.verifier.tree import Apply, Constant, Node, Number, Symbol
 
@@ -20,7 +20,7 @@ def proves_zero(node: Node) -> bool:
 
     May take arbitrarily long: callers outside the pool have no time limit.
     """
-    sympy = load_sympy()
+    sympy = load("sympy")
     try:
         return bool(sympy.simplify(to_sympy(node)) == 0)
     except (NotImplementedError, ValueError, TypeError, ZeroDivisionError, RecursionError, OverflowError):
@@ -29,7 +29,7 @@ def proves_zero(node: Node) -> bool:
 
 def to_sympy(node: Node) -> Any:
     """The sympy expression of a scalar tree. Raises NotImplementedError for what sympy has no counterpart of."""
-    sympy = load_sympy()
+    sympy = load("sympy")
     match node:
         case Number():
             return sympy.Rational(node.value.numerator, node.value.denominator)

@@ -23,7 +23,6 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
@@ -40,7 +39,7 @@ class _Worker:
 
     pid: int
     channel: socket.socket
-    is_warm: bool  # forked after the template loaded the heavy modules
+    modules: frozenset[str]  # heavy modules that the template held when it forked this worker
     request: bytes | None = None
     started_s: float = 0.0
     is_slow: bool = False
@@ -60,11 +59,11 @@ class Template:
         timeout_s: float,
         memory_mb: int,
     ) -> None:
-        self._verify, self._warm = verify, warm
+        self._verify = verify
         self._num_workers, self._timeout_s, self._memory_mb = num_workers, timeout_s, memory_mb
         self._queue: deque[bytes] = deque()
         self._workers: dict[int, _Worker] = {}  # by file descriptor of the channel
-        self._is_warm = False
+        self._modules: set[str] = set()  # heavy modules loaded so far
         self._poll = select.poll()
 
     def run(self, requests_fd: int, replies_fd: int) -> None:
@@ -108,7 +107,7 @@ class Template:
         if pid == 0:
             run_worker(self._verify, theirs, self._timeout_s, self._memory_mb)
         theirs.close()
-        worker = _Worker(pid=pid, channel=ours, is_warm=self._is_warm)
+        worker = _Worker(pid=pid, channel=ours, modules=frozenset(self._modules))
         self._workers[ours.fileno()] = worker
         self._poll.register(ours.fileno(), select.POLLIN)
         return worker
@@ -118,9 +117,10 @@ class Template:
             line = worker.channel.recv(64)
         except OSError:
             line = b""
-        if line == COLD and not worker.is_warm:
-            self._warm_up(worker)
-        elif line in (b"", COLD, FAILED):
+        module = line.removeprefix(COLD).decode().strip() if line.startswith(COLD) else None
+        if module is not None and module not in worker.modules:
+            self._load(module, worker)
+        elif module is not None or line in (b"", FAILED):
             self._lose(worker)
         else:
             self._reply(worker, line)
@@ -147,19 +147,18 @@ class Template:
         os.kill(worker.pid, signal.SIGKILL)
         os.waitpid(worker.pid, 0)
 
-    def _warm_up(self, worker: _Worker) -> None:
-        """Loads the heavy modules here, once; the request goes to the front and idle workers are forked
-        anew."""
+    def _load(self, module: str, worker: _Worker) -> None:
+        """Loads a heavy module here, once; the request goes to the front and idle workers are forked anew."""
         assert worker.request is not None
         self._queue.appendleft(worker.request)
         worker.request = None
-        if not self._is_warm:
+        if module not in self._modules:
             started_s = time.monotonic()
-            self._warm()
-            self._is_warm = True
-            for other in self._workers.values():
+            importlib.import_module(module)
+            self._modules.add(module)
+            for other in self._workers.values():  # their limits do not run while nobody listens to them
                 other.started_s += time.monotonic() - started_s
-        for idle in [w for w in self._workers.values() if w.request is None and not w.is_warm]:
+        for idle in [w for w in self._workers.values() if w.request is None and module not in w.modules]:
             self._remove(idle)
 
     def _check_clocks(self) -> None:
@@ -191,8 +190,8 @@ class Template:
             self._remove(worker)
 
 
-def load_verifier(function: str) -> tuple[VerifyFunction, Callable[[], None]]:
-    """Returns (verify, warm) of "module:function"; `warm` is the module's own, or does nothing.
+def load_verifier(function: str) -> VerifyFunction:
+    """Returns the function named by "module:function".
 
     Raises ValueError with one sentence when there is no such function.
     """
@@ -207,11 +206,7 @@ def load_verifier(function: str) -> tuple[VerifyFunction, Callable[[], None]]:
         ) from error
     if not callable(verify):
         raise ValueError(f'verifier.function "{function}" is a {type(verify).__name__}, not a function')
-    return verify, getattr(module, "warm", _no_warming)
-
-
-def _no_warming() -> None:
-    """A verifier without heavy modules."""
+    return verify
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -231,12 +226,12 @@ def main() -> int:
     replies_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        verify, warm = load_verifier(args.function)
+        verify = load_verifier(args.function)
     except ValueError as error:
         _write_all(replies_fd, f"error {error}\n".encode())
         return 2
     _write_all(replies_fd, b"ready\n")
-    template = Template(verify, warm, args.num_workers, args.timeout_s, args.memory_mb)
+    template = Template(verify, args.num_workers, args.timeout_s, args.memory_mb)
     try:
         template.run(0, replies_fd)
     except BrokenPipeError:  # the pool is gone, and with it whoever waited for the verdicts

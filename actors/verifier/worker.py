@@ -1,8 +1,7 @@
 """One verifier worker: answers requests from its template process, one at a time, until the channel closes.
 
-A request is a line of JSON with `response`, `reference` and `row`; the reply is one line: a verdict, `cold`
-when the verifier raised HeavyImportNeeded, or `failed` when it raised anything else (the traceback goes to
-stderr).
+A request is a line of JSON with `response`, `reference` and `row`; the reply is one line: a verdict, `cold <module>`
+when the verifier raised HeavyImportNeeded, or `failed` when it raised anything else (the traceback goes to stderr).
 """
 
 import json
@@ -18,7 +17,7 @@ from actors.verifier import heavy
 from common.types import Verdict
 
 VerifyFunction = Callable[[str, str, dict[str, Any]], Verdict]
-COLD = b"cold\n"
+COLD = b"cold "
 FAILED = b"failed\n"
 _CHANNEL_FD = 3
 
@@ -64,8 +63,8 @@ def _answer(verify: VerifyFunction, line: bytes) -> bytes:
         request = json.loads(line)
         verdict = verify(request["response"], request["reference"], request["row"])
         return f"{Verdict(verdict).value}\n".encode()
-    except heavy.HeavyImportNeeded:
-        return COLD
+    except heavy.HeavyImportNeeded as needed:
+        return COLD + f"{needed}\n".encode()
     except Exception:
         # Reported and counted by the pool as an answer without a verdict; the template replaces this worker,
         # because what a MemoryError left behind cannot be trusted.
