@@ -237,6 +237,7 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 0  # steps; 0: only at the end
     keep: int = 2  # newest complete checkpoints kept
+    in_background: bool = True  # write while training goes on
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from learner.advantages import expand
 from learner.losses import LOG_RATIO_LIMIT
 from learner.packing import Batch
 
@@ -133,8 +134,9 @@ def offpolicy_metrics(
 
     ess is (SUM rho)^2 / (n SUM rho^2). k1 and k3 estimate KL(pi_behavior || pi_old) from the behavior's
     samples: k1 = -log rho, k3 = rho - 1 - log rho. `mismatch_abs_mean` is mean |log rho| over the tokens
-    that the current version drew (gap 0), where only the two engines differ; `mismatch_prob_error` is mean
-    e^|log rho| over the same.
+    of responses that the current version drew whole, where only the two engines differ (in a response that
+    spans versions even its newest tokens may be drawn from a key-value cache of older weights);
+    `mismatch_prob_error` is mean e^|log rho| over the same.
     """
     log_rho_T = (old_logprobs_T - behavior_logprobs_T).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     metrics = _ratio_statistics("offpolicy", log_rho_T[mask_T])
@@ -157,10 +159,17 @@ def offpolicy_metrics(
     for gap in torch.unique(gap_T[mask_T]).tolist():
         of_gap_T = log_rho_T[mask_T & (gap_T == gap)]
         metrics |= _ratio_statistics(f"offpolicy/gap_{gap}", of_gap_T)
-        if gap == 0:
-            metrics["offpolicy/mismatch_abs_mean"] = of_gap_T.abs().mean().item()
-            metrics["offpolicy/mismatch_prob_error"] = of_gap_T.abs().exp().mean().item()
+    of_current_T = log_rho_T[mask_T & _is_whole(gap_T == 0, cu_seqlens_B1)].abs()
+    if of_current_T.numel():
+        metrics["offpolicy/mismatch_abs_mean"] = of_current_T.mean().item()
+        metrics["offpolicy/mismatch_prob_error"] = of_current_T.exp().mean().item()
     return metrics
+
+
+def _is_whole(is_true_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
+    """(T,) bool: whether `is_true_T` holds for every token of the token's response."""
+    is_whole_B = _sum_by_response((~is_true_T).double(), cu_seqlens_B1) == 0
+    return expand(is_whole_B, cu_seqlens_B1, len(is_true_T))
 
 
 def _ratio_statistics(prefix: str, log_rho_T: Tensor) -> Metrics:

@@ -1,5 +1,6 @@
 """What only rank 0 does: it speaks to actors through the service, evaluates, and writes the run's logs."""
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -11,18 +12,19 @@ from common.metrics import RunLog, Value
 from common.types import Prompt, TrajectoryGroup
 from learner.evaluation import EvalResult
 from learner.service import LearnerService
-from learner.weights import Publication
 
 logger = logging.getLogger(__name__)
 
 
 class Leader:
-    """The service and the logs of one run. Calls in the order begin, (next_groups, published, record)*, end.
+    """The service and the logs of one run. Calls in the order begin, (next_groups, record)*, finish_evaluation.
 
     Rates and idle shares of a step are differences between the service's counters at the ends of two steps.
     """
 
-    def __init__(self, config: Config, service: LearnerService, log: RunLog, heldout: Sequence[Prompt]) -> None:
+    def __init__(
+        self, config: Config, service: LearnerService, log: RunLog, heldout: Sequence[Prompt], trained_tokens: int
+    ) -> None:
         self._config = config
         self.service = service
         self._log = log
@@ -31,7 +33,7 @@ class Leader:
         self._is_evaluating = False
         self._counters: dict[str, float] = {}
         self._recorded_at = time.monotonic()
-        self._trained_tokens = 0
+        self._trained_tokens = trained_tokens  # before a resume
 
     def begin(self) -> None:
         """Waits for the first actor."""
@@ -47,8 +49,9 @@ class Leader:
         if self._config.staleness.exact:
             self.service.wait_window_sampled(self._timeout_s)
 
-    def published(self, publication: Publication, steps_done: int) -> None:
-        self.service.set_version(publication.version, steps_done)
+    def state(self) -> bytes:
+        """What a checkpoint has to hold of the data side; see `trained_tokens` and LearnerService.load_state_dict."""
+        return json.dumps({"service": self.service.state_dict(), "trained_tokens": self._trained_tokens}).encode()
 
     def evaluate(self, version: int) -> None:
         """Starts a held-out evaluation, unless one is still running. Training goes on meanwhile."""
@@ -59,7 +62,14 @@ class Leader:
         self.service.evaluate(self._heldout, settings.samples_per_prompt, settings.temperature, version)
         self._is_evaluating = True
 
-    def record(self, step: int, version: int, groups: Sequence[TrajectoryGroup], values: dict[str, Value]) -> None:
+    def record(
+        self,
+        step: int,
+        version: int,
+        warmup_steps: int,
+        groups: Sequence[TrajectoryGroup],
+        values: dict[str, Value],
+    ) -> None:
         """Writes the metrics, ledger lines and console line of `step`, counted from 1, warm-up included."""
         self._trained_tokens += sum(len(group.completed.token_ids) for group in groups)
         values |= self._since_last_step(values) | {"version": version, "tokens/trained": self._trained_tokens}
@@ -68,11 +78,10 @@ class Leader:
         self._log.log(step, values)
         for group in groups:
             self._log.ledger(group, step)
-        warmup = self._config.algorithm.critic_warmup_steps
-        if step <= warmup:
-            self._log.progress(step, warmup, values, stage="critic warm-up")
+        if step <= warmup_steps:
+            self._log.progress(step, warmup_steps, values, stage="critic warm-up")
         else:
-            self._log.progress(step - warmup, self._config.learner.steps, values)
+            self._log.progress(step - warmup_steps, self._config.learner.steps, values)
 
     def finish_evaluation(self, step: int, version: int) -> None:
         """Waits for the evaluation that is running, if one is, and logs it under `step`. Raises MembersWaiting."""

@@ -9,24 +9,26 @@ Rank 0 has the Leader (actors, logs); the other ranks follow its decisions. One 
 Step s counts from 0, warm-up of the critic included; it trains at version max(0, s - warm-up) // publish_every.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer
 
-from common.config import Config
+from common.config import AdvantageEstimator, Config
 from common.metrics import RunLog, Value
 from common.tasks import load_task
 from common.transport import model_fingerprints
-from common.types import Prompt, TrajectoryGroup
+from common.types import JSON, Prompt, TrajectoryGroup
+from learner.checkpoint import Checkpointer, StateDict, complete_steps, step_folder
 from learner.leader import Leader, version_gaps
 from learner.model import Policy, export_hf, load_critic, load_policy
 from learner.packing import Batch, broadcast_batch
@@ -42,84 +44,129 @@ PROBE_SEED = 20250407
 Answer = TypeVar("Answer")
 
 
-@dataclass
 class Learner:
-    """The training loop of one rank. `leader` is None on all ranks but the first."""
+    """The training loop of one rank; saveable. `leader` is None on all ranks but the first.
 
-    config: Config
-    world: World
-    policy: Policy
-    trainer: Trainer
-    publisher: Publisher
-    leader: Leader | None
-    version: int = 0
+    `step` counts the steps done, the critic's warm-up included; `version` is the published one. Both, like every
+    branch of the loop, are the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        trainer: Trainer,
+        publisher: Publisher,
+        checkpointer: Checkpointer,
+        leader: Leader | None,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.trainer = trainer
+        self.publisher = publisher
+        self.checkpointer = checkpointer
+        self.leader = leader
+        self.step = 0
+        self.version = 0
+        self.warmup_steps = config.algorithm.critic_warmup_steps
 
     def run(self) -> None:
-        warmup = self.config.algorithm.critic_warmup_steps
-        num_steps = warmup + self.config.learner.steps
+        """From where it stands to the end of the run."""
         self._begin()
-        for step in range(num_steps):
-            groups, batch, wait_s = self._next_batch(step)
-            trained_at = self.version
-            values: dict[str, Value] = dict(self.trainer.step(batch, trained_at, step < warmup))
-            values["time/wait_for_batch_s"] = wait_s
-            values["time/publish_s"] = self._publish_when_due(step)
-            if self.leader is not None:
-                if step >= warmup:
-                    values["staleness/hist"] = version_gaps(groups, trained_at)
-                self.leader.record(step + 1, self.version, groups, values)
-                if self._is_evaluation_due(step):
-                    self.leader.evaluate(self.version)
-        self._end(num_steps)
+        while self.step < self.warmup_steps + self.config.learner.steps:
+            self._take_step()
+            if self._is_due(self.config.checkpoint.every):
+                self._save()
+            if self.leader is not None and self._is_due(self.config.eval.every):
+                self.leader.evaluate(self.version)
+        self._end()
+
+    def resume(self, step: int) -> None:
+        """Continues after `step`, whose checkpoint must be complete."""
+        resumed = self.checkpointer.load(step, self)
+        self.step, self.version = resumed.step, resumed.version
+
+    def state_dict(self) -> StateDict:
+        return self.trainer.state_dict() | {"warmup_steps": self.warmup_steps}
+
+    def load_state_dict(self, state_dict: StateDict, /) -> None:
+        self.warmup_steps = state_dict["warmup_steps"]
+        self.trainer.load_state_dict(state_dict)
 
     def _begin(self) -> None:
         if self.leader is not None:
             self.leader.begin()
-        self._publish(self.version, steps_done=0)  # finds a broken transfer or a model that differs before any work
-        if self.leader is not None:
+        self._publish(self.version)  # finds a broken transfer, or a model that differs, before any work is done
+        if self.leader is not None and self.step == 0:
             self.leader.evaluate(self.version)
 
-    def _next_batch(self, step: int) -> tuple[Sequence[TrajectoryGroup], Batch, float]:
+    def _take_step(self) -> None:
+        groups, batch, wait_s = self._next_batch()
+        version, is_warmup = self.version, self.step < self.warmup_steps
+        values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup))
+        self.step += 1
+        if is_warmup:
+            self._end_warmup_early(values)
+        values |= {"time/wait_for_batch_s": wait_s, "time/publish_s": self._publish_when_due(is_warmup)}
+        if self.leader is not None:
+            if not is_warmup:
+                values["staleness/hist"] = version_gaps(groups, version)
+            self.leader.record(self.step, self.version, self.warmup_steps, groups, values)
+
+    def _next_batch(self) -> tuple[Sequence[TrajectoryGroup], Batch, float]:
         """The groups (on rank 0), the batch (on every rank) and the seconds that it took to come."""
         started = time.monotonic()
-        groups = self._led(Leader.next_groups, step)
+        groups = self._led(Leader.next_groups)
         batch = broadcast_batch(Batch.from_groups(groups) if groups is not None else None)
         return groups or (), batch, time.monotonic() - started
 
-    def _publish_when_due(self, step: int) -> float:
+    def _end_warmup_early(self, values: dict[str, Value]) -> None:
+        """Opens the gate (algorithm.critic_warmup_gate) when the critic explains enough of the outcome."""
+        gate, explained = self.config.algorithm.critic_warmup_gate, values.get("critic/explained_variance")
+        is_open = gate is not None and isinstance(explained, float) and explained >= gate
+        if self._rank_0_says(is_open):
+            self.warmup_steps = self.step
+            if self.leader is not None:
+                self.leader.service.end_warmup(self.step)
+
+    def _publish_when_due(self, is_warmup: bool) -> float:
         """Publishes the next version when this step completes one; the seconds that it took."""
         started = time.monotonic()
-        warmup, every = self.config.algorithm.critic_warmup_steps, self.config.weights.publish_every
-        if step >= warmup and (step - warmup + 1) % every == 0:
-            self._led(Leader.before_publication, step)
-            self._publish(self.version + 1, steps_done=step + 1)
+        if not is_warmup and (self.step - self.warmup_steps) % self.config.weights.publish_every == 0:
+            self._led(Leader.before_publication)
+            self._publish(self.version + 1)
         elif self.leader is not None:
-            self.leader.service.set_version(self.version, step + 1)
+            self.leader.service.set_version(self.version, self.step)
         return time.monotonic() - started
 
-    def _publish(self, version: int, steps_done: int) -> None:
-        publication = self.publisher.publish(version)
+    def _publish(self, version: int) -> None:
+        self.publisher.publish(version)
         self.version = version
         if self.leader is not None:
-            self.leader.published(publication, steps_done)
+            self.leader.service.set_version(version, self.step)
 
-    def _is_evaluation_due(self, step: int) -> bool:
-        done = step + 1 - self.config.algorithm.critic_warmup_steps
-        every = self.config.eval.every
+    def _is_due(self, every: int) -> bool:
+        """After each `every` policy steps, but not after the last, which has an end of its own. 0: never."""
+        done = self.step - self.warmup_steps
         return every > 0 and 0 < done < self.config.learner.steps and done % every == 0
 
-    def _end(self, num_steps: int) -> None:
-        """Exports the model, evaluates it as published, and sends the actors home."""
-        export_hf(self.policy, self.config.model.path, self.config.run_dir / "checkpoints" / "final")
-        finish = partial(Leader.finish_evaluation, step=num_steps, version=self.version)
-        self._led(finish, num_steps)  # the one that may still be running
+    def _save(self) -> None:
+        data = self.leader.state() if self.leader is not None else b""
+        self.checkpointer.save(self.step, self.version, self, data)
+
+    def _end(self) -> None:
+        """Saves and exports the model, evaluates it as published, and sends the actors home."""
+        self._save()
+        export_hf(self.trainer.policy.network, self.config.model.path, self.config.run_dir / "checkpoints" / "final")
+        finish = partial(Leader.finish_evaluation, step=self.step, version=self.version)
+        self._led(finish)  # the one that may still be running
         if self.leader is not None:
             self.leader.evaluate(self.version)
-        self._led(finish, num_steps)
+        self._led(finish)
         if self.leader is not None:
             self.leader.service.stop("the run is complete")
 
-    def _led(self, ask: Callable[[Leader], Answer], steps_done: int) -> Answer | None:
+    def _led(self, ask: Callable[[Leader], Answer]) -> Answer | None:
         """Rank 0's answer there, None elsewhere; a collective.
 
         An actor that joined late waits for weights: then all ranks publish the current version again, and rank 0
@@ -135,7 +182,7 @@ class Learner:
                     is_answered = False
             if self._rank_0_says(is_answered):
                 return answer
-            self._publish(self.version, steps_done)
+            self._publish(self.version)
 
     def _rank_0_says(self, answer: bool) -> bool:
         if self.world.size == 1:
@@ -146,25 +193,41 @@ class Learner:
 
 
 def main(config: Config) -> int:
-    """Runs one rank to the end of the run. Returns the exit code; a failure is raised."""
+    """Runs one rank to the end of the run, from the newest complete checkpoint if there is one.
+
+    Returns the exit code; a failure is raised.
+    """
+    checkpoints = config.run_dir / "checkpoints"
+    resume_step = max(complete_steps(checkpoints), default=None)
     with process_group(config.device, config.learner.batch_timeout_s + config.actors.start_timeout_s) as world:
         seed_everything(config.seed)
         mesh = make_mesh(config)
-        with _leader(config, world) as leader:
+        with _leader(config, world, resume_step) as leader:
             policy = load_policy(config, world.device, mesh)
-            critic = load_critic(config, world.device, mesh)
-            trainer = Trainer(config, policy, critic, world.rank, world.size)
+            trainer = make_trainer(config, policy, world, mesh)
             control = leader.service if leader is not None else None
             publisher = Publisher(config, policy, control, world.rank, probe_tokens(config))
             try:
-                Learner(config, world, policy, trainer, publisher, leader).run()
+                with Checkpointer(checkpoints, config.checkpoint.keep, config.checkpoint.in_background) as checkpointer:
+                    learner = Learner(config, world, trainer, publisher, checkpointer, leader)
+                    if resume_step is not None:
+                        learner.resume(resume_step)
+                    learner.run()
             finally:
                 publisher.shutdown()
     return 0
 
 
+def make_trainer(config: Config, policy: Policy, world: World, mesh: DeviceMesh | None) -> Trainer:
+    """With a critic and a reference policy exactly where the algorithm needs them."""
+    algorithm = config.algorithm
+    critic = load_critic(config, world.device, mesh) if algorithm.advantage is AdvantageEstimator.gae else None
+    reference = load_policy(config, world.device, mesh) if algorithm.kl_weight > 0 else None
+    return Trainer(config, policy, critic, world.rank, world.size, reference=reference)
+
+
 @contextmanager
-def _leader(config: Config, world: World) -> Iterator[Leader | None]:
+def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[Leader | None]:
     """Opens the socket first, so that actors can connect while the model loads; writes RUN/endpoint for them."""
     if not world.is_main:
         yield None
@@ -177,9 +240,13 @@ def _leader(config: Config, world: World) -> Iterator[Leader | None]:
         model_fingerprints(config.model.path),
         probe_tokens(config).tolist(),
     )
-    with service, RunLog(config.run_dir) as log:
+    state: JSON = None
+    if resume_step is not None:
+        state = json.loads((step_folder(config.run_dir / "checkpoints", resume_step) / "data.bin").read_bytes())
+        service.load_state_dict(state["service"])
+    with service, RunLog(config.run_dir, keep_through=resume_step) as log:
         write_endpoint(config.run_dir, service.endpoint)
-        yield Leader(config, service, log, task.heldout)
+        yield Leader(config, service, log, task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
 
 
 def tokenizing(config: Config) -> Callable[[Prompt], list[int]]:

@@ -100,6 +100,21 @@ def test_offpolicy_ratios_by_hand() -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
+def test_mismatch_leaves_out_responses_that_span_versions() -> None:
+    """The second response's newest token is of gap 0, but drawn from a cache that older weights filled."""
+    metrics = offpolicy_metrics(
+        tensor(math.log(2), 3.0, 4.0),
+        torch.zeros(3),
+        weights_T=torch.ones(3),
+        gap_T=torch.tensor([0, 1, 0]),
+        mask_T=torch.ones(3, dtype=torch.bool),
+        cu_seqlens_B1=torch.tensor([0, 1, 3]),
+        truncation=2.0,
+    )
+    assert metrics["offpolicy/mismatch_abs_mean"] == pytest.approx(math.log(2))
+    assert metrics["offpolicy/gap_0/tokens"] == 2.0
+
+
 def test_lambda_metrics_count_the_clamped() -> None:
     metrics = gae_metrics(tensor(0.0, 0.5, 1.0, 0.0))
     assert metrics == {"gae/lambda_mean": 0.375, "gae/lambda_min": 0.0, "gae/lambda_clamped_fraction": 0.5}
