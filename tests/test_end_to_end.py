@@ -1,0 +1,212 @@
+"""Whole runs through the command line: real vLLM, real learner, a few steps each."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "model.path=configs/models/chain_sum",
+    "model.max_model_len=160",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "rollout.max_tokens=100",
+    "algorithm.critic_warmup_steps=1",
+    "algorithm.length_adaptive_alpha=0.45",
+    "learner.steps=3",
+    "learner.mini_batches=2",
+    "learner.policy.learning_rate=1e-4",
+    "learner.policy.warmup_steps=1",
+    "eval.every=2",
+    "eval.num_prompts=8",
+    "eval.samples_per_prompt=2",
+    "task.num_train=200",
+    "task.num_heldout=16",
+]
+
+
+def command(tmp_path: Path, *overrides: str) -> list[str]:
+    run = [sys.executable, str(ROOT / "run.py"), "train", f"runs_dir={tmp_path}", "name=run"]
+    return [*run, *SMALL, *overrides]
+
+
+def train(tmp_path: Path, *overrides: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(tmp_path, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """The metrics of a run that ended well: four steps, three versions, nothing lost, nothing too old."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    steps = [row for row in metrics if "time/step_s" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert steps[-1]["version"] == 3
+    assert metrics[-1]["accuracy/heldout"] is not None
+    ledger = rows(tmp_path / "run" / "ledger.jsonl")
+    assert len(ledger) == 16
+    assert len({row["lease_id"] for row in ledger}) == 16
+    assert (tmp_path / "run" / "checkpoints" / "final" / "model.safetensors").is_file()
+    assert processes_of(tmp_path) == []
+    return steps
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Processes whose command line names this run, and engine processes that they left behind."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        text = " ".join(process.info["cmdline"] or ())
+        if str(run_dir) in text and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            found.append(text)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_two_learner_ranks(tmp_path: Path) -> None:
+    finished(tmp_path, train(tmp_path, "learner.ranks=2"))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_two_actors_share_the_work(tmp_path: Path) -> None:
+    # Many more groups than one actor holds: the second has work to do as soon as it is there.
+    steps = finished(tmp_path, train(tmp_path, "actors.count=2", "actors.groups_in_flight=2", "eval.num_prompts=16"))
+    assert max(row["actors/connected"] for row in steps) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_max_staleness_0_is_on_policy(tmp_path: Path) -> None:
+    steps = finished(tmp_path, train(tmp_path, "staleness.max_staleness=0"))
+    assert [row["staleness/token_max"] for row in steps] == [0, 0, 0, 0]
+    assert max(row["offpolicy/mismatch_abs_mean"] for row in steps) < 1e-4
+    assert all(row["versions"][0] == row["versions"][1] for row in rows(tmp_path / "run" / "ledger.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_tied_embeddings_and_a_data_file(tmp_path: Path) -> None:
+    data = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "id": a * 10 + b} for a in range(1, 10) for b in range(10)]
+    for name, part in (("train", data[:60]), ("heldout", data[60:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    files = [f"task.train_file={tmp_path}/train.jsonl", f"task.heldout_file={tmp_path}/heldout.jsonl"]
+    procedural = {"task.num_train=200", "task.num_heldout=16"}
+    arguments = [argument for argument in command(tmp_path) if argument not in procedural]
+    done = subprocess.run(
+        [*arguments, "model.tie_word_embeddings=true", "task.name=file", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240.0,
+        check=False,
+    )
+    finished(tmp_path, done)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_nothing_changes_at_learning_rate_0(tmp_path: Path) -> None:
+    steps = finished(tmp_path, train(tmp_path, "learner.policy.learning_rate=0", "learner.critic.learning_rate=0"))
+    for row in steps:
+        assert row["offpolicy/mismatch_abs_mean"] < 1e-4
+        assert row["offpolicy/ess"] == pytest.approx(1.0, abs=1e-4)
+        assert row["policy/kl_k1"] == pytest.approx(0.0, abs=1e-6) if "policy/kl_k1" in row else True
+    before, after = (ROOT / "configs/models/chain_sum", tmp_path / "run" / "checkpoints" / "final")
+    assert_same_weights(before / "model.safetensors", after / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    from safetensors.torch import load_file
+
+    old, new = load_file(first), load_file(second)
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        assert tensor.equal(new[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_ctrl_c_stops_everything_within_ten_seconds(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "learner.steps=500"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        interrupted = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(15.0)
+        assert time.monotonic() - interrupted < 10.0
+        assert process.returncode == 130
+        assert processes_of(tmp_path) == []
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_an_actor_that_dies_at_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    done = train(tmp_path, "model.max_model_len=100000", "actors.cpu_kv_cache_gib=0")
+    assert done.returncode != 0
+    assert "actor-0" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert processes_of(tmp_path) == []
+
+
+def refused(tmp_path: Path, *overrides: str) -> str:
+    """The one sentence with which a run ends that cannot start."""
+    done = train(tmp_path, *overrides, timeout_s=120.0)
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert processes_of(tmp_path) == []
+    return lines[0]
+
+
+def test_a_misspelt_key_is_one_sentence(tmp_path: Path) -> None:
+    assert "learner.stepz" in refused(tmp_path, "learner.stepz=3")
+
+
+def test_a_missing_model_folder_is_one_sentence(tmp_path: Path) -> None:
+    assert "no/such/folder" in refused(tmp_path, "model.path=no/such/folder")
+
+
+@pytest.mark.slow
+def test_an_empty_data_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    files = [f"task.train_file={tmp_path}/empty.jsonl", f"task.heldout_file={tmp_path}/empty.jsonl"]
+    arguments = [argument for argument in command(tmp_path) if not argument.startswith("task.")]
+    done = subprocess.run(
+        [*arguments, "task.name=file", *files], cwd=ROOT, capture_output=True, text=True, timeout=120.0, check=False
+    )
+    assert done.returncode != 0
+    assert "empty.jsonl" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert str(port) in refused(tmp_path, f"transport.port={port}")
