@@ -54,7 +54,6 @@ class Template:
     def __init__(
         self,
         verify: VerifyFunction,
-        warm: Callable[[], None],
         num_workers: int,
         timeout_s: float,
         memory_mb: int,
