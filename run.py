@@ -40,11 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from common.launcher import train
+    from common.launcher import EarlierRun, train
     from common.report import render, summary
 
-    config = load_config(arguments.config, arguments.overrides)
-    outcome = train(config, arguments.overwrite)
+    files, earlier = arguments.config, EarlierRun.OVERWRITE if arguments.overwrite else EarlierRun.REFUSE
+    if arguments.resume is not None:
+        if files or arguments.overwrite:
+            raise ConfigError("--resume takes the configuration of its run: leave out -c and --overwrite")
+        files, earlier = [str(Path(arguments.resume) / "config.yaml")], EarlierRun.RESUME
+    config = load_config(files, arguments.overrides)
+    outcome = train(config, earlier)
     if outcome.message is not None:
         print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
@@ -103,6 +108,12 @@ def _grade(arguments: argparse.Namespace) -> int:
     return run_grade(arguments.cases)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from learner.export import main as run_export
+
+    return run_export(arguments.run, arguments.step, arguments.out)
+
+
 def _begin_role(name: str) -> None:
     """What every long-running process does first: log lines that say who speaks, and no calls home."""
     for key, value in QUIET_ENVIRONMENT.items():
@@ -145,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="start learner and actors here and train to the end")
     train.set_defaults(command=_train)
     _add_config(train)
+    train.add_argument("--resume", metavar="RUN", help="continue an interrupted run from its newest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
 
     learner = commands.add_parser("learner", help="start one learner rank alone (or all of them with torchrun)")
@@ -167,6 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="print the summary of a run")
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("run", help="run directory")
+
+    export = commands.add_parser("export", help="write a checkpoint's policy as a Hugging Face folder")
+    export.set_defaults(command=_export)
+    export.add_argument("run", help="run directory")
+    export.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    export.add_argument("--out", required=True, help="folder to write")
 
     grade = commands.add_parser("grade", help="grade a file of answers with the mathematical verifier")
     grade.set_defaults(command=_grade)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
 from common.config import Config, ConfigError, Device, save_config
@@ -38,11 +39,19 @@ QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZ
 ENDPOINT_POLL_S = 0.05
 
 
-def train(config: Config, overwrite: bool) -> Outcome:
+class EarlierRun(StrEnum):
+    """What becomes of a run that RUN already holds."""
+
+    REFUSE = "refuse"
+    OVERWRITE = "overwrite"
+    RESUME = "resume"  # the learner continues from its newest complete checkpoint, or begins anew without one
+
+
+def train(config: Config, earlier: EarlierRun) -> Outcome:
     """Run learner and actors to the end. Raises ConfigError when the run cannot start here."""
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
-        prepare_run_dir(config, overwrite)
+        prepare_run_dir(config, earlier)
         specs = learner_specs(config, port) + actor_specs(config)
         shares = deal_cores(cores, len(specs))
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
@@ -51,15 +60,17 @@ def train(config: Config, overwrite: bool) -> Outcome:
         return Supervisor(specs, config.run_dir / "logs").run()
 
 
-def prepare_run_dir(config: Config, overwrite: bool) -> None:
-    """Make RUN with its config.yaml; an earlier run there is deleted only when `overwrite` says so."""
+def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
+    """Make RUN with its config.yaml. The address of an earlier learner is removed in any case."""
     run_dir = config.run_dir
     if run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / "config.yaml").is_file():
             raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
-        if not overwrite:
-            raise ConfigError(f"{run_dir} already holds a run: choose another name=..., or pass --overwrite")
-        for name in RUN_CONTENT:
+        if earlier is EarlierRun.REFUSE:
+            raise ConfigError(
+                f"{run_dir} already holds a run: choose another name=..., pass --overwrite, or use --resume {run_dir}"
+            )
+        for name in RUN_CONTENT if earlier is EarlierRun.OVERWRITE else ("endpoint",):
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)

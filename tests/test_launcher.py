@@ -12,6 +12,7 @@ import pytest
 
 from common.config import RECIPES, Config, ConfigError, load_config
 from common.launcher import (
+    EarlierRun,
     actor_specs,
     learner_specs,
     lock_run,
@@ -68,12 +69,12 @@ def test_gpus_go_to_the_ranks_first_and_too_few_are_refused(tmp_path: Path, monk
 
 
 def test_an_earlier_run_is_not_overwritten_unless_asked(config: Config) -> None:
-    prepare_run_dir(config, overwrite=False)
+    prepare_run_dir(config, EarlierRun.REFUSE)
     (config.run_dir / "metrics.jsonl").write_text("{}\n")
     (config.run_dir / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"already holds a run: choose another name=\.\.\., or pass --overwrite"):
-        prepare_run_dir(config, overwrite=False)
-    prepare_run_dir(config, overwrite=True)
+        prepare_run_dir(config, EarlierRun.REFUSE)
+    prepare_run_dir(config, EarlierRun.OVERWRITE)
     assert sorted(path.name for path in config.run_dir.iterdir()) == ["config.yaml", "logs", "notes.txt"]
 
 
@@ -81,7 +82,7 @@ def test_a_folder_that_is_no_run_is_left_alone(config: Config) -> None:
     config.run_dir.mkdir()
     (config.run_dir / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="not a run directory"):
-        prepare_run_dir(config, overwrite=True)
+        prepare_run_dir(config, EarlierRun.OVERWRITE)
     assert (config.run_dir / "thesis.tex").exists()
 
 
@@ -147,7 +148,7 @@ def test_a_mistake_ends_with_one_sentence_and_code_2(arguments: tuple[str, ...],
 
 
 def test_a_rank_started_alone_says_how_to_start_all(config: Config, tmp_path: Path) -> None:
-    prepare_run_dir(config, overwrite=False)
+    prepare_run_dir(config, EarlierRun.REFUSE)
     result = run("learner", "--config", str(config.run_dir / "config.yaml"))
     assert result.returncode == 2
     assert "torchrun --nproc-per-node 2" in result.stderr
