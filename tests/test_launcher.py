@@ -72,7 +72,7 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(config: Config) -> None:
     prepare_run_dir(config, EarlierRun.REFUSE)
     (config.run_dir / "metrics.jsonl").write_text("{}\n")
     (config.run_dir / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"already holds a run: choose another name=\.\.\., or pass --overwrite"):
+    with pytest.raises(ConfigError, match=r"already holds a run: choose another name=\.\.\., pass --overwrite, or use --resume"):
         prepare_run_dir(config, EarlierRun.REFUSE)
     prepare_run_dir(config, EarlierRun.OVERWRITE)
     assert sorted(path.name for path in config.run_dir.iterdir()) == ["config.yaml", "logs", "notes.txt"]
