@@ -1,0 +1,94 @@
+"""Accuracy over seeds, from finished runs: a table and JSON.
+
+    for seed in 0 1 2; do python run.py train -c demo seed=$seed name=demo-$seed; done
+    python benchmarks/accuracy.py runs/demo-0 runs/demo-1 runs/demo-2 [--json FILE]
+
+Runs that differ only in name and seed are one row: mean and standard deviation of the final held-out accuracy.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from common.report import Summary, summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One setting over its seeds; each list is in the order of `seeds`."""
+
+    label: str
+    seeds: list[int]
+    before: list[float]
+    after: list[float]
+    versions: list[int]
+    staleness_mean: list[float | None]
+    staleness_max: list[float | None]
+    wall_s: list[float]
+
+
+def collect(run_dirs: Sequence[Path]) -> list[Row]:
+    """One row for each set of runs that are alike but for name and seed. Raises ConfigError for what is no run."""
+    alike: dict[str, list[Summary]] = defaultdict(list)
+    for run in map(summary, run_dirs):
+        if len(run.evaluations) < 2:
+            raise ValueError(f"{run.run_dir} has no accuracy before and after: let it finish first")
+        alike[repr(replace(run.config, name="", runs_dir="", seed=0))].append(run)
+    return [_row(sorted(runs, key=lambda run: run.config.seed)) for runs in alike.values()]
+
+
+def _row(runs: list[Summary]) -> Row:
+    return Row(
+        label=runs[0].config.name.rsplit("-", 1)[0],
+        seeds=[run.config.seed for run in runs],
+        before=[run.evaluations[0].accuracy for run in runs],
+        after=[run.evaluations[-1].accuracy for run in runs],
+        versions=[run.num_versions for run in runs],
+        staleness_mean=[run.staleness_mean for run in runs],
+        staleness_max=[run.staleness_max for run in runs],
+        wall_s=[run.wall_s for run in runs],
+    )
+
+
+def render(rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| runs | before | after, by seed | after, mean ± sd | versions | staleness mean (max) | training time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        spread = statistics.stdev(row.after) if len(row.after) > 1 else 0.0
+        ages = [f"{mean:.2f} ({top:.0f})" for mean, top in zip(row.staleness_mean, row.staleness_max, strict=True)
+                if mean is not None and top is not None]  # fmt: skip
+        cells = [
+            row.label,
+            f"{statistics.mean(row.before):.3f}",
+            ", ".join(f"{accuracy:.3f}" for accuracy in row.after),
+            f"{statistics.mean(row.after):.3f} ± {spread:.3f}",
+            ", ".join(map(str, row.versions)),
+            ", ".join(ages),
+            ", ".join(f"{seconds:.0f} s" for seconds in row.wall_s),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    rows = collect(arguments.runs)
+    print(render(rows))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
