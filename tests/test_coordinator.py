@@ -23,7 +23,19 @@ from common.config import (
     TransportConfig,
     WeightsConfig,
 )
-from common.types import Ack, Cancel, DropReason, Heartbeat, Lease, LeaseFailed, Prompt, Pulse, Purpose, Refused
+from common.types import (
+    Ack,
+    Cancel,
+    DropReason,
+    Heartbeat,
+    Lease,
+    LeaseFailed,
+    Prompt,
+    Pulse,
+    Purpose,
+    Refused,
+    TrajectoryGroup,
+)
 from learner.coordinator import MAX_FAILURES, Coordinator
 from learner.evaluation import Evaluation
 from learner.prompts import PromptStream
@@ -101,6 +113,9 @@ class Interleavings(RuleBasedStateMachine):
         self.trained: list[str] = []
         self.last_trained = -1
         self.is_evaluating = False
+        for name in NAMES[:2]:
+            self.join(name, 4)
+            self.get_ready(name)
 
     def settle(self) -> None:
         """One turn of the service: grant, then deliver everything."""
@@ -136,57 +151,80 @@ class Interleavings(RuleBasedStateMachine):
     def present(self, condition: Callable[[Process], bool] = lambda process: True) -> list[str]:
         return sorted(n for n, p in self.processes.items() if not p.is_lost and condition(p))
 
-    @rule(name=st.sampled_from(NAMES), capacity=st.integers(1, 4))
-    def join(self, name: str, capacity: int) -> None:
-        self.coordinator.join(name, capacity, self.now)
-        self.processes[name] = Process(capacity)
-        self.settle()
+    # Five rules that get on and one that makes trouble, or no run would get anywhere.
 
     @rule(data=st.data())
+    @precondition(lambda self: self.present(lambda p: bool(p.leases)))
+    def finish_some_groups(self, data: st.DataObject) -> None:
+        """In any order: each choice picks an actor and one of its leases."""
+        for choice, num_correct in data.draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2)), min_size=1)):
+            names = self.present(lambda p: bool(p.leases))
+            if names:
+                name = names[choice % len(names)]
+                leases = sorted(self.processes[name].leases)
+                self.complete(name, leases[choice // len(names) % len(leases)], num_correct)
+        self.settle()
+
+    @rule()
+    def finish_every_group(self) -> None:
+        for name in self.present():
+            for lease_id in list(self.processes[name].leases):
+                self.complete(name, lease_id, num_correct=1)
+        self.settle()
+
+    @rule()
     @precondition(lambda self: self.present(lambda p: not p.is_ready))
-    def become_ready(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.present(lambda p: not p.is_ready)))
+    def engines_come_up(self) -> None:
+        for name in self.present(lambda p: not p.is_ready):
+            self.get_ready(name)
+
+    def get_ready(self, name: str) -> None:
         self.processes[name].is_ready = True
         self.coordinator.heard(name, self.now)
         self.coordinator.ready(name, 0, NO_PROBE)
         self.settle()
 
-    @rule(data=st.data(), num_correct=st.integers(0, 2))
-    @precondition(lambda self: self.present(lambda p: bool(p.leases)))
-    def finish_a_group(self, data: st.DataObject, num_correct: int) -> None:
-        name = data.draw(st.sampled_from(self.present(lambda p: bool(p.leases))))
-        self.complete(name, data.draw(st.sampled_from(sorted(self.processes[name].leases))), num_correct)
+    @rule(data=st.data())
+    def make_trouble(self, data: st.DataObject) -> None:
+        troubles: list[Callable[[st.DataObject], None]] = [self.restart_the_learner, self.greet]
+        if self.processes:
+            troubles.append(self.leave)
+        if self.present():
+            troubles.append(self.vanish)
+        if len(self.present()) < len(self.processes):
+            troubles.append(self.come_back)
+        if self.present(lambda p: bool(p.leases)):
+            troubles.append(self.fail_a_lease)
+        if self.present(lambda p: bool(p.sent)):
+            troubles.append(self.send_again)
+        data.draw(st.sampled_from(troubles))(data)
         self.settle()
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.present(lambda p: bool(p.sent)))
+    def greet(self, data: st.DataObject) -> None:
+        self.join(data.draw(st.sampled_from(NAMES)), data.draw(st.integers(1, 4)))
+
+    def join(self, name: str, capacity: int) -> None:
+        self.coordinator.join(name, capacity, self.now)
+        self.processes[name] = Process(capacity)
+
     def send_again(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.present(lambda p: bool(p.sent))))
         lease_id = data.draw(st.sampled_from(self.processes[name].sent))
         self.coordinator.heard(name, self.now)
         self.coordinator.receive(name, group(lease_id, [0]), self.now)
-        self.settle()
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.present(lambda p: bool(p.leases)))
     def fail_a_lease(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.present(lambda p: bool(p.leases))))
         lease_id = data.draw(st.sampled_from(sorted(self.processes[name].leases)))
         del self.processes[name].leases[lease_id]
         self.coordinator.heard(name, self.now)
         self.coordinator.fail(name, LeaseFailed(lease_id=lease_id, reason="no"))
-        self.settle()
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.present())
     def vanish(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.present()))
         self.coordinator.lose(name, "test")
         self.processes[name].is_lost = True
-        self.settle()
 
-    @rule(data=st.data())
-    @precondition(lambda self: any(p.is_lost for p in self.processes.values()))
     def come_back(self, data: st.DataObject) -> None:
         """Perhaps with a group that it finished meanwhile, which nobody waits for any more."""
         name = data.draw(st.sampled_from(sorted(n for n, p in self.processes.items() if p.is_lost)))
@@ -195,15 +233,24 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.heard(name, self.now)
         if process.leases and data.draw(st.booleans()):
             self.complete(name, min(process.leases), num_correct=1)
-        self.settle()
 
-    @rule(data=st.data(), distrust=st.booleans())
-    @precondition(lambda self: self.processes)
-    def leave(self, data: st.DataObject, distrust: bool) -> None:
+    def leave(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.processes)))
         del self.processes[name]
-        self.coordinator.remove(name, "test", distrust=distrust)
-        self.settle()
+        self.coordinator.remove(name, "test", distrust=data.draw(st.booleans()))
+
+    def restart_the_learner(self, data: st.DataObject) -> None:
+        """From a checkpoint; the actors greet again as new processes."""
+        state = json.loads(json.dumps(self.coordinator.state_dict()))
+        drawn = self.stream.drawn
+        self.stream = CountingStream()
+        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1])
+        self.coordinator.load_state_dict(state)
+        self.stream.drawn = drawn
+        self.is_evaluating = False
+        names, self.processes = list(self.processes), {}
+        for name in names:
+            self.join(name, 4)
 
     @rule()
     def evaluate(self) -> None:
@@ -217,11 +264,12 @@ class Interleavings(RuleBasedStateMachine):
         self.settle()
 
     @rule(data=st.data())
-    def step(self, data: st.DataObject) -> None:
-        batch = self.coordinator.take_batch()
-        if batch is None:
+    def step_as_often_as_possible(self, data: st.DataObject) -> None:
+        while (batch := self.coordinator.take_batch()) is not None:
+            self.step(batch, data)
             self.settle()
-            return
+
+    def step(self, batch: list[TrajectoryGroup], data: st.DataObject) -> None:
         assert len(batch) == self.config.rollout.prompts_per_step
         for item in batch:
             assert item.lease.purpose is Purpose.TRAIN
@@ -237,7 +285,6 @@ class Interleavings(RuleBasedStateMachine):
         if policy_steps > 0 and policy_steps % self.config.weights.publish_every == 0:
             self.publish(data)
         self.coordinator.set_version(self.version, self.steps)
-        self.settle()
 
     def publish(self, data: st.DataObject) -> None:
         """Reaches some of the ready actors; the others wait for `publish_again`."""
@@ -248,26 +295,17 @@ class Interleavings(RuleBasedStateMachine):
             self.coordinator.loaded(name, self.version)
 
     @rule()
+    @precondition(lambda self: self.coordinator.waiting_for_weights())
     def publish_again(self) -> None:
         for name in self.coordinator.waiting_for_weights():
             self.processes[name].version = self.version
             self.coordinator.loaded(name, self.version)
         self.settle()
 
-    @rule()
-    def restart_the_learner(self) -> None:
-        """From a checkpoint; the actors greet again as new processes."""
-        state = json.loads(json.dumps(self.coordinator.state_dict()))
-        drawn = self.stream.drawn
-        self.stream = CountingStream()
-        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1])
-        self.coordinator.load_state_dict(state)
-        self.stream.drawn = drawn
-        self.processes.clear()
-        self.is_evaluating = False
-
     @invariant()
     def no_prompt_is_lost_or_doubled(self) -> None:
+        undisturbed = PromptStream(PROMPTS, seed=0)
+        assert self.stream.drawn == [undisturbed.next().uid for _ in self.stream.drawn]
         untrained = self.coordinator.state_dict()["untrained"]
         rest = Counter(self.stream.drawn)
         rest.subtract(self.trained)

@@ -142,7 +142,7 @@ def test_an_actor_does_not_send_what_the_learner_would_not_take(learner: Learner
         async with ActorConnection(learner.endpoint, "a", 1) as connection:
             await connection.send(Ready(version=0, probe_logprobs=np.zeros(1 << 18, np.float32)))
 
-    with pytest.raises(WireError, match="Ready of .* bytes"):
+    with pytest.raises(WireError, match=r"Ready of .* bytes"):
         asyncio.run(send())
 
 

@@ -1,5 +1,6 @@
 """Frames: round trips, the exact bytes, and that nothing which arrives can do more than raise WireError."""
 
+import contextlib
 import math
 from dataclasses import fields
 from typing import Any, get_args
@@ -165,10 +166,8 @@ def test_a_frame_at_an_odd_address_becomes_an_aligned_array() -> None:
 
 @given(st.lists(st.binary(max_size=200), max_size=7))
 def test_arbitrary_bytes_are_a_message_or_a_wire_error(frames: list[bytes]) -> None:
-    try:
+    with contextlib.suppress(WireError):
         assert isinstance(decode(frames, MAX_BYTES), get_args(Message))
-    except WireError:
-        pass
 
 
 anything = st.recursive(
@@ -289,5 +288,5 @@ def test_a_row_that_is_too_deep_or_no_json_does_not_travel() -> None:
 
 
 def test_a_wrong_array_does_not_travel() -> None:
-    with pytest.raises(WireError, match="Ready.probe_logprobs must be float32 of 1 dimension"):
+    with pytest.raises(WireError, match=r"Ready\.probe_logprobs must be float32 of 1 dimension"):
         encode(Ready(version=0, probe_logprobs=np.zeros(3)))
