@@ -33,6 +33,7 @@ from learner.leader import Leader, version_gaps
 from learner.model import Policy, export_hf, load_critic, load_policy
 from learner.packing import Batch, broadcast_batch
 from learner.parallel import World, make_mesh, process_group, seed_everything
+from learner.sentinel import DriftSentinel
 from learner.service import LearnerService, MembersWaiting
 from learner.trainer import Trainer
 from learner.weights import Publisher
@@ -69,6 +70,7 @@ class Learner:
         self.step = 0
         self.version = 0
         self.warmup_steps = config.algorithm.critic_warmup_steps
+        self.sentinel = DriftSentinel(config.weights.drift_factor)
 
     def run(self) -> None:
         """From where it stands to the end of the run."""
@@ -104,6 +106,7 @@ class Learner:
         groups, batch, wait_s = self._next_batch()
         version, is_warmup = self.version, self.step < self.warmup_steps
         values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup))
+        values |= self._watch_drift(values)
         self.step += 1
         if is_warmup:
             self._end_warmup_early(values)
@@ -119,6 +122,15 @@ class Learner:
         groups = self._led(Leader.next_groups)
         batch = broadcast_batch(Batch.from_groups(groups) if groups is not None else None)
         return groups or (), batch, time.monotonic() - started
+
+    def _watch_drift(self, values: dict[str, Value]) -> dict[str, float]:
+        """Judges the batch that was just trained: it was sampled and scored before the step's updates."""
+        mismatch = values.get("offpolicy/mismatch_abs_mean")
+        return self.sentinel.observe(
+            mismatch if isinstance(mismatch, float) else None,
+            is_untrained=self.version == 0,
+            policy=self.trainer.policy.network,
+        )
 
     def _end_warmup_early(self, values: dict[str, Value]) -> None:
         """Opens the gate (algorithm.critic_warmup_gate) when the critic explains enough of the outcome."""
