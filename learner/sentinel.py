@@ -1,9 +1,9 @@
 """The drift sentinel: do actor and learner still compute the same policy?
 
-Before the policy's first update (and for ever at learning rate 0) vLLM's log-probs and the learner's can differ only by
-the two engines' arithmetic. That difference is the floor. Later, `offpolicy/mismatch_abs_mean` is measured on responses
-that the current version drew whole, so age explains nothing of it: when it rises to a multiple of the floor, a tensor is
-not what it should be on one of the two sides.
+Before the policy's first update (and for ever at learning rate 0) vLLM's log-probs and the learner's can differ only
+by the two engines' arithmetic. That difference is the floor. Later, `offpolicy/mismatch_abs_mean` is measured on
+responses that the current version drew whole, so age explains nothing of it: when it rises to a multiple of the floor,
+a tensor is not what it should be on one of the two sides.
 """
 
 import logging
