@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import ConfigError, load_config
+from common.config import Config, ConfigError, load_config
 from common.launcher import QUIET_ENVIRONMENT
 
 USER_ERROR = 2
@@ -105,7 +105,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _grade(arguments: argparse.Namespace) -> int:
     from actors.grade import main as run_grade
 
-    return run_grade(arguments.cases)
+    return run_grade(arguments.cases, Config())
 
 
 def _export(arguments: argparse.Namespace) -> int:

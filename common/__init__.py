@@ -1,1 +1,1 @@
-"""What both sides share: configuration, records, the wire, tasks, metrics and processes. Loads neither torch nor vllm."""
+"""What both sides share: configuration, records, wire, tasks, metrics, processes. Loads neither torch nor vllm."""

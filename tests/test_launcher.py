@@ -72,7 +72,9 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(config: Config) -> None:
     prepare_run_dir(config, EarlierRun.REFUSE)
     (config.run_dir / "metrics.jsonl").write_text("{}\n")
     (config.run_dir / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"already holds a run: choose another name=\.\.\., pass --overwrite, or use --resume"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run: choose another name=\.\.\., pass --overwrite, or use --resume"
+    ):
         prepare_run_dir(config, EarlierRun.REFUSE)
     prepare_run_dir(config, EarlierRun.OVERWRITE)
     assert sorted(path.name for path in config.run_dir.iterdir()) == ["config.yaml", "logs", "notes.txt"]
@@ -152,3 +154,11 @@ def test_a_rank_started_alone_says_how_to_start_all(config: Config, tmp_path: Pa
     result = run("learner", "--config", str(config.run_dir / "config.yaml"))
     assert result.returncode == 2
     assert "torchrun --nproc-per-node 2" in result.stderr
+
+
+def test_grade_prints_a_verdict_per_case(tmp_path: Path) -> None:
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text('{"gold": "1/2", "pred": "0.5", "input": "answer"}\n')
+    result = run("grade", str(cases))
+    assert result.returncode == 0, result.stderr
+    assert '"equal": true' in result.stdout
