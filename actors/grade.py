@@ -21,8 +21,6 @@ from actors.verifier.pool import VerifierPool
 from common.config import Config, ConfigError
 from common.types import Verdict
 
-_IN_FLIGHT = 64
-
 
 def grade_row(response: str, reference: str, row: dict[str, Any]) -> Verdict:
     """The verifier function of this command: `row["input"]` says what the response is."""
@@ -67,7 +65,7 @@ def _check_row(row: object, where: str) -> None:
 async def _grade(rows: list[dict[str, Any]], config: Config) -> None:
     settings = config.verifier
     table: Counter[tuple[bool, bool]] = Counter()
-    limit = asyncio.Semaphore(_IN_FLIGHT)
+    limit = asyncio.Semaphore(settings.num_workers)  # so that `seconds` holds no queueing
     async with VerifierPool(
         "actors.grade:grade_row", settings.num_workers, settings.timeout_s, settings.memory_mb
     ) as pool:

@@ -67,8 +67,7 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
     or the meaning of the number before them.
     """
     factor, unit, power = Fraction(1), "", ""
-    for piece in pieces:
-        word = piece.lower().strip()
+    for word in re.findall(r"[a-z']+|-?\d+|\S", " ".join(pieces).lower()):
         if word in NOT_UNITS:
             raise ParseError(f"{word} after a number")
         if word in MAGNITUDES and not unit:

@@ -56,7 +56,7 @@ def _clean(text: str) -> str:
 
 
 def _has_content(text: str) -> bool:
-    return any(c.isalnum() for c in text)
+    return any(c.isalnum() for c in text) or text.replace(" ", "") == r"\{\}"
 
 
 def _literal(text: str) -> str:
@@ -75,6 +75,9 @@ def _choice_equal(a: str, b: str) -> bool | None:
         label = _split_label(other)
         if re.fullmatch("[A-J]", plain) and label:
             return plain == label[0]
+    labels = _split_label(a), _split_label(b)
+    if labels[0] and labels[1]:
+        return labels[0][0] == labels[1][0] and texts_equal(labels[0][1], labels[1][1])
     return None
 
 

@@ -120,6 +120,8 @@ def _same_kind(a: Node, b: Node) -> bool:
             return nodes_equal(a.arguments[0], b.arguments[0]) and nodes_equal(a.arguments[1], b.arguments[1])
     if is_scalar(a) and is_scalar(b):
         return scalars_equal(a, b)
+    if isinstance(a, Relation) and isinstance(b, Relation) and symbols(a) != symbols(b):
+        return False
     if _is_clearly_a_set(a) or _is_clearly_a_set(b):
         set_a, set_b = as_set(a), as_set(b)
         return set_a is not None and set_b is not None and sets_equal(set_a, set_b)
@@ -312,8 +314,12 @@ def _links_equal(a: tuple[str, Node, Node], b: tuple[str, Node, Node]) -> bool:
     if not all(is_scalar(side) for side in (*sides_a, *sides_b)):
         return operator_a == operator_b and all(nodes_equal(x, y) for x, y in zip(sides_a, sides_b, strict=True))
     difference_a, difference_b = subtract(*sides_a), subtract(*sides_b)
-    if not symbols(difference_a) or not symbols(difference_b):
-        return False
+    if not symbols(difference_a) or not symbols(difference_b):  # f(1) < f(2)
+        if operator_a == operator_b and all(nodes_equal(x, y) for x, y in zip(sides_a, sides_b, strict=True)):
+            return True
+        return operator_b == flip(operator_a) and all(
+            nodes_equal(x, y) for x, y in zip(sides_a, reversed(sides_b), strict=True)
+        )
     sign = ratio_sign(difference_a, difference_b)
     if sign is None:
         return False

@@ -12,6 +12,7 @@ from actors.verifier.extract import Extraction, extract, stated_answer
 from common.types import Verdict
 
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,400})(?:\.(\d{1,100}))?\s*\$?\s*\.?\s*")
+_MAX_PLAIN = 600  # characters of a plain number
 _MAX_COMPARED = 100_000  # characters of an answer that is looked at at all
 
 
@@ -56,7 +57,7 @@ def answers_equal(a: str, b: str) -> bool:
 
 def _plain_number(text: str) -> Fraction | None:
     """The common case without any parsing: an integer or a decimal."""
-    found = _PLAIN.fullmatch(text)
+    found = _PLAIN.fullmatch(text) if len(text) <= _MAX_PLAIN else None
     if found is None:
         return None
     whole, places = found.groups()

@@ -21,6 +21,10 @@ class Undefined(Exception):
     """The expression has no value at this point, or one that is too large to be computed."""
 
 
+class TooMuchWork(Undefined):
+    """The evaluation would take too long, here as at any other point."""
+
+
 def rational(node: Node) -> Fraction | None:
     """The exact value of a tree that is rational by rational operations, else None."""
     try:
@@ -153,7 +157,7 @@ class _Evaluator:
         mp = self._mp
         self._steps -= 1
         if self._steps < 0:
-            raise Undefined("too much work")
+            raise TooMuchWork("too many steps")
         match node:
             case Number():
                 return self._fraction(node.value)
@@ -240,8 +244,10 @@ class _Evaluator:
         base, exponent = self.value(base_node), self.value(exponent_node)
         if base == 0 and exponent == 0:
             raise Undefined("0^0")
+        if abs(exponent) > mp.ldexp(1, MAX_ARGUMENT_BITS):
+            raise Undefined("exponent too large")
         if base != 0:
-            self._check_size(exponent * mp.log(abs(base), 2) if abs(base) != 1 else mp.mpf(0))
+            self._check_size(exponent * mp.log(abs(base), 2))
         exact = rational(exponent_node)
         if exact is not None and 1 < exact.denominator <= 64:
             return self._root(base, mp.mpf(exact.denominator)) ** exact.numerator

@@ -17,7 +17,7 @@ from fractions import Fraction
 from math import log10
 
 from actors.verifier.heavy import load
-from actors.verifier.numeric import Undefined, Value, evaluate, rational
+from actors.verifier.numeric import TooMuchWork, Undefined, Value, evaluate, rational
 from actors.verifier.symbolic import proves_zero
 from actors.verifier.tree import Apply, Constant, Node, Number, key, subtract, symbols, walk
 
@@ -161,6 +161,8 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
     for point in _points(names, _needs_integers(a) or _needs_integers(b)):
         try:
             x, y = evaluate(a, DIGITS, point), evaluate(b, DIGITS, point)
+        except TooMuchWork:
+            return None
         except Undefined:
             continue
         if must_be_one:

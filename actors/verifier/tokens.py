@@ -187,6 +187,8 @@ def _from_text(content: str) -> tuple[Token, ...]:
     stripped = content.strip().strip(",.").strip()
     if not stripped:
         return (Token("comma", ","),) if "," in content else ()
+    if re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z]+)+(?:\^?\d)?", stripped):  # \text{m/s}
+        return (Token("word", stripped.lower()),)
     if re.search("[A-Za-z]{2}", stripped) is None and re.search(r"\d|[A-Za-z]", stripped):
         return _from_chars(stripped) if not re.fullmatch("[A-Za-z]", stripped) else (Token("letter", stripped),)
     tokens: list[Token] = []
@@ -303,7 +305,7 @@ def _from_letters(run: str) -> list[Token]:
         return [Token("and", lower)]
     if lower == "mod":
         return [Token("op", "mod")]
-    if lower in words.UNITS and len(run) > 1:
+    if (lower in words.UNITS and len(run) > 1) or lower in words.SHORT_WORDS:
         return [Token("word", lower)]
     if len(run) <= 3 or (run.isupper() and len(run) <= 6):
         return [_letter(letter) for letter in run]

@@ -265,6 +265,8 @@ NOT_UNITS = frozenset(
         "instead",
     ]
 )
+# Runs of at most three letters are products of variables, except these.
+SHORT_WORDS = frozenset({"per", "the", "but", "not", "nor", "are", "was", "too", "sq", "cu"})
 NUMBER_WORDS = {
     word: str(value)
     for value, word in enumerate(
