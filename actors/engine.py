@@ -56,10 +56,14 @@ class Engine:
         """Starts the engine with the model folder's weights as version 0. Raises EngineError when that fails."""
         _set_environment(self._config)
         try:
-            self._llm = await asyncio.to_thread(_build, self._config)
+            await asyncio.to_thread(self._start_llm)
             await self._llm.update_weight_version("0")
         except Exception as error:
             raise EngineError(f"the engine did not start on model {self._config.model.path!r}: {error}") from error
+
+    def _start_llm(self) -> None:
+        """Returns nothing, because what a pool's thread returns it also keeps, and the engine must be let go of."""
+        self._llm = _build(self._config)
 
     async def shutdown(self) -> None:
         """Stops the engine's processes; blocks for some seconds, when nothing else is left to do."""

@@ -267,11 +267,18 @@ class Publisher:
     def publish(self, version: int) -> Publication:
         """Brings every member to the policy's present weights as `version`. Called by all ranks together.
 
-        Raises PublishError on every rank when no member is left or MAX_ATTEMPTS attempts failed.
+        With no actor connected it reaches nobody: whoever comes later is served before it gets a lease. Raises
+        PublishError on every rank when MAX_ATTEMPTS attempts failed.
         """
         started = time.monotonic()
         expected = self._own_probe()
         for attempt in range(1, MAX_ATTEMPTS + 1):
+            if self._agree(None if self.control is None or self.control.members() else "no actor is connected"):
+                logger.warning("version %d is published to nobody: no actor is connected", version)
+                self.shutdown()
+                return Publication(
+                    version=version, members=(), seconds=time.monotonic() - started, probe_difference=0.0
+                )
             problem = self._attempt(version)
             if problem is None:
                 break
