@@ -119,9 +119,9 @@ class Reception:
             logger.warning("actor %r refused: %s", hello.name[:100], problem)
             self._refuse(identity, problem, fatal=True)
             return
-        if hello.name in self._identities:
-            known = self._identities[hello.name] == identity
-            self._part(hello.name, "it greeted again" if known else "a new process has its name")
+        if identity in self._names:
+            self._part(self._names[identity], "it greeted again")
+        self.dismiss(hello.name, "a new process has its name")
         self._identities[hello.name] = identity
         self._names[identity] = hello.name
         self._coordinator.join(hello.name, hello.capacity, now)

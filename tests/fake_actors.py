@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from common.types import (
     Hello,
     LearnerMessage,
     Lease,
+    Message,
     Ready,
     Refused,
     Stop,
@@ -34,6 +35,8 @@ from common.types import (
     WeightsReport,
     Welcome,
 )
+
+Kind = TypeVar("Kind")
 
 FINGERPRINTS = ("model", "tokenizer")
 NO_PROBE = np.empty(0, np.float32)
@@ -76,6 +79,7 @@ class FakeActor:
     version: int = 0
     delay_s: Callable[[Lease], float] = lambda lease: 0.0
     num_correct: Callable[[Lease], int] = lambda lease: 1
+    deaf_to_stop: bool = False
     deaf_to: frozenset[WeightsPhase] = frozenset()  # phases it does not answer
     fails: dict[WeightsPhase, str] = field(default_factory=dict)
     heartbeat_s: float = 0.1
@@ -103,8 +107,19 @@ class FakeActor:
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"{self.name} did not end"
 
+    def say(self, message: Message) -> None:
+        """Send anything, from this process."""
+        asyncio.run_coroutine_threadsafe(self._connection.send(message), self._loop).result(5.0)  # type: ignore[arg-type]
+
     def leases(self) -> list[Lease]:
         return [message for message in self.received if isinstance(message, Lease)]
+
+    def commands(self) -> list[WeightsCommand]:
+        return [message for message in self.received if isinstance(message, WeightsCommand)]
+
+    def received_any(self, kind: type[Kind]) -> Kind | None:
+        """The first message of this kind, or None."""
+        return next((message for message in self.received if isinstance(message, kind)), None)
 
     def _main(self) -> None:
         try:
@@ -156,7 +171,7 @@ class FakeActor:
                         task.cancel()
                 case WeightsCommand() as command:
                     await self._obey(command)
-                case Stop():
+                case Stop() if not self.deaf_to_stop:
                     await self._send(Bye(error=None))
                     return
                 case Refused(fatal=True):
