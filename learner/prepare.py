@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from random import Random
 
@@ -71,8 +71,8 @@ RECIPES = {
         phases=(
             Phase(
                 label="clean sums",
-                num_steps=4000,
-                batch_size=24,
+                num_steps=3600,
+                batch_size=16,
                 learning_rate=3e-3,
                 demonstrate=lambda rng: chain_sum.sample_demonstration(rng, carry_drop=0.0),
             ),
@@ -93,8 +93,8 @@ RECIPES = {
         phases=(
             Phase(
                 label="good walks",
-                num_steps=1600,
-                batch_size=32,
+                num_steps=2000,
+                batch_size=16,
                 learning_rate=3e-3,
                 demonstrate=lambda rng: number_walk.sample_demonstration(
                     rng, right_direction=0.97, careless_landing=0.0
@@ -103,7 +103,7 @@ RECIPES = {
             Phase(
                 label="careless walks",
                 num_steps=400,
-                batch_size=32,
+                batch_size=16,
                 learning_rate=1e-3,
                 demonstrate=lambda rng: number_walk.sample_demonstration(
                     rng, right_direction=0.75, careless_landing=0.3
@@ -123,17 +123,16 @@ def build_tokenizer(characters: str) -> Qwen2Tokenizer:
     characters that it does not know.
     """
     vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *characters])}
-    return Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], unk_token=PAD_TOKEN, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN
-    )
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=PAD_TOKEN, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN)
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """A Qwen2 model with fresh weights from torch's global generator.
 
-    Two heads of 32 dimensions, because vLLM's CPU attention has no smaller head. Embeddings start at a
-    standard deviation of 0.5 instead of 0.02: with so few tokens it shortens training from over five
-    minutes to a few.
+    Two heads of 32 dimensions, because vLLM's CPU attention has no smaller head. The initial scale decides
+    how long training takes: after 2000 steps of number_walk the loss is 0.53 nats a token (the demonstrations
+    themselves have 0.50) with embeddings of standard deviation 1.0 and matrices of 0.08, 0.71 with 0.5 and
+    0.125, and 1.0 with 0.5 and the usual 0.02.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -143,6 +142,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.08,
         tie_word_embeddings=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -151,18 +151,19 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         dtype="float32",
     )
     model = Qwen2ForCausalLM(config)
-    nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
+    nn.init.normal_(model.lm_head.weight, std=0.02)
     # Nothing about sampling: an engine that reads this file must not find a top-k or a temperature in it.
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
-def _batches(phase: Phase, rng: Random) -> Iterator[list[Demonstration]]:
-    """Endless batches of demonstrations of nearly equal length."""
+def _batches(phase: Phase, excluded: frozenset[str], rng: Random) -> Iterator[list[Demonstration]]:
+    """Endless batches of demonstrations of nearly equal length, none of them on an excluded prompt."""
     while True:
-        pool = [phase.demonstrate(rng) for _ in range(POOL_BATCHES * phase.batch_size)]
+        drawn = (phase.demonstrate(rng) for _ in repeat(None))
+        kept = (demonstration for demonstration in drawn if demonstration[0] not in excluded)
+        pool = list(islice(kept, POOL_BATCHES * phase.batch_size))
         pool.sort(key=lambda demonstration: len(demonstration[0]) + len(demonstration[1]))
         batches = [pool[i : i + phase.batch_size] for i in range(0, len(pool), phase.batch_size)]
         rng.shuffle(batches)
@@ -182,13 +183,15 @@ def _collate(batch: list[Demonstration], tokenizer: Qwen2Tokenizer) -> tuple[tor
     return token_ids_BL, targets_BL
 
 
-def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, rng: Random) -> None:
+def _train(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, excluded: frozenset[str], rng: Random
+) -> None:
     """Runs one phase of supervised training on the response tokens."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.lr_scale)
-    batches = islice(_batches(phase, rng), phase.num_steps)
+    batches = islice(_batches(phase, excluded, rng), phase.num_steps)
     with tqdm(batches, total=phase.num_steps, desc=phase.label, unit="step") as progress:
         for step, batch in enumerate(progress):
             token_ids_BL, targets_BL = _collate(batch, tokenizer)
@@ -261,8 +264,9 @@ def build_base_model(recipe: Recipe, heldout: list[Prompt], out_dir: Path, seed:
         model = build_model(tokenizer)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
         model.train()
+        excluded = frozenset(prompt.text for prompt in heldout)
         for i, phase in enumerate(recipe.phases):
-            _train(model, tokenizer, phase, Random(f"prepare/{seed}/{i}"))
+            _train(model, tokenizer, phase, excluded, Random(f"prepare/{seed}/{i}"))
         accuracy, mean_length = measure_accuracy(model, tokenizer, recipe, heldout)
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
@@ -279,9 +283,7 @@ def prepare(task_name: str, out_dir: str | None, seed: int) -> None:
     Raises ConfigError for a task without a base model.
     """
     if task_name not in RECIPES:
-        raise ConfigError(
-            f"there is no base model for task '{task_name}'; prepare knows: {', '.join(RECIPES)}."
-        )
+        raise ConfigError(f"there is no base model for task '{task_name}'; prepare knows: {', '.join(RECIPES)}.")
     heldout = list(load_task(TaskConfig(name=task_name)).heldout)
     folder = Path(out_dir) if out_dir is not None else Path("configs") / "models" / task_name
     build_base_model(RECIPES[task_name], heldout, folder, seed)

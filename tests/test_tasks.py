@@ -75,12 +75,10 @@ def test_chain_sum_writes_the_documented_prompt_and_response() -> None:
 
 
 def test_a_dropped_carry_leaves_the_tens_digit_and_later_steps_go_on_from_there() -> None:
-    problem = chain_sum.Problem(start=47, terms=(8, 3, -8))
-    assert chain_sum._write_steps(problem, Random(0), carry_drop=1.0) == "a+8=45b+3=48c-8=40#40"
-    borrow = chain_sum.Problem(
-        start=42, terms=(-9, 7)
-    )  # 42 - 9 = 33 becomes 43; 7 is below 8 and keeps its carry
-    assert chain_sum._write_steps(borrow, Random(0), carry_drop=1.0) == "a-9=43b+7=50#50"
+    problem = chain_sum.Problem(start=47, terms=(8, 6, -8))  # 6 is not a hard term and keeps its carry
+    assert chain_sum._write_steps(problem, Random(0), carry_drop=1.0) == "a+8=45b+6=51c-8=53#53"
+    borrow = chain_sum.Problem(start=42, terms=(-9, 7))  # 42 - 9 = 33 becomes 43; 7 is below 8 and keeps its carry
+    assert chain_sum._write_steps(borrow, Random(0), carry_drop=1.0) == "a-9=43b+6=49#49"
 
 
 @pytest.mark.parametrize(
@@ -141,9 +139,7 @@ SIXTEEN_MOVES = "+148-147" * 8
         (3, 5, "+\u0662\u0660\u0665#", Verdict.WRONG),  # digits of another script are not digits here
     ],
 )
-def test_number_walk_checks_every_transition(
-    start: int, target: int, response: str, verdict: Verdict
-) -> None:
+def test_number_walk_checks_every_transition(start: int, target: int, response: str, verdict: Verdict) -> None:
     row = {"start": start, "target": target}
     assert number_walk.verify(response, f"{target:02d}", row) is verdict
 
@@ -159,9 +155,7 @@ def test_changing_one_position_of_a_correct_walk_makes_it_wrong(seed: int, chang
 
 @given(st.integers(0, 10**6))
 def test_number_walk_demonstrations_have_right_arithmetic_and_fail_only_by_not_arriving(seed: int) -> None:
-    text, response = number_walk.sample_demonstration(
-        Random(seed), right_direction=0.75, careless_landing=0.3
-    )
+    text, response = number_walk.sample_demonstration(Random(seed), right_direction=0.75, careless_landing=0.3)
     start, last = int(text[:2]), int(response[-3:-1])
     assert number_walk.verify(response, f"{last:02d}", {"start": start, "target": last}) is Verdict.CORRECT
     assert len(response) + 1 <= number_walk.MAX_RESPONSE_TOKENS
@@ -204,9 +198,7 @@ def test_a_bad_setting_is_one_sentence_that_names_it(config: TaskConfig, words: 
 # --- file ------------------------------------------------------------
 
 
-def _file_task(
-    tmp_path: Path, train: str, heldout: str = '{"prompt": "held out", "answer": 1}\n'
-) -> TaskConfig:
+def _file_task(tmp_path: Path, train: str, heldout: str = '{"prompt": "held out", "answer": 1}\n') -> TaskConfig:
     (tmp_path / "train.jsonl").write_text(train)
     (tmp_path / "heldout.jsonl").write_text(heldout)
     return TaskConfig(

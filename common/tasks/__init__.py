@@ -103,9 +103,7 @@ def _refuse_settings(config: TaskConfig, names: tuple[str, ...], reason: str) ->
     for name in names:
         value: JSON = getattr(config, name)
         if value != defaults[name]:
-            raise ConfigError(
-                f"task.{name} is {value!r}, but task.name is '{config.name}' and that {reason}."
-            )
+            raise ConfigError(f"task.{name} is {value!r}, but task.name is '{config.name}' and that {reason}.")
 
 
 def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:

@@ -17,6 +17,7 @@ NAME = "chain_sum"
 VERIFIER = "common.tasks.chain_sum:verify"
 LABELS = "abcdefghijklmnopqrs"
 CHARACTERS = "0123456789+-=#" + LABELS
+HARD_TERM = 7  # demonstrations lose carries only in steps with |term| of at least this
 MIN_TERMS, MAX_TERMS = 2, 20
 LOWEST, HIGHEST = 10, 99
 MAX_PROMPT_TOKENS = 2 + 3 * (MAX_TERMS - 1) + 1
@@ -74,7 +75,7 @@ def _write_steps(problem: Problem, rng: Random, carry_drop: float) -> str | None
     total, steps = problem.start, []
     for label, term in zip(LABELS, problem.terms, strict=False):
         carries = (total + term) // 10 != total // 10
-        is_dropped = carries and abs(term) >= 8 and rng.random() < carry_drop
+        is_dropped = carries and abs(term) >= HARD_TERM and rng.random() < carry_drop
         total = _forgetful_sum(total, term) if is_dropped else total + term
         if not LOWEST <= total <= HIGHEST:
             return None
@@ -83,7 +84,7 @@ def _write_steps(problem: Problem, rng: Random, carry_drop: float) -> str | None
 
 
 def sample_demonstration(rng: Random, carry_drop: float) -> tuple[str, str]:
-    """A (prompt, response) pair; a step with |term| >= 8 loses its carry with probability `carry_drop`.
+    """A (prompt, response) pair; a step with |term| >= 7 loses its carry with probability `carry_drop`.
 
     Later steps go on from the wrong sum. A demonstration whose wrong sums leave 10..99 is drawn again.
     """

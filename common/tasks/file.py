@@ -61,9 +61,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON]]]:
     yield from enumerate(rows, start=1)
 
 
-def _prompt_from_row(
-    row: dict[str, JSON], uid: str, where: str, prompt_field: str, answer_field: str
-) -> Prompt:
+def _prompt_from_row(row: dict[str, JSON], uid: str, where: str, prompt_field: str, answer_field: str) -> Prompt:
     prompt = _column(row, prompt_field, "task.prompt_field", where)
     reference = _reference(_column(row, answer_field, "task.answer_field", where), answer_field, where)
     others = {name: value for name, value in row.items() if name != prompt_field}
@@ -90,9 +88,7 @@ def _column(row: dict[str, JSON], name: str, setting: str, where: str) -> JSON:
 
 def _reference(value: JSON, name: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise ConfigError(
-            f"{where}: column '{name}' must be a non-empty string or a number, not {_kind(value)}."
-        )
+        raise ConfigError(f"{where}: column '{name}' must be a non-empty string or a number, not {_kind(value)}.")
     return str(value)
 
 

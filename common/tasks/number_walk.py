@@ -19,6 +19,7 @@ NAME = "number_walk"
 VERIFIER = "common.tasks.number_walk:verify"
 CHARACTERS = "0123456789+->=#"
 MAX_DISTANCE = 90
+NEAR_DISTANCE = 15  # of demonstrations that start near the target
 MAX_MOVES = 16
 MAX_PROMPT_TOKENS = 6
 MAX_RESPONSE_TOKENS = 4 * MAX_MOVES + 1 + 1
@@ -42,9 +43,9 @@ class Problem:
         return Prompt(uid=uid, text=self.text, reference=f"{self.target:02d}", row=row)
 
 
-def sample_problem(rng: Random) -> Problem:
-    """A problem with uniform distance 1..90, uniform direction, and a start uniform among those that fit."""
-    distance = rng.randint(1, MAX_DISTANCE)
+def sample_problem(rng: Random, max_distance: int = MAX_DISTANCE) -> Problem:
+    """A problem with uniform distance and direction, and a start that is uniform among those that fit."""
+    distance = rng.randint(1, max_distance)
     low = rng.randint(0, 99 - distance)
     ends = (low, low + distance)
     start, target = ends if rng.random() < 0.5 else ends[::-1]
@@ -78,14 +79,17 @@ def _step_choices(position: int, direction: int) -> list[int]:
     return [direction * digit for digit in range(1, 10) if 0 <= position + direction * digit <= 99]
 
 
-def sample_demonstration(rng: Random, right_direction: float, careless_landing: float) -> tuple[str, str]:
+def sample_demonstration(
+    rng: Random, right_direction: float, careless_landing: float, near_share: float = 0.0
+) -> tuple[str, str]:
     """A (prompt, response) pair; the arithmetic is always right, the way is not.
 
     Each move goes towards the target with probability `right_direction` and has a uniform digit. Within
     nine of the target the move lands on it exactly, except with probability `careless_landing`, when it is
-    drawn like any other. A walk that has not arrived after 16 moves gives up with `#` where it is.
+    drawn like any other. A walk that has not arrived after 16 moves gives up with `#` where it is. A share
+    `near_share` of the demonstrations starts at most 15 from the target, which gives landings more weight.
     """
-    problem = sample_problem(rng)
+    problem = sample_problem(rng, NEAR_DISTANCE if rng.random() < near_share else MAX_DISTANCE)
     position = problem.start
     moves: list[str] = []
     while position != problem.target and len(moves) < MAX_MOVES:
