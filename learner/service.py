@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from common.config import Config
+from common.config import Config, ConfigError
 from common.transport import LINGER_MS, LearnerSocket
 from common.types import JSON, Float32Array, Prompt, TrajectoryGroup, WeightsPhase, WeightsReport
+from common.wire import WireError
 from learner.coordinator import Coordinator
 from learner.evaluation import EvalResult, Evaluation
 from learner.prompts import PromptStream
@@ -242,6 +243,10 @@ class LearnerService:
             socket.wake()
 
     def _open_socket(self) -> LearnerSocket:
+        if isinstance(self._failure, WireError):  # a prompt's row or a payload that is no JSON
+            raise ConfigError(
+                f"the learner has something to send that cannot travel: {self._failure}"
+            ) from self._failure
         if self._failure is not None:
             raise RuntimeError(f"the service thread failed: {self._failure!r}") from self._failure
         if self._socket is None or self._is_closing:

@@ -407,6 +407,14 @@ def test_a_failure_in_the_thread_reaches_whoever_waits_and_every_later_call() ->
         assert service.stats()["trained_groups"] == 0  # counters can still be read
 
 
+def test_a_data_row_that_is_no_json_is_one_sentence() -> None:
+    prompts = [replace(PROMPTS[0], row={"asked": {"on": b"bytes"}})]
+    service = LearnerService(make_config(), prompts, lambda prompt: [1], FINGERPRINTS, [1])
+    sentence = r"Lease\.row\['asked'\]\['on'\] holds b'bytes', which is not a JSON value"
+    with service, FakeActor(service.endpoint, "a"), pytest.raises(ConfigError, match=sentence):
+        service.take_batch(30.0)
+
+
 def test_a_port_in_use_ends_before_anything_started(service: LearnerService) -> None:
     config = make_config()
     port = int(service.endpoint.rsplit(":", 1)[1])
