@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -349,7 +349,9 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.remove(name, "end of test")
 
 
-Interleavings.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Interleavings.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestInterleavings = Interleavings.TestCase
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig
@@ -49,7 +49,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(events, max_size=60))
 def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) -> None:
     config = Config(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -33,6 +33,9 @@ from common.types import (
 from common.wire import MAX_HEADER_BYTES, MAX_JSON_DEPTH, WireError, decode, encode
 
 MAX_BYTES = 1 << 20
+
+# tests share two cores: slowness is not a failure
+steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 ints = st.integers(-(2**63), 2**63 - 1)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -118,6 +121,7 @@ def with_header(parts: Any, frames: list[Any]) -> list[Any]:
     return [msgpack.packb(parts), *frames]
 
 
+@steady
 @given(messages)
 def test_every_message_comes_back_as_it_was(message: Message) -> None:
     assert_same(message, decode([bytes(frame) for frame in encode(message)], MAX_BYTES))
@@ -164,6 +168,7 @@ def test_a_frame_at_an_odd_address_becomes_an_aligned_array() -> None:
     np.testing.assert_array_equal(decoded.token_ids, GROUP.token_ids)
 
 
+@steady
 @given(st.lists(st.binary(max_size=200), max_size=7))
 def test_arbitrary_bytes_are_a_message_or_a_wire_error(frames: list[bytes]) -> None:
     with contextlib.suppress(WireError):
@@ -178,7 +183,7 @@ anything = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(steady, max_examples=300)
 @given(message=messages, data=st.data())
 def test_a_header_with_anything_in_any_place_is_a_message_or_a_wire_error(
     message: Message, data: st.DataObject
@@ -199,6 +204,7 @@ def test_a_header_with_anything_in_any_place_is_a_message_or_a_wire_error(
     assert_same(decoded, decode(encode(decoded), MAX_BYTES))
 
 
+@steady
 @given(message=messages, data=st.data())
 def test_a_message_cut_anywhere_is_a_wire_error(message: Message, data: st.DataObject) -> None:
     frames = [bytes(frame) for frame in encode(message)]
