@@ -77,7 +77,7 @@ def test_chain_sum_writes_the_documented_prompt_and_response() -> None:
 def test_a_dropped_carry_leaves_the_tens_digit_and_later_steps_go_on_from_there() -> None:
     problem = chain_sum.Problem(start=47, terms=(8, 6, -8))  # 6 is not a hard term and keeps its carry
     assert chain_sum._write_steps(problem, Random(0), carry_drop=1.0) == "a+8=45b+6=51c-8=53#53"
-    borrow = chain_sum.Problem(start=42, terms=(-9, 6))  # 42 - 9 = 33 becomes 43; 7 is below 8 and keeps its carry
+    borrow = chain_sum.Problem(start=42, terms=(-9, 6))  # 42 - 9 = 33 becomes 43
     assert chain_sum._write_steps(borrow, Random(0), carry_drop=1.0) == "a-9=43b+6=49#49"
 
 
