@@ -162,6 +162,39 @@ def test_ctrl_c_stops_everything_within_ten_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.vllm
+def test_a_killed_learner_resumes_from_its_checkpoint_on_two_ranks(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "checkpoint.every=1", "learner.steps=5"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("step 3"):
+                break
+        for victim in psutil.Process(process.pid).children(recursive=True):
+            if "learner" in victim.cmdline():
+                victim.kill()
+        assert process.wait(30.0) != 0
+    finally:
+        process.kill()
+    resume = [sys.executable, str(ROOT / "run.py"), "train", "--resume", str(tmp_path / "run"), "learner.ranks=2"]
+    done = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, timeout=240.0, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = [row for row in rows(tmp_path / "run" / "metrics.jsonl") if "time/step_s" in row]
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["version"] == 5
+    trained = rows(tmp_path / "run" / "ledger.jsonl")
+    assert [sum(row["step"] == step for row in trained) for step in range(1, 7)] == [4] * 6
+    assert len({row["prompt_uid"] for row in trained}) == 24  # of 200 prompts, in the first epoch: none twice
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_an_actor_that_dies_at_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     done = train(tmp_path, "model.max_model_len=100000", "actors.cpu_kv_cache_gib=0")
     assert done.returncode != 0
