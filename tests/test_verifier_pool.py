@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.verifier.pool import VerifierPool
@@ -91,6 +92,33 @@ def test_when_the_template_is_killed_its_answers_time_out_and_another_is_started
         return [await hanging, await pool.verify("echo", "a", {"expected": "a"})]
 
     assert in_pool(body, timeout_s=20.0) == [Verdict.TIMED_OUT, Verdict.CORRECT]
+
+
+def test_workers_that_hang_or_are_stopped_die_with_their_template() -> None:
+    async def body(pool: VerifierPool) -> tuple[set[int], int]:
+        hanging = [asyncio.create_task(pool.verify("hang", "", {})) for _ in range(4)]
+        await asyncio.gather(*[pool.verify("echo", "a", {"expected": "a"}) for _ in range(20)])
+        assert pool._process is not None
+        template = psutil.Process(pool._process.pid)
+        workers = template.children()
+        template.kill()
+        await asyncio.gather(*hanging)
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        return {worker.pid for worker in alive}, len(workers)
+
+    alive, num_workers = in_pool(body, timeout_s=30.0)
+    assert num_workers >= 4
+    assert not alive
+
+
+def test_answers_that_take_long_are_judged_among_answers_that_hang() -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        hanging = [asyncio.create_task(pool.verify("hang", "", {})) for _ in range(5)]
+        verdicts = await asyncio.gather(*[pool.verify("work", "", {"cpu_s": 0.1}) for _ in range(3)])
+        await asyncio.gather(*hanging)
+        return verdicts
+
+    assert in_pool(body, timeout_s=4.0) == [Verdict.CORRECT] * 3
 
 
 def test_a_cancelled_caller_leaves_the_pool_whole() -> None:

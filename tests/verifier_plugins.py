@@ -18,6 +18,11 @@ def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
             return Verdict.CORRECT if row["expected"] == reference else Verdict.WRONG
         case "length":
             return Verdict.CORRECT if len(row["text"]) == int(reference) else Verdict.WRONG
+        case "work":
+            started_s = time.process_time()
+            while time.process_time() - started_s < row["cpu_s"]:
+                pass
+            return Verdict.CORRECT
         case "print":
             print("7 wrong\n" * 1000, flush=True)
             return Verdict.CORRECT

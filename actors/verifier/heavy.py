@@ -1,4 +1,4 @@
-"""Lazy imports of mpmath and sympy, once per pool: they cost half a second and 60 MB, which plain integers never pay.
+"""Lazy imports (the parser, mpmath, sympy), once per pool: half a second and 60 MB that plain integers never pay.
 
 In a worker that was forked before sympy was loaded, the import is not done there: HeavyImportNeeded goes up
 to the worker's loop, the template process imports them once, and the answer is put again to a worker forked

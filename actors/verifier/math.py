@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from actors.verifier.extract import Extraction, extract, stated_answer
+from actors.verifier.heavy import load
 from common.types import Verdict
 
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,400})(?:\.(\d{1,100}))?\s*\$?\s*\.?\s*")
@@ -50,9 +51,8 @@ def answers_equal(a: str, b: str) -> bool:
         return x == y
     if len(a) > _MAX_COMPARED or len(b) > _MAX_COMPARED:
         return False
-    from actors.verifier.compare import texts_equal  # pylatexenc and the parser: not for plain integers
-
-    return texts_equal(stated_answer(a), stated_answer(b))
+    compare = load("actors.verifier.compare")  # the parser, which plain numbers do without
+    return bool(compare.texts_equal(stated_answer(a), stated_answer(b)))
 
 
 def _plain_number(text: str) -> Fraction | None:

@@ -160,7 +160,8 @@ class VerifierPool:
             for line in lines:
                 request_id, verdict = line.split(b" ")
                 self._resolve(int(request_id), Verdict(verdict.decode()))
-        if self._pending:
+        assert process.stdin is not None
+        if self._pending and not process.stdin.is_closing():
             logger.error("verifier template %d died with %d answers", process.pid, len(self._pending))
         for request_id in list(self._pending):
             self._resolve(request_id, Verdict.TIMED_OUT)

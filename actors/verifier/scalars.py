@@ -4,7 +4,7 @@
 * Two constants a, b: the difference is evaluated at two precisions. A difference that both show is not zero. For
   expressions out of integers, + - * / and roots, the precision is chosen from a separation bound (below), so that
   a difference of zero at that precision is a proof (up to 5000 digits; further is not looked). Constants with pi, e,
-  logarithms and the like have no known bound: they must agree to 1000 digits.
+  logarithms and the like have no known bound: they must agree to 250 digits.
 * Expressions with variables must agree at NUM_POINTS random real points at 50 digits, over positive, negative and
   integer values; one point of disagreement rejects. Points at which either side is undefined do not count. Where too
   few points are left, only a proof by sympy accepts.
@@ -23,7 +23,7 @@ from actors.verifier.tree import Apply, Constant, Node, Number, key, subtract, s
 
 NUM_POINTS = 10
 DIGITS = 50
-TRANSCENDENTAL_DIGITS = 1000
+TRANSCENDENTAL_DIGITS = 250
 _MAX_ATTEMPTS = 60
 _MAX_DIGITS = 5_000
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.

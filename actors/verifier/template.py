@@ -7,8 +7,10 @@ single-threaded, so a worker is a fork of a few milliseconds with everything loa
 itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
 reaped, its answer is `timed_out`, and another takes its place.
 
-A worker becomes *slow* after SLOW_S on one answer: it goes on at the lowest priority until its limit, and
-another worker stands in for it, so answers that hang do not hold up the others (up to MAX_SLOW at once).
+A worker that others wait for becomes *slow* after SLOW_S on one answer: another worker stands in for it, while it goes
+on until its limit at a lower priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time, those first that
+have run least, and the others are stopped. So answers that hang neither hold up the others nor take their processors,
+and answers that merely take long get done.
 
 Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
 <why>`.
@@ -28,8 +30,10 @@ from dataclasses import dataclass
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
 from common.types import Verdict
 
-SLOW_S = 0.1
-MAX_SLOW = 16
+SLOW_S = 0.005
+MAX_SLOW = 100
+SLOW_NICE = 5
+_TURN_S = 0.02  # how long slow workers run before others get their turn
 _READ_BYTES = 1 << 20
 
 
@@ -43,6 +47,8 @@ class _Worker:
     request: bytes | None = None
     started_s: float = 0.0
     is_slow: bool = False
+    served_s: float = 0.0  # time that it has run since it became slow
+    is_stopped: bool = False
 
 
 class Template:
@@ -64,6 +70,7 @@ class Template:
         self._workers: dict[int, _Worker] = {}  # by file descriptor of the channel
         self._modules: set[str] = set()  # heavy modules loaded so far
         self._poll = select.poll()
+        self._turned_s = time.monotonic()  # when the slow workers last changed turns
 
     def run(self, requests_fd: int, replies_fd: int) -> None:
         """Serves until `requests_fd` is closed by the other side, then kills the workers."""
@@ -94,7 +101,7 @@ class Template:
                     return
                 idle = self._fork()
             request = self._queue.popleft()
-            idle.request, idle.started_s, idle.is_slow = request, time.monotonic(), False
+            idle.request, idle.started_s = request, time.monotonic()
             try:
                 idle.channel.sendall(request.split(b" ", 1)[1] + b"\n")
             except OSError:
@@ -104,7 +111,7 @@ class Template:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            run_worker(self._verify, theirs, self._timeout_s, self._memory_mb)
+            run_worker(self._verify, theirs, self._memory_mb)
         theirs.close()
         worker = _Worker(pid=pid, channel=ours, modules=frozenset(self._modules))
         self._workers[ours.fileno()] = worker
@@ -123,9 +130,7 @@ class Template:
             self._lose(worker)
         else:
             self._reply(worker, line)
-            # A slow worker that came to an end after all: its stand-in has taken its place, and its priority
-            # cannot be raised again.
-            if worker.is_slow:
+            if worker.is_slow:  # its stand-in has taken its place, and its priority cannot be raised again
                 self._remove(worker)
 
     def _reply(self, worker: _Worker, verdict_line: bytes) -> None:
@@ -161,28 +166,41 @@ class Template:
             self._remove(idle)
 
     def _check_clocks(self) -> None:
+        """Ends what is over its limit, and takes workers that others wait for out of the way."""
         now_s = time.monotonic()
+        num_slow = sum(w.is_slow for w in self._workers.values())
         for worker in [w for w in self._workers.values() if w.request is not None]:
             elapsed_s = now_s - worker.started_s
             if elapsed_s >= self._timeout_s:
                 self._lose(worker)
-            elif elapsed_s >= SLOW_S and not worker.is_slow and self._num_slow() < MAX_SLOW:
+            elif elapsed_s >= SLOW_S and self._queue and not worker.is_slow and num_slow < MAX_SLOW:
                 worker.is_slow = True
-                os.setpriority(os.PRIO_PROCESS, worker.pid, 19)
+                num_slow += 1
+                os.setpriority(os.PRIO_PROCESS, worker.pid, SLOW_NICE)
+        self._share_turns(now_s)
 
-    def _num_slow(self) -> int:
-        return sum(w.is_slow for w in self._workers.values())
+    def _share_turns(self, now_s: float) -> None:
+        """Lets the num_workers slow workers run that have run least, and stops the other slow ones."""
+        slow = [w for w in self._workers.values() if w.is_slow]
+        for worker in slow:
+            worker.served_s += 0.0 if worker.is_stopped else now_s - self._turned_s
+        self._turned_s = now_s
+        for position, worker in enumerate(sorted(slow, key=lambda w: w.served_s)):
+            stops = position >= self._num_workers
+            if stops != worker.is_stopped:
+                os.kill(worker.pid, signal.SIGSTOP if stops else signal.SIGCONT)
+                worker.is_stopped = stops
 
     def _next_wake_ms(self) -> float | None:
-        """Milliseconds to the next moment at which a worker turns slow or runs out of time; None: no such
-        moment."""
-        may_turn_slow = self._num_slow() < MAX_SLOW
-        moments = [
-            w.started_s + (SLOW_S if may_turn_slow and not w.is_slow else self._timeout_s)
-            for w in self._workers.values()
-            if w.request is not None
-        ]
-        return max(0.0, 1000 * (min(moments) - time.monotonic())) + 1 if moments else None
+        """Milliseconds to the next look at the clocks of the workers; None: none is busy."""
+        now_s, num_slow = time.monotonic(), sum(w.is_slow for w in self._workers.values())
+        busy = [w for w in self._workers.values() if w.request is not None]
+        moments = [w.started_s + self._timeout_s for w in busy]
+        if self._queue and num_slow < MAX_SLOW:
+            moments += [w.started_s + SLOW_S for w in busy if not w.is_slow]
+        if num_slow > self._num_workers:
+            moments.append(now_s + _TURN_S)
+        return max(0.0, 1000 * (min(moments) - now_s)) + 1 if moments else None
 
     def _stop(self) -> None:
         for worker in list(self._workers.values()):

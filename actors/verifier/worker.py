@@ -4,11 +4,13 @@ A request is a line of JSON with `response`, `reference` and `row`; the reply is
 when the verifier raised HeavyImportNeeded, or `failed` when it raised anything else (the traceback goes to stderr).
 """
 
+import ctypes
 import json
 import os
 import resource
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -20,9 +22,10 @@ VerifyFunction = Callable[[str, str, dict[str, Any]], Verdict]
 COLD = b"cold "
 FAILED = b"failed\n"
 _CHANNEL_FD = 3
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run_worker(verify: VerifyFunction, channel: socket.socket, timeout_s: float, memory_mb: int) -> NoReturn:
+def run_worker(verify: VerifyFunction, channel: socket.socket, memory_mb: int) -> NoReturn:
     """Serves `channel` in a freshly forked process and leaves it; never returns.
 
     Only stderr and the channel stay open, so that the death of the template or of a sibling is seen as the
@@ -37,9 +40,10 @@ def run_worker(verify: VerifyFunction, channel: socket.socket, timeout_s: float,
         os.closerange(_CHANNEL_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         limit = memory_mb * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _die_with_parent()
         heavy.defer()
         with socket.socket(fileno=_CHANNEL_FD) as stream:
-            _serve(verify, stream, timeout_s)
+            _serve(verify, stream)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -47,15 +51,16 @@ def run_worker(verify: VerifyFunction, channel: socket.socket, timeout_s: float,
         os._exit(status)
 
 
-def _serve(verify: VerifyFunction, channel: socket.socket, timeout_s: float) -> None:
+def _die_with_parent() -> None:
+    """Asks the kernel to kill this worker with its template, even while it hangs or is stopped."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _serve(verify: VerifyFunction, channel: socket.socket) -> None:
     with channel.makefile("rb") as requests:
         for line in requests:
-            # The template kills this worker at timeout_s. Should the template itself have been killed, nobody
-            # would: then the kernel does, for no handler is installed.
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
-            reply = _answer(verify, line)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            channel.sendall(reply)
+            channel.sendall(_answer(verify, line))
 
 
 def _answer(verify: VerifyFunction, line: bytes) -> bytes:
