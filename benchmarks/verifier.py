@@ -1,0 +1,207 @@
+r"""Measures the verifier: right and wrong verdicts beside Math-Verify's, and speed with and without hanging answers.
+
+    python benchmarks/verifier.py --cases CASES.jsonl [--math-verify PYTHON] [--json OUT.json]
+
+`--math-verify` is the Python of an environment with `pip install math-verify==0.8.0`; it grades the same cases in a
+process of its own. Without it that column is left out. CASES.jsonl is in the format of the `grade` command.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from actors.grade import grade_row
+from actors.verifier.extract import Extraction, extract
+from actors.verifier.math import verify
+from actors.verifier.pool import VerifierPool
+from common.types import Verdict
+
+MATH_VERIFY = r"""
+import json, logging, sys
+from math_verify import parse, verify
+logging.disable(logging.CRITICAL)
+for line in sys.stdin:
+    row = json.loads(line)
+    try:
+        gold = row["gold"] if "\\boxed" in row["gold"] or row.get("gold_input") == "response" else f"${row['gold']}$"
+        pred = row["pred"] if row["input"] == "response" or "\\boxed" in row["pred"] else f"${row['pred']}$"
+        print(int(bool(verify(parse(gold), parse(pred)))), flush=True)
+    except Exception:
+        print(0, flush=True)
+"""
+
+SYMBOLIC = [
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    (r"x^2+2x+1", "(x+1)^2"),
+    (r"\frac{\pi}{2}", "pi/2"),
+    (r"(1, \frac{9}{2})", "(1, 4.5)"),
+    (r"[-1,-\frac12)\cup(0,\infty)", r"[-1,-0.5)\cup(0,\infty)"),
+    (r"\tan^2 y + 1", r"\sec^2(y)"),
+    ("2x+4y-3=0", r"y=-\frac12 x+\frac34"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1 & 2\\3 & 4\end{bmatrix}"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
+    (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt6}"),
+    ("x^{n-1}", r"\frac{x^n}{x}"),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"),
+]
+HANG = "hang"
+
+
+def hanging_verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+    """The mathematical verifier, except that the response "hang" never ends; runs in the pool's workers."""
+    while response == HANG:
+        pass
+    return verify(response, reference, row)
+
+
+def grade_ours(rows: list[dict[str, Any]]) -> list[bool]:
+    judged = []
+    for row in rows:
+        gold = row["gold"]
+        if row.get("gold_input") == "response":
+            gold = extract(gold, Extraction.ANYWHERE) or gold
+        judged.append(grade_row(row["pred"], gold, row) is Verdict.CORRECT)
+    return judged
+
+
+def grade_math_verify(rows: list[dict[str, Any]], python: str) -> list[bool]:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    done = subprocess.run([python, "-c", MATH_VERIFY], input=lines, capture_output=True, text=True, timeout=1800)
+    judged = [line == "1" for line in done.stdout.split()]
+    if len(judged) != len(rows):
+        raise RuntimeError(f"Math-Verify graded {len(judged)} of {len(rows)} cases: {done.stderr[-500:]}")
+    return judged
+
+
+def confusion(rows: list[dict[str, Any]], judged: list[bool]) -> dict[str, int]:
+    counts = Counter((row["equal"], is_equal) for row, is_equal in zip(rows, judged, strict=True))
+    return {
+        "right accepted": counts[True, True],
+        "wrong refused": counts[False, False],
+        "wrong accepted": counts[False, True],
+        "right refused": counts[True, False],
+    }
+
+
+def throughput_in_process(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Verdicts a second, and the median and 99th percentile in milliseconds, on one core without the pool."""
+    times_ms = []
+    started_s = time.perf_counter()
+    for response, reference in pairs:
+        before_s = time.perf_counter()
+        verify(response, reference, {})
+        times_ms.append(1e3 * (time.perf_counter() - before_s))
+    elapsed_s = time.perf_counter() - started_s
+    return {
+        "per second": len(pairs) / elapsed_s,
+        "median ms": statistics.median(times_ms),
+        "p99 ms": statistics.quantiles(times_ms, n=100)[98],
+    }
+
+
+async def throughput_of_pool(pairs: list[tuple[str, str]], num_workers: int, timeout_s: float) -> dict[str, float]:
+    """Judged answers a second through the pool, with 64 waiting at any time; answers that hang are not counted."""
+    limit = asyncio.Semaphore(64)
+    finished_s: list[float] = []
+    async with VerifierPool(f"{Path(__file__).stem}:hanging_verify", num_workers, timeout_s, 1024) as pool:
+        await pool.verify(r"\boxed{\sqrt{8}+x}", r"x+2\sqrt{2}", {})  # loads what symbolic answers need
+
+        async def one(response: str, reference: str) -> None:
+            async with limit:
+                if await pool.verify(response, reference, {}) is not Verdict.TIMED_OUT:
+                    finished_s.append(time.perf_counter())
+
+        started_s = time.perf_counter()
+        await asyncio.gather(*[one(*pair) for pair in pairs])
+        return {
+            "per second": len(finished_s) / (max(finished_s) - started_s),
+            "timed out": float(pool.counts[Verdict.TIMED_OUT]),
+        }
+
+
+def boxed(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` (response, reference) pairs in random order, half of them wrong."""
+    generator = random.Random(0)
+    chosen = []
+    for _ in range(count):
+        answer, reference = generator.choice(pairs)
+        chosen.append(
+            (f"Some reasoning. \\boxed{{{answer}}}", reference if generator.random() < 0.5 else reference + "1")
+        )
+    return chosen
+
+
+def with_hangs(pairs: list[tuple[str, str]], share: float) -> list[tuple[str, str]]:
+    every = round(1 / share)
+    return [(HANG, "1") if k % every == every // 2 else pair for k, pair in enumerate(pairs)]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    report: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+    if args.cases:
+        text = Path(args.cases).read_text(encoding="utf-8")
+        rows = [row for row in map(json.loads, text.splitlines()) if not row.get("contested")]
+        report["verdicts"] = {"async-vapo": confusion(rows, grade_ours(rows))}
+        if args.math_verify:
+            report["verdicts"]["Math-Verify"] = confusion(rows, grade_math_verify(rows, args.math_verify))
+    integers = [(str(k), str(k)) for k in range(1000)]
+    mixed = integers[:28] + SYMBOLIC
+    verify(r"\boxed{\sqrt{8}+x}", r"x+2\sqrt{2}", {})
+    report["one core, in process"] = {
+        "integers": throughput_in_process(boxed(integers, 20_000)),
+        "symbolic": throughput_in_process(boxed(SYMBOLIC, 2_000)),
+    }
+    pooled = {}
+    for name, pairs in {
+        "integers": boxed(integers, 20_000),
+        "mixed, none hangs": boxed(mixed, args.pool_answers),
+        "mixed, 1% hang": with_hangs(boxed(mixed, args.pool_answers), 0.01),
+    }.items():
+        pooled[name] = asyncio.run(throughput_of_pool(pairs, args.workers, args.timeout_s))
+    report[f"pool of {args.workers}, limit {args.timeout_s:g} s"] = pooled
+    return report
+
+
+def print_report(report: dict[str, Any]) -> None:
+    for title, table in report.items():
+        if not isinstance(table, dict):
+            print(f"{title}: {table}")
+            continue
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        print(f"\n{title:32s}" + "".join(f"{column:>16s}" for column in columns))
+        for name, row in table.items():
+            print(
+                f"  {name:30s}" + "".join(f"{row[column]:16.6g}" if column in row else " " * 16 for column in columns)
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", help="labelled cases, one JSON object a line")
+    parser.add_argument("--math-verify", metavar="PYTHON", help="Python of an environment with math-verify")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--timeout-s", type=float, default=3.0)
+    parser.add_argument("--pool-answers", type=int, default=3000)
+    parser.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
+    args = parser.parse_args()
+    report = measure(args)
+    print_report(report)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
