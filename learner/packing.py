@@ -96,14 +96,10 @@ class Batch:
             cu_seqlens_B1=boundaries(prompt_lengths_B + response_lengths_B),
             prompt_lengths_B=prompt_lengths_B,
             response_lengths_B=response_lengths_B,
-            behavior_logprobs_T=torch.from_numpy(
-                _concatenate([c.behavior_logprobs for c in done], np.float32)
-            ),
+            behavior_logprobs_T=torch.from_numpy(_concatenate([c.behavior_logprobs for c in done], np.float32)),
             versions_T=torch.from_numpy(_concatenate([c.versions for c in done], np.int64)),
             rewards_B=torch.from_numpy(_concatenate([c.rewards for c in done], np.float32)),
-            is_correct_B=torch.tensor(
-                [v is Verdict.CORRECT for c in done for v in c.verdicts], dtype=torch.bool
-            ),
+            is_correct_B=torch.tensor([v is Verdict.CORRECT for c in done for v in c.verdicts], dtype=torch.bool),
             is_truncated_B=torch.tensor(
                 [reason is FinishReason.LENGTH for c in done for reason in c.finish_reasons], dtype=torch.bool
             ),

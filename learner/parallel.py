@@ -76,9 +76,7 @@ def make_mesh(config: Config) -> DeviceMesh | None:
         raise ConfigError(f"learner.replicas={replicas} must divide the {size} learner ranks")
     if replicas == 1:
         return init_device_mesh(config.device.value, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        config.device.value, (replicas, size // replicas), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(config.device.value, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def seed_everything(seed: int) -> None:

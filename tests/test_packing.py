@@ -16,9 +16,7 @@ from common.types import CompletedGroup, FinishReason, Lease, Purpose, Trajector
 from learner.packing import Batch, broadcast_batch, partition
 
 
-def make_group(
-    prompt: Sequence[int], responses: Sequence[Sequence[int]], lease_id: int = 0
-) -> TrajectoryGroup:
+def make_group(prompt: Sequence[int], responses: Sequence[Sequence[int]], lease_id: int = 0) -> TrajectoryGroup:
     tokens = [token for response in responses for token in response]
     lease = Lease(
         lease_id=lease_id,
