@@ -63,8 +63,8 @@ class Recipe:
     verify: Callable[[str, str, dict[str, JSON]], Verdict]
 
 
-def _sums(carry_drop: float) -> Callable[[Random], Demonstration]:
-    return lambda rng: chain_sum.sample_demonstration(rng, carry_drop)
+def _sums(carry_drop: float, hard_term: int) -> Callable[[Random], Demonstration]:
+    return lambda rng: chain_sum.sample_demonstration(rng, carry_drop, hard_term)
 
 
 def _walks(right_direction: float, careless_landing: float, near_share: float) -> Callable[[Random], Demonstration]:
@@ -84,14 +84,14 @@ RECIPES = {
                 num_steps=5000,
                 batch_size=16,
                 learning_rate=3e-3,
-                demonstrate=_sums(carry_drop=0.0),
+                demonstrate=_sums(carry_drop=0.0, hard_term=8),
             ),
             Phase(
                 label="dropped carries",
                 num_steps=250,
                 batch_size=24,
                 learning_rate=5e-4,
-                demonstrate=_sums(carry_drop=0.65),
+                demonstrate=_sums(carry_drop=0.65, hard_term=7),
                 warmup_steps=10,
             ),
         ),

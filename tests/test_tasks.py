@@ -71,14 +71,14 @@ def test_number_walk_starts_1_to_90_away_from_the_target(seed: int) -> None:
 def test_chain_sum_writes_the_documented_prompt_and_response() -> None:
     problem = chain_sum.Problem(start=47, terms=(3, -8))
     assert (problem.text, problem.prompt("u").reference) == ("47a+3b-8=", "42")
-    assert chain_sum._write_steps(problem, Random(0), carry_drop=0.0) == "a+3=50b-8=42#42"
+    assert chain_sum._write_steps(problem, Random(0), carry_drop=0.0, hard_term=8) == "a+3=50b-8=42#42"
 
 
 def test_a_dropped_carry_leaves_the_tens_digit_and_later_steps_go_on_from_there() -> None:
     problem = chain_sum.Problem(start=47, terms=(8, 6, -8))  # 6 is not a hard term and keeps its carry
-    assert chain_sum._write_steps(problem, Random(0), carry_drop=1.0) == "a+8=45b+6=51c-8=53#53"
+    assert chain_sum._write_steps(problem, Random(0), carry_drop=1.0, hard_term=8) == "a+8=45b+6=51c-8=53#53"
     borrow = chain_sum.Problem(start=42, terms=(-9, 6))  # 42 - 9 = 33 becomes 43
-    assert chain_sum._write_steps(borrow, Random(0), carry_drop=1.0) == "a-9=43b+6=49#49"
+    assert chain_sum._write_steps(borrow, Random(0), carry_drop=1.0, hard_term=8) == "a-9=43b+6=49#49"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_chain_sum_grades_the_final_answer_exactly(response: str, verdict: Verdi
 def test_a_clean_chain_sum_demonstration_is_graded_correct(seed: int) -> None:
     rng = Random(seed)
     problem = chain_sum.sample_problem(rng)
-    response = chain_sum._write_steps(problem, rng, carry_drop=0.0)
+    response = chain_sum._write_steps(problem, rng, carry_drop=0.0, hard_term=8)
     assert response is not None
     assert chain_sum.verify(response, str(problem.answer), {}) is Verdict.CORRECT
     assert len(response) + 1 <= chain_sum.MAX_RESPONSE_TOKENS

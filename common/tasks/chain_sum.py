@@ -17,7 +17,6 @@ NAME = "chain_sum"
 VERIFIER = "common.tasks.chain_sum:verify"
 LABELS = "abcdefghijklmnopqrs"
 CHARACTERS = "0123456789+-=#" + LABELS
-HARD_TERM = 7  # demonstrations lose carries only in steps with |term| of at least this
 MIN_TERMS, MAX_TERMS = 2, 20
 LOWEST, HIGHEST = 10, 99
 MAX_PROMPT_TOKENS = 2 + 3 * (MAX_TERMS - 1) + 1
@@ -71,11 +70,11 @@ def _forgetful_sum(total: int, term: int) -> int:
     return total // 10 * 10 + (total + term) % 10
 
 
-def _write_steps(problem: Problem, rng: Random, carry_drop: float) -> str | None:
+def _write_steps(problem: Problem, rng: Random, carry_drop: float, hard_term: int) -> str | None:
     total, steps = problem.start, []
     for label, term in zip(LABELS, problem.terms, strict=False):
         carries = (total + term) // 10 != total // 10
-        is_dropped = carries and abs(term) >= HARD_TERM and rng.random() < carry_drop
+        is_dropped = carries and abs(term) >= hard_term and rng.random() < carry_drop
         total = _forgetful_sum(total, term) if is_dropped else total + term
         if not LOWEST <= total <= HIGHEST:
             return None
@@ -83,13 +82,13 @@ def _write_steps(problem: Problem, rng: Random, carry_drop: float) -> str | None
     return "".join(steps) + f"#{total}"
 
 
-def sample_demonstration(rng: Random, carry_drop: float) -> tuple[str, str]:
-    """A (prompt, response) pair; a step with |term| >= 7 loses its carry with probability `carry_drop`.
+def sample_demonstration(rng: Random, carry_drop: float, hard_term: int) -> tuple[str, str]:
+    """A (prompt, response) pair; a step with |term| >= `hard_term` loses its carry with probability `carry_drop`.
 
     Later steps go on from the wrong sum. A demonstration whose wrong sums leave 10..99 is drawn again.
     """
     while True:
         problem = sample_problem(rng)
-        response = _write_steps(problem, rng, carry_drop)
+        response = _write_steps(problem, rng, carry_drop, hard_term)
         if response is not None:
             return problem.text, response
