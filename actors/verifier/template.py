@@ -7,10 +7,10 @@ single-threaded, so a worker is a fork of a few milliseconds with everything loa
 itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
 reaped, its answer is `timed_out`, and another takes its place.
 
-A worker that others wait for becomes *slow* after SLOW_S on one answer: another worker stands in for it, while it goes
-on until its limit at a lower priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time, those first that
-have run least, and the others are stopped. So answers that hang neither hold up the others nor take their processors,
-and answers that merely take long get done.
+A worker that others wait for becomes *slow* after SLOW_CPU_S (or SLOW_S) on one answer: another worker stands in for it,
+while it goes on until its limit at a lower priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
+those first that have run least, and the others are stopped. So answers that hang neither hold up the others nor take
+their processors, and answers that merely take long get done.
 
 Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
 <why>`.
@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
 from common.types import Verdict
 
-SLOW_S = 0.005
+SLOW_CPU_S = 0.005  # of processor time: on a busy machine a worker may wait long without being slow
+SLOW_S = 0.1  # of wall-clock time
 MAX_SLOW = 100
 SLOW_NICE = 5
 _TURN_S = 0.02  # how long slow workers run before others get their turn
@@ -46,9 +47,19 @@ class _Worker:
     modules: frozenset[str]  # heavy modules that the template held when it forked this worker
     request: bytes | None = None
     started_s: float = 0.0
+    started_cpu_s: float = 0.0  # processor time of the worker when the request was sent
     is_slow: bool = False
     served_s: float = 0.0  # time that it has run since it became slow
     is_stopped: bool = False
+
+    def cpu_s(self) -> float:
+        """Processor time that the worker has used so far. Raises OSError when it is gone."""
+        return time.clock_gettime((~self.pid << 3) | 2)  # Linux: the clock of another process's processor time
+
+    def turns_slow(self, now_s: float) -> bool:
+        if now_s - self.started_s >= SLOW_S:
+            return True
+        return now_s - self.started_s >= SLOW_CPU_S and self.cpu_s() - self.started_cpu_s >= SLOW_CPU_S
 
 
 class Template:
@@ -103,6 +114,7 @@ class Template:
             request = self._queue.popleft()
             idle.request, idle.started_s = request, time.monotonic()
             try:
+                idle.started_cpu_s = idle.cpu_s()
                 idle.channel.sendall(request.split(b" ", 1)[1] + b"\n")
             except OSError:
                 self._lose(idle)
@@ -170,10 +182,9 @@ class Template:
         now_s = time.monotonic()
         num_slow = sum(w.is_slow for w in self._workers.values())
         for worker in [w for w in self._workers.values() if w.request is not None]:
-            elapsed_s = now_s - worker.started_s
-            if elapsed_s >= self._timeout_s:
+            if now_s - worker.started_s >= self._timeout_s:
                 self._lose(worker)
-            elif elapsed_s >= SLOW_S and self._queue and not worker.is_slow and num_slow < MAX_SLOW:
+            elif self._queue and not worker.is_slow and num_slow < MAX_SLOW and worker.turns_slow(now_s):
                 worker.is_slow = True
                 num_slow += 1
                 os.setpriority(os.PRIO_PROCESS, worker.pid, SLOW_NICE)
@@ -197,7 +208,7 @@ class Template:
         busy = [w for w in self._workers.values() if w.request is not None]
         moments = [w.started_s + self._timeout_s for w in busy]
         if self._queue and num_slow < MAX_SLOW:
-            moments += [w.started_s + SLOW_S for w in busy if not w.is_slow]
+            moments += [max(w.started_s, now_s - SLOW_CPU_S / 2) + SLOW_CPU_S for w in busy if not w.is_slow]
         if num_slow > self._num_workers:
             moments.append(now_s + _TURN_S)
         return max(0.0, 1000 * (min(moments) - now_s)) + 1 if moments else None
