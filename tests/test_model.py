@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClas
 
 from common.config import Config, Device, DType, LearnerConfig, ModelConfig
 from learner import attention
+from learner import logprobs as logprobs_module
 from learner.logprobs import token_logprobs
 from learner.model import Policy, export_hf, load_critic, load_policy
 from learner.parallel import make_mesh, process_group
@@ -219,8 +221,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("vocab", [500, 4000])
-def test_no_tensor_exceeds_one_chunk_of_logits(vocab: int) -> None:
+@pytest.mark.parametrize("vocab", [500, 40_000])
+def test_no_tensor_exceeds_one_tile_of_logits(vocab: int) -> None:
     tokens, width, chunk = 700, 8, 32
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocab, width, requires_grad=True)
@@ -230,7 +232,36 @@ def test_no_tensor_exceeds_one_chunk_of_logits(vocab: int) -> None:
             hidden, weight, targets, temperature=1.0, chunk_tokens=chunk, entropy_grad=True
         )
         (logprobs.sum() + entropy.sum()).backward()
-    assert largest.elements <= max(chunk * vocab, vocab * width, tokens * width)
+    tile = chunk * min(vocab, logprobs_module.TILE_WIDTH["cpu"])
+    assert largest.elements <= max(tile, vocab * width, tokens * width)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 33, 98])
+def test_tiles_of_the_vocabulary_change_log_probs_entropy_and_gradients_by_rounding_only(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd through whole rows of logits; one row is so sharp that its entropy is next to zero."""
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, dtype=torch.float32)
+    hidden[0] *= 30.0
+    weight, targets = torch.randn(99, 16), torch.randint(99, (50,))
+    slopes = torch.randn(2, 50)
+
+    def gradients(of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        outputs = of(h, w)
+        loss = (slopes * torch.stack(outputs)).sum()
+        return (*(output.detach() for output in outputs), *torch.autograd.grad(loss, (h, w)))
+
+    def whole_rows(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(h @ w.T / 0.5, -1)
+        return logp[torch.arange(50), targets], -(logp.exp() * logp).sum(-1)
+
+    def tiled(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(h, w, targets, temperature=0.5, chunk_tokens=20, entropy_grad=True)
+
+    monkeypatch.setitem(logprobs_module.TILE_WIDTH, "cpu", tile)
+    torch.testing.assert_close(gradients(tiled), gradients(whole_rows), rtol=1e-4, atol=3e-5)
 
 
 def test_chunk_size_changes_log_probs_by_rounding_only() -> None:
