@@ -515,9 +515,30 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     ("1112112_3",),
     ("1112122_3",),
     ("A3_{16}", "163"),
+    # conditions joined by words
+    (
+        r"x<-1 \text{ or } x>3",
+        r"(-\infty,-1)\cup(3,\infty)",
+        "x > 3 or x < -1",
+        r"x<-1, x>3",
+        r"(-\infty,-1) \text{ and } (3,\infty)",
+        r"x\in(-\infty,-1) \text{ or } x\in(3,\infty)",
+    ),
+    ("x > 2 and x < 7", "2 < x < 7", "(2,7)", r"x<7 \text{ and } x>2"),
+    ("21st", r"21^{\text{st}}", r"21\text{st}", "21", "**Answer:** 21", "Answer: **21**", "x = **21**", "21."),
+    (r"\max\{11, 23\}", "23", r"\max(23,11)", r"\gcd(46,69)"),
+    (r"x^{2}y", "x<sup>2</sup>y", "x²y"),
+    (r"\frac{dy}{dx} = 2x", "2x", "x+x"),
+    (r"\angle ABC = 60^\circ", r"60^\circ", "60°", "60 degrees", "60"),
+    (r"\frac{\pi}{4}+k\pi, k\in\mathbb{Z}", r"k\pi+\frac{\pi}{4}, k \in \mathbb{Z}", r"\pi/4 + k\pi, k\in\mathbb{Z}"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
+    (r"x<-1 \text{ or } x>3", "x < -1"),
+    ("x > 2 and x < 7", r"x > 2 \text{ or } x < 7"),
+    ("5th", "6"),
+    ("x<1 or x>3", "(1,3)"),
+    ("x>5", "y>5"),
     ("", ""),
     (" ", "  "),
     ("", "0"),

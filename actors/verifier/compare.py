@@ -11,7 +11,7 @@ from actors.verifier.tokens import MAX_LENGTH, ParseError
 from actors.verifier.tree import Node, Number
 from actors.verifier.vocabulary import NUMBER_WORDS
 
-_PREFIX = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)?\s*(?=\S)", re.IGNORECASE)
+_PREFIX = re.compile(r"^[\s*_#>]*(?:the\s+)?(?:final\s+)?answer[\s*_]*(?:is|:|=)?[*_]*\s*(?=\S)", re.IGNORECASE)
 _CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*[.):]\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)(?![a-z])\s*")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
@@ -48,7 +48,7 @@ def texts_equal(a: str, b: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    normal = normalize(_PREFIX.sub("", normalize(text)))
+    normal = normalize(_PREFIX.sub("", _PREFIX.sub("", normalize(_PREFIX.sub("", text)))))
     clause = _LAST_CLAUSE.fullmatch(normal)
     if clause and not _DOUBT.search(_DENIED_NUMBER.sub("", normal)):
         normal = normalize(clause.group(1))

@@ -7,10 +7,9 @@ from itertools import combinations
 
 from actors.verifier.matrices import simplify_matrices
 from actors.verifier.scalars import ratio_sign, scalars_equal
-from actors.verifier.sets import as_set, flip, sets_equal
+from actors.verifier.sets import as_set, flip, is_clearly_a_set, sets_equal
 from actors.verifier.tree import (
     Apply,
-    Constant,
     Matrix,
     Node,
     Number,
@@ -122,20 +121,9 @@ def _same_kind(a: Node, b: Node) -> bool:
         return scalars_equal(a, b)
     if isinstance(a, Relation) and isinstance(b, Relation) and symbols(a) != symbols(b):
         return False
-    if _is_clearly_a_set(a) or _is_clearly_a_set(b):
+    if is_clearly_a_set(a) or is_clearly_a_set(b):
         set_a, set_b = as_set(a), as_set(b)
         return set_a is not None and set_b is not None and sets_equal(set_a, set_b)
-    return False
-
-
-def _is_clearly_a_set(node: Node) -> bool:
-    match node:
-        case Apply(function="union" | "setminus" | "in") | Relation():
-            return True
-        case Sequence(brackets="[)" | "(]" | "{}"):
-            return True
-        case Sequence(brackets="()" | "[]"):
-            return any(isinstance(n, Constant) and n.name == "oo" for n in walk(node))
     return False
 
 

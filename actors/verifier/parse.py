@@ -83,6 +83,13 @@ def _parse_all(tokens: tuple[Token, ...]) -> Node:
     return node
 
 
+def _is_condition(node: Node) -> bool:
+    """Whether an item restricts a variable: an inequality, or membership of a set."""
+    if isinstance(node, Relation):
+        return not set(node.operators) & set("=≈≡")
+    return isinstance(node, Apply) and node.function == "in"
+
+
 class _Parser:
     """A cursor over one token list; nested lists (arguments, groups) get a parser of their own."""
 
@@ -120,13 +127,16 @@ class _Parser:
         return Sequence("", tuple(g[0] if len(g) == 1 else Sequence("", tuple(g)) for g in groups))
 
     def _list(self) -> list[Node]:
-        items = [self._item()]
+        items, connectors = [self._item()], set()
         while self._at("comma") or self._at("and"):
-            while self._accept("comma") or self._accept("and"):
-                pass
+            while (token := self._accept("comma") or self._accept("and")) is not None:
+                connectors.add(token.text)
             if self.peek() is None or self._at("close") or self._at("semi"):
                 break
             items.append(self._item())
+        if len(items) > 1 and len(connectors) == 1 and all(map(_is_condition, items)):
+            # x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another
+            return [Apply("intersection" if connectors == {"and"} else "union", tuple(items))]
         return items
 
     def _item(self) -> Node:
@@ -432,7 +442,8 @@ class _Parser:
             node = self._primary()
             return list(node.items) if isinstance(node, Sequence) and node.brackets == "()" else [node]
         if self._at("open"):
-            return [self._primary()]
+            node = self._primary()
+            return list(node.items) if isinstance(node, Sequence) else [node]
         node = negate(self._factor()) if self._accept("op", "-") else self._factor()
         while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
             node = product(node, self._factor())

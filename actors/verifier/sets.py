@@ -81,12 +81,41 @@ def _as_set(node: Node) -> list[Interval] | None:
         case Apply(function="union"):
             parts = [_as_set(argument) for argument in node.arguments]
             return None if any(part is None for part in parts) else [i for part in parts if part for i in part]
+        case Apply(function="intersection"):
+            return _as_intersection([_as_set(argument) for argument in node.arguments])
+        case Sequence(brackets="") if all(is_clearly_a_set(item) for item in node.items):
+            return _as_set(Apply("union", node.items))  # (-oo, 1) and (3, oo), as a list
         case Apply(function="setminus"):
             whole, removed = (_as_set(argument) for argument in node.arguments)
             return None if whole is None or removed is None else _remove(_merge(whole), removed)
         case Relation():
             return _solve(node)
     return None
+
+
+def is_clearly_a_set(node: Node) -> bool:
+    """Whether a node is a set of numbers and nothing else; (1, 2) may also be a point."""
+    match node:
+        case Apply(function="union" | "intersection" | "setminus" | "in"):
+            return True
+        case Relation():
+            return not set(node.operators) & set("=≈≡")
+        case Sequence(brackets="[)" | "(]" | "{}"):
+            return True
+        case Sequence(brackets="()" | "[]"):
+            return any(isinstance(n, Constant) and n.name == "oo" for n in walk(node))
+        case Sequence(brackets=""):
+            return all(is_clearly_a_set(item) for item in node.items)
+    return False
+
+
+def _as_intersection(parts: list[list[Interval] | None]) -> list[Interval] | None:
+    result: list[Interval] | None = None
+    for part in parts:
+        if part is None:
+            return None
+        result = part if result is None else _intersect(result, part)
+    return result
 
 
 def _is_endpoint(node: Node) -> bool:

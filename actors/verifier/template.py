@@ -7,8 +7,8 @@ single-threaded, so a worker is a fork of a few milliseconds with everything loa
 itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
 reaped, its answer is `timed_out`, and another takes its place.
 
-A worker that others wait for becomes *slow* after SLOW_CPU_S (or SLOW_S) on one answer: another worker stands in for it,
-while it goes on until its limit at a lower priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
+A worker that others wait for becomes *slow* after SLOW_CPU_S (or SLOW_S) on one answer: another worker stands in for
+it, while it goes on until its limit at a lower priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
 those first that have run least, and the others are stopped. So answers that hang neither hold up the others nor take
 their processors, and answers that merely take long get done.
 
