@@ -15,10 +15,13 @@ counts.
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or learner.py here would hide the package
 
 import torch
 from torch import Tensor
