@@ -63,6 +63,7 @@ class Recipe:
     verify: Callable[[str, str, dict[str, JSON]], Verdict]
 
 
+# With carry_drop=0, hard_term only decides which random numbers are drawn.
 def _sums(carry_drop: float, hard_term: int) -> Callable[[Random], Demonstration]:
     return lambda rng: chain_sum.sample_demonstration(rng, carry_drop, hard_term)
 
