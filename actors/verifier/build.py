@@ -1,11 +1,12 @@
 """Builds tree nodes from the pieces that the parser has read: functions, numerals in a base, units."""
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token
-from actors.verifier.tree import Apply, Matrix, Node, Number
+from actors.verifier.tree import INFINITY, TWO, Apply, Matrix, Node, Number, Sequence, Symbol, negate
 from actors.verifier.vocabulary import MAGNITUDES, NOT_UNITS, UNITS
 
 
@@ -85,3 +86,29 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
         else:
             raise ParseError(f"{word} in a unit")
     return factor, unit
+
+
+def structured(token: Token, parse: Callable[[tuple[Token, ...]], Node]) -> Node:
+    """The node of a token that carries its arguments, each of which `parse` reads."""
+    parts = token.parts
+    match token.kind:
+        case "frac":
+            return Apply("/", (parse(parts[0]), parse(parts[1])))
+        case "binom":
+            return Apply("binomial", (parse(parts[0]), parse(parts[1])))
+        case "root":
+            return Apply("root", (parse(parts[0]), parse(parts[1]) if len(parts) > 1 else TWO))
+        case "overline":
+            return Apply("overline", (parse(parts[0]),))
+        case "numbers":
+            reals = Sequence("()", (negate(INFINITY), INFINITY))
+            return reals if token.text == "R" else Symbol(f"set {token.text}")
+        case "empty":
+            return Sequence("{}", ())
+        case "matrix":
+            rows = tuple(tuple(parse(cell) for cell in row.parts) for row in parts[0])
+            if not rows or len({len(row) for row in rows}) != 1:
+                raise ParseError("ragged matrix")
+            matrix = Matrix(rows)
+            return determinant(matrix) if token.text == "vmatrix" else matrix
+    raise ParseError(f"unexpected {token.kind} {token.text}")

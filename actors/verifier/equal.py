@@ -264,7 +264,11 @@ def _relations_equal(a: Relation, b: Relation) -> bool:
     value_a, value_b = value_of(a), value_of(b)
     if value_a is not None and value_b is not None:
         names = a.sides[0], b.sides[0]
-        if key(names[0]) == key(names[1]) or (not is_name(names[0]) and not is_name(names[1])):
+        if (
+            key(names[0]) == key(names[1])
+            or _name_one_function(*names)
+            or (not is_name(names[0]) and not is_name(names[1]))
+        ):
             return nodes_equal(value_a, value_b)
     left, right = _links(a), _links(b)
     if len(left) != len(right):
@@ -276,6 +280,15 @@ def _relations_equal(a: Relation, b: Relation) -> bool:
             return False
         rest.pop(match)
     return True
+
+
+def _name_one_function(a: Node, b: Node) -> bool:
+    """`y = ...` and `f(x) = ...` give the same function of x."""
+    for name, call in ((a, b), (b, a)):
+        match name, call:
+            case Symbol(name="y"), Apply(function=function, arguments=(Symbol(name=variable),)):
+                return function.startswith("call:") and variable != "y"
+    return False
 
 
 def _with_variable_of(a: Relation, b: Relation) -> Relation:

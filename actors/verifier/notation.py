@@ -4,6 +4,8 @@
 import re
 import unicodedata
 
+from actors.verifier.vocabulary import CONSTANT_NAMES, PLAIN_FUNCTIONS
+
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ", "0123456789+-()nixy")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₓₙₖₘᵢⱼ", "0123456789+-()aexnkmij")
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ]+")
@@ -38,6 +40,7 @@ _THIN_JOIN = re.compile(r"(?<=\d)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\
 _SPACE_GROUPS = re.compile(r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d]| *[/\\])")
 _COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _MIXED = re.compile(r"(?<![\w.}^/)])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
+_LAST_WORD = re.compile(r"(?<=[\d}])\s+([a-z]{3,})$")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
@@ -77,6 +80,7 @@ def normalize(text: str) -> str:
     text = _THIN_JOIN.sub("", text)
     text = _SPACE_GROUPS.sub(lambda found: found.group().replace(" ", ""), text)
     text = _TIMES_TEN.sub(r"\\times ", _MIXED.sub(_spell_mixed, text))
+    text = _LAST_WORD.sub(_spell_unit, text)
     return _METRES.sub(lambda found: rf"\text{{{found.group(1) or found.group(3)}}}{found.group(2) or ''}", text)
 
 
@@ -88,6 +92,12 @@ def _strip(text: str) -> str:
     while (found := _TAIL.search(text, max(0, len(text) - 3))) is not None:
         text = text[: found.start()].rstrip()
     return text
+
+
+def _spell_unit(found: re.Match[str]) -> str:
+    """A word after a space at the end is a unit, not a product of letters."""
+    word = found.group(1)
+    return found.group() if word in PLAIN_FUNCTIONS or word in CONSTANT_NAMES else rf"\text{{ {word}}}"
 
 
 def _spell_mixed(found: re.Match[str]) -> str:

@@ -13,15 +13,14 @@
 Whatever is not in this grammar raises ParseError; the caller then compares it as text.
 """
 
-from collections.abc import Callable
 from fractions import Fraction
 
-from actors.verifier.build import apply_function, flat, in_base, magnitude_and_unit, product
+from actors.verifier.build import apply_function, flat, in_base, magnitude_and_unit, product, structured
+from actors.verifier.cursor import Cursor
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token, repeating_decimal, tokenize
 from actors.verifier.tree import (
-    INFINITY,
-    TWO,
+    ZERO,
     Apply,
     Constant,
     Matrix,
@@ -34,6 +33,7 @@ from actors.verifier.tree import (
     Text,
     depth,
     negate,
+    replace,
     symbols,
 )
 from actors.verifier.vocabulary import CONSTANT_NAMES
@@ -83,6 +83,17 @@ def _parse_all(tokens: tuple[Token, ...]) -> Node:
     return node
 
 
+def _signed(sign: str, node: Node) -> Node:
+    match sign:
+        case "-":
+            return negate(node)
+        case "±":
+            return Apply("pm", (node,))
+        case "∓":
+            return Apply("mp", (node,))
+    return node
+
+
 def _is_condition(node: Node) -> bool:
     """Whether an item restricts a variable: an inequality, or membership of a set."""
     if isinstance(node, Relation):
@@ -90,35 +101,16 @@ def _is_condition(node: Node) -> bool:
     return isinstance(node, Apply) and node.function == "in"
 
 
-class _Parser:
+class _Parser(Cursor):
     """A cursor over one token list; nested lists (arguments, groups) get a parser of their own."""
 
     def __init__(self, tokens: tuple[Token, ...]) -> None:
-        self._tokens = tokens
-        self._position = 0
+        super().__init__(tokens)
         self._open_bars = 0
-
-    def peek(self, ahead: int = 0) -> Token | None:
-        position = self._position + ahead
-        return self._tokens[position] if position < len(self._tokens) else None
-
-    def _take(self) -> Token:
-        token = self.peek()
-        if token is None:
-            raise ParseError("unexpected end")
-        self._position += 1
-        return token
-
-    def _at(self, kind: str, *texts: str) -> bool:
-        token = self.peek()
-        return token is not None and token.kind == kind and (not texts or token.text in texts)
-
-    def _accept(self, kind: str, *texts: str) -> Token | None:
-        return self._take() if self._at(kind, *texts) else None
 
     def answer(self) -> Node:
         groups = [self._list()]
-        while self._accept("semi"):
+        while self.accept("semi"):
             if self.peek() is not None:
                 groups.append(self._list())
         if len(groups) == 1:
@@ -128,10 +120,10 @@ class _Parser:
 
     def _list(self) -> list[Node]:
         items, connectors = [self._item()], set()
-        while self._at("comma") or self._at("and"):
-            while (token := self._accept("comma") or self._accept("and")) is not None:
+        while self.at("comma") or self.at("and"):
+            while (token := self.accept("comma") or self.accept("and")) is not None:
                 connectors.add(token.text)
-            if self.peek() is None or self._at("close") or self._at("semi"):
+            if self.peek() is None or self.at("close") or self.at("semi"):
                 break
             items.append(self._item())
         if len(items) > 1 and len(connectors) == 1 and all(map(_is_condition, items)):
@@ -140,11 +132,11 @@ class _Parser:
         return items
 
     def _item(self) -> Node:
-        if self._at("word"):
+        if self.at("word"):
             return self._worded_item()
         sides, operators = [self._side()], []
-        while self._at("rel") or (self._at("word", "in") and self._is_bracket(self.peek(1))):
-            token = self._take()
+        while self.at("rel") or (self.at("word", "in") and self._is_bracket(self.peek(1))):
+            token = self.take()
             operators.append("∈" if token.kind == "word" else token.text)
             sides.append(self._side())
         if not operators:
@@ -162,37 +154,37 @@ class _Parser:
     def _worded_item(self) -> Node:
         """`area = 5` names a value; other items that begin with words are text."""
         words = []
-        while (token := self._accept("word")) is not None:
+        while (token := self.accept("word")) is not None:
             words.append(token.text)
-        if self._at("rel", "=", "≈") or self._at("op", ":"):
-            self._take()
+        if self.at("rel", "=", "≈") or self.at("op", ":"):
+            self.take()
             return Relation(("=",), (Symbol(" ".join(words)), self._side()))
         while (token := self.peek()) is not None and token.kind not in (*_SEPARATORS, "semi", "close"):
             if token.kind not in ("word", "letter", "num", "sym", "const"):
                 raise ParseError("a formula among words")
-            words.append(self._take().text)
+            words.append(self.take().text)
         return Text(" ".join(words))
 
     def _side(self) -> Node:
         node = self._ratio()
-        while self._at("op", "∪", "∩", "∖") or (isinstance(node, Sequence) and self._at("sym", "U")):
-            sign = self._take().text
+        while self.at("op", "∪", "∩", "∖") or (isinstance(node, Sequence) and self.at("sym", "U")):
+            sign = self.take().text
             function = {"∩": "intersection", "∖": "setminus"}.get(sign, "union")
             node = Apply(function, (node, self._ratio()))
-        if self._at("word") or self._at("letter") or self._at("degree"):
+        if self.at("word") or self.at("letter") or self.at("degree"):
             node = self._with_unit(node)
         return node
 
     def _with_unit(self, node: Node) -> Node:
-        if symbols(node) or (self._at("word", "in") and self._is_bracket(self.peek(1))):
-            if self._at("word", "in"):
+        if symbols(node) or (self.at("word", "in") and self._is_bracket(self.peek(1))):
+            if self.at("word", "in"):
                 return node
             raise ParseError("words after an expression")
         pieces: list[str] = []
         while (token := self.peek()) is not None and token.kind in ("word", "letter", "op", "group", "num"):
             if token.kind in ("op", "num") and (token.text == ":" or (token.kind == "num" and pieces[-1] != "^")):
                 raise ParseError("a number after a unit")
-            pieces.append(flat((self._take(),)))
+            pieces.append(flat((self.take(),)))
         factor, unit = magnitude_and_unit(pieces)
         if factor != 1:
             node = product(Number(factor), node)
@@ -200,40 +192,35 @@ class _Parser:
 
     def _ratio(self) -> Node:
         parts = [self._sum()]
-        while self._accept("op", ":"):
+        while self.accept("op", ":"):
             parts.append(self._sum())
         return parts[0] if len(parts) == 1 else Apply("ratio", tuple(parts))
 
     def _sum(self) -> Node:
         terms: list[Node] = []
         while True:
-            if terms and not self._at("op", "+", "-", "±", "∓"):
+            if terms and not self.at("op", "+", "-", "±", "∓"):
                 break
             signs = []
-            while (sign := self._accept("op", "+", "-", "±", "∓")) is not None:
+            while (sign := self.accept("op", "+", "-", "±", "∓")) is not None:
                 signs.append(sign.text)
             node = self._term()
             for text in reversed(signs):
-                wrap: dict[str, Callable[[Node], Node]] = {
-                    "-": negate,
-                    "±": lambda n: Apply("pm", (n,)),
-                    "∓": lambda n: Apply("mp", (n,)),
-                }
-                node = wrap.get(text, lambda n: n)(node)
+                node = _signed(text, node)
             terms.append(node)
         return terms[0] if len(terms) == 1 else Apply("+", tuple(terms))
 
     def _term(self) -> Node:
         node = self._factor()
         while True:
-            if self._accept("op", "*"):
+            if self.accept("op", "*"):
                 node = product(node, self._signed_factor())
-            elif self._at("op", "/") and not self._is_unit(self.peek(1)):
-                self._take()
+            elif self.at("op", "/") and not self._is_unit(self.peek(1)):
+                self.take()
                 node = Apply("/", (node, self._signed_factor()))
-            elif self._accept("op", "mod"):
+            elif self.accept("op", "mod"):
                 node = Apply("mod", (node, self._signed_factor()))
-            elif self._accept("op", "choose"):
+            elif self.accept("op", "choose"):
                 node = Apply("binomial", (node, self._factor()))
             elif self._starts_factor(node):
                 node = product(node, self._factor())
@@ -258,42 +245,42 @@ class _Parser:
         return token.kind in _PRIMARY
 
     def _signed_factor(self) -> Node:
-        if self._accept("op", "-"):
+        if self.accept("op", "-"):
             return negate(self._signed_factor())
-        self._accept("op", "+")
+        self.accept("op", "+")
         return self._factor()
 
     def _factor(self) -> Node:
         node = self._primary()
         while True:
-            if self._accept("op", "!"):
-                if self._at("op", "!"):
+            if self.accept("op", "!"):
+                if self.at("op", "!"):
                     raise ParseError("double factorial")
                 node = Apply("!", (node,))
-            elif self._accept("op", "%"):
+            elif self.accept("op", "%"):
                 node = Apply("percent", (node,))
-            elif self._accept("degree"):
+            elif self.accept("degree"):
                 node = Apply("degree", (node,))
-            elif self._at("op", "'") and isinstance(node, Symbol):
-                node = Symbol(node.name + self._take().text)
-            elif self._accept("op", "_"):
+            elif self.at("op", "'") and isinstance(node, Symbol):
+                node = Symbol(node.name + self.take().text)
+            elif self.accept("op", "_"):
                 node = self._subscripted(node)
-            elif self._accept("op", "^"):
+            elif self.accept("op", "^"):
                 node = self._raised(node)
             else:
                 return self._called(node)
 
     def _subscripted(self, node: Node) -> Node:
-        subscript = flat((self._take(),)).strip("()")
+        subscript = flat((self.take(),)).strip("()")
         if isinstance(node, Symbol):
             return Symbol(f"{node.name}_{subscript}")
-        before = self._tokens[self._position - 3]
+        before = self.tokens[self.position - 3]
         if isinstance(node, Number) and before.kind == "num" and before.text.isdigit():
             return in_base(before.text, subscript)
         raise ParseError("subscript")
 
     def _raised(self, node: Node) -> Node:
-        token = self._take()
+        token = self.take()
         if token.kind == "group":
             inside = token.parts[0]
             if inside and all(t.kind == "op" and t.text == "'" for t in inside) and isinstance(node, Symbol):
@@ -308,28 +295,28 @@ class _Parser:
             return Apply("^", (node, negate(exponent) if token.text == "-" else exponent))
         if token.kind == "op" and token.text == "*" and isinstance(node, Symbol):
             return Symbol(node.name + "*")
-        self._position -= 1
+        self.position -= 1
         exponent = self._primary()
-        if self._accept("op", "^"):
+        if self.accept("op", "^"):
             exponent = self._raised(exponent)
         return Apply("^", (node, exponent))
 
     def _called(self, node: Node) -> Node:
         """f(x+1), and y(t) for any letter before a single letter in brackets."""
-        if not isinstance(node, Symbol) or not self._at("open", "("):
+        if not isinstance(node, Symbol) or not self.at("open", "("):
             return node
         inner, after = self.peek(1), self.peek(2)
         is_single = inner is not None and inner.kind == "sym" and after == Token("close", ")")
         if node.name[0] not in _CALLABLE and not is_single:
             return node
-        self._take()
+        self.take()
         arguments = self._list()
-        if not self._accept("close", ")"):
+        if not self.accept("close", ")"):
             raise ParseError("unclosed call")
         return Apply(f"call:{node.name}", tuple(arguments))
 
     def _primary(self) -> Node:
-        token = self._take()
+        token = self.take()
         match token.kind:
             case "num":
                 return self._number(token)
@@ -351,11 +338,20 @@ class _Parser:
             case "series":
                 return self._series(token.text)
             case "lim":
-                self._accept("op", "_")
-                return Apply(f"call:lim {flat((self._take(),))}", (self._term(),))
+                self.accept("op", "_")
+                return Apply(f"call:lim {flat((self.take(),))}", (self._term(),))
+            case "opaque":
+                return self._opaque(token.text)
             case "mark":
                 return Apply(f"call:{token.text}", (self._term(),))
-        return _structured(token)
+        return structured(token, _parse_all)
+
+    def _opaque(self, name: str) -> Node:
+        """An integral: not worked out, but equal to itself and the name of its value in an equation."""
+        consumed = []
+        while (token := self.peek()) is not None and token.kind not in ("rel", "semi", "close", *_SEPARATORS):
+            consumed.append(self.take())
+        return Apply(f"call:{name} {flat(tuple(consumed))}", (ZERO,))
 
     def _number(self, token: Token) -> Node:
         assert token.value is not None
@@ -365,29 +361,29 @@ class _Parser:
             period = flat(after.parts[0])
             if not period.isdigit():
                 raise ParseError("repeating digits")
-            self._take()
+            self.take()
             return Number(repeating_decimal(token.text, period))
         if is_integer and after is not None and after.kind == "frac":
             top, bottom = (flat(part) for part in after.parts)
             if top.isdigit() and bottom.isdigit() and int(top) < int(bottom):
-                self._take()
+                self.take()
                 return Number(token.value + Fraction(int(top), int(bottom)))
         return Number(token.value, token.digits)
 
     def _bracketed(self, opening: str) -> Node:
         if opening == "|":
             return self._absolute()
-        if opening == "{" and self._accept("close", "}"):
+        if opening == "{" and self.accept("close", "}"):
             return Sequence("{}", ())
         # Within \\{x | x > 0\\} a bar is no absolute value.
         self._open_bars, saved_bars = int(opening == "{"), self._open_bars
         items = self._list()
-        while self._accept("semi"):
+        while self.accept("semi"):
             items += self._list()
-        if opening == "{" and isinstance(items[0], Symbol | Apply) and self._accept("bar"):
+        if opening == "{" and isinstance(items[0], Symbol | Apply) and self.accept("bar"):
             items = [Apply("in", (items[0], condition)) for condition in self._list()]
         self._open_bars = saved_bars
-        closing = self._take()
+        closing = self.take()
         if closing.kind != "close":
             raise ParseError(f"{closing.text} within {opening}")
         if len(items) == 1 and isinstance(items[0], Apply) and items[0].function == "in" and opening == "{":
@@ -410,24 +406,28 @@ class _Parser:
         self._open_bars += 1
         node = self._side()
         self._open_bars -= 1
-        if not self._accept("bar") and not self._accept("close", "|"):
+        if not self.accept("bar") and not self.accept("close", "|"):
             raise ParseError("unclosed |")
         return determinant(node) if isinstance(node, Matrix) else Apply("abs", (node,))
 
     def _series(self, function: str) -> Node:
-        if not self._accept("op", "_"):
+        if not self.accept("op", "_"):
             raise ParseError("series without bounds")
-        start = _parse_all(self._take().parts[0])
-        if not self._accept("op", "^") or not isinstance(start, Relation) or start.operators != ("=",):
+        start = _parse_all(self.take().parts[0])
+        if not self.accept("op", "^") or not isinstance(start, Relation) or start.operators != ("=",):
             raise ParseError("series without bounds")
         end = self._primary()
-        return Apply(function, (start.sides[0], start.sides[1], end, self._term()))
+        variable, term = start.sides[0], self._term()
+        if isinstance(variable, Constant):  # i as an index is not the imaginary unit
+            index = Symbol(f"index {variable.name}")
+            variable, term = index, replace(term, variable, index)
+        return Apply(function, (variable, start.sides[1], end, term))
 
     def _function(self, name: str) -> Node:
         base: Node | None = None
         power: Node | None = None
-        while self._at("op", "^", "_"):
-            if self._take().text == "_":
+        while self.at("op", "^", "_"):
+            if self.take().text == "_":
                 base = self._primary()
             else:
                 power = self._raised(Symbol("")).arguments[1]  # type: ignore[union-attr]
@@ -438,39 +438,13 @@ class _Parser:
         return Apply("^", (node, power)) if power is not None else node
 
     def _arguments(self) -> list[Node]:
-        if self._at("open", "("):
+        if self.at("open", "("):
             node = self._primary()
             return list(node.items) if isinstance(node, Sequence) and node.brackets == "()" else [node]
-        if self._at("open"):
+        if self.at("open"):
             node = self._primary()
             return list(node.items) if isinstance(node, Sequence) else [node]
-        node = negate(self._factor()) if self._accept("op", "-") else self._factor()
+        node = negate(self._factor()) if self.accept("op", "-") else self._factor()
         while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
             node = product(node, self._factor())
         return [node]
-
-
-def _structured(token: Token) -> Node:
-    """Tokens that carry their arguments."""
-    parts = token.parts
-    match token.kind:
-        case "frac":
-            return Apply("/", (_parse_all(parts[0]), _parse_all(parts[1])))
-        case "binom":
-            return Apply("binomial", (_parse_all(parts[0]), _parse_all(parts[1])))
-        case "root":
-            return Apply("root", (_parse_all(parts[0]), _parse_all(parts[1]) if len(parts) > 1 else TWO))
-        case "overline":
-            return Apply("overline", (_parse_all(parts[0]),))
-        case "numbers":
-            reals = Sequence("()", (negate(INFINITY), INFINITY))
-            return reals if token.text == "R" else Symbol(f"set {token.text}")
-        case "empty":
-            return Sequence("{}", ())
-        case "matrix":
-            rows = tuple(tuple(_parse_all(cell) for cell in row.parts) for row in parts[0])
-            if not rows or len({len(row) for row in rows}) != 1:
-                raise ParseError("ragged matrix")
-            matrix = Matrix(rows)
-            return determinant(matrix) if token.text == "vmatrix" else matrix
-    raise ParseError(f"unexpected {token.kind} {token.text}")

@@ -1,5 +1,4 @@
-"""The verifier as the actor sees it: `await pool.verify(...)` on the event loop, in processes that may hang
-or die.
+"""The verifier as the actor sees it: awaited on the event loop, run in processes that may hang or die.
 
 The workers live under one child process (actors/verifier/template.py) that holds their time and memory
 limits and replaces them. That process starts from a module that imports neither torch nor vllm, whatever the
@@ -163,8 +162,8 @@ class VerifierPool:
         assert process.stdin is not None
         if self._pending and not process.stdin.is_closing():
             logger.error("verifier template %d died with %d answers", process.pid, len(self._pending))
-        for request_id in list(self._pending):
-            self._resolve(request_id, Verdict.TIMED_OUT)
+        for unanswered in list(self._pending):
+            self._resolve(unanswered, Verdict.TIMED_OUT)
 
     def _is_stuck(self) -> bool:
         silent_s = asyncio.get_running_loop().time() - self._active_s

@@ -28,7 +28,7 @@ _MAX_ATTEMPTS = 60
 _MAX_DIGITS = 5_000
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.
 _MIN_DIGITS_OF_APPROXIMATION = 10
-_FUNCTIONS_OF_INTEGERS = frozenset({"!", "binomial", "mod", "gcd", "lcm", "floor", "ceil"})
+_FUNCTIONS_OF_INTEGERS = frozenset({"sum", "product", "!", "binomial", "mod", "gcd", "lcm", "floor", "ceil"})
 
 
 def scalars_equal(a: Node, b: Node) -> bool:

@@ -226,7 +226,7 @@ def load_verifier(function: str) -> VerifyFunction:
     module_name, _, name = function.partition(":")
     try:
         module = importlib.import_module(module_name)
-        verify = getattr(module, name)
+        verify: VerifyFunction = getattr(module, name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f'verifier.function "{function}" cannot be loaded ({error}); write "module:function" of a '

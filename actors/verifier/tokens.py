@@ -150,7 +150,10 @@ def _from_macro(node: LatexMacroNode) -> tuple[Token, ...]:
     if not arguments or arguments[-1] is None:
         raise ParseError(f"\\{name}")
     if name in words.TEXTS or name == "operatorname":
-        return _from_text(_plain(arguments[0]))
+        content = _plain(arguments[0]).strip()
+        if name == "operatorname" and content in words.PLAIN_FUNCTIONS:
+            return (Token("func", words.PLAIN_FUNCTIONS[content]),)
+        return _from_text(content)
     if name in words.WRAPPERS:
         return _from_wrapper(name, arguments[0])
     if name == "sqrt":
@@ -171,6 +174,8 @@ def _from_wrapper(name: str, argument: LatexNode) -> tuple[Token, ...]:
     plain = _plain(argument)
     if name == "mathbb" and plain.strip() in words.NUMBER_SETS:
         return (Token("numbers", plain.strip()),)
+    if plain in words.PLAIN_FUNCTIONS and plain not in words.UNITS:
+        return (Token("func", words.PLAIN_FUNCTIONS[plain]),)
     if re.fullmatch(r"[A-Za-z\s]{2,}", plain):
         return _from_text(plain)
     return _from_nodes(argument.nodelist if isinstance(argument, LatexGroupNode) else [argument])
@@ -178,7 +183,7 @@ def _from_wrapper(name: str, argument: LatexNode) -> tuple[Token, ...]:
 
 def _plain(node: LatexNode) -> str:
     """The source of a text argument without its braces."""
-    source = node.latex_verbatim() if not isinstance(node, LatexCharsNode) else node.chars
+    source = str(node.chars if isinstance(node, LatexCharsNode) else node.latex_verbatim())
     return source[1:-1] if source.startswith("{") and source.endswith("}") else source
 
 

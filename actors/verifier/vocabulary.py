@@ -134,6 +134,8 @@ GREEK = frozenset(
         "Omega",
         "ell",
         "hbar",
+        "partial",
+        "nabla",
     ]
 )
 RELATIONS = {
@@ -160,7 +162,13 @@ MACROS: dict[str, tuple[str, str]] = {
     **{"lceil": ("open", "⌈"), "rceil": ("close", "⌉"), "lvert": ("open", "|"), "rvert": ("close", "|")},
     **{"vert": ("bar", "|"), "mid": ("bar", "|"), "land": ("and", "and"), "lor": ("and", "or")},
     **{"wedge": ("and", "and"), "vee": ("and", "or"), "sum": ("series", "sum"), "prod": ("series", "product")},
-    **{"angle": ("mark", "angle"), "triangle": ("mark", "triangle"), "R": ("numbers", "R"), "lim": ("lim", "lim")},
+    **{
+        "angle": ("mark", "angle"),
+        "triangle": ("mark", "triangle"),
+        "R": ("numbers", "R"),
+        "lim": ("lim", "lim"),
+        "int": ("opaque", "int"),
+    },
 }
 NUMBER_SETS = frozenset("RZNQC")
 _BOTH = {
