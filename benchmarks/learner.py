@@ -12,9 +12,10 @@ Four parts, each measured in one process, the sides taking turns; the median of 
     profile  the ten operators in which a packed step spends most time
 
 Tokens are response tokens. Times are CPU seconds of this process on one thread: the wall clock of a core that
-nobody else uses. Memory is the peak of what torch's allocator handed out during one more, untimed repeat,
-above what was held before it (weights and Adam's state); it is exact and leaves out what libraries allocate
-by themselves. Before anything is timed the gradient norms of the sides are compared.
+nobody else uses. The first repeat of each side is not timed: its gradient norm is compared with the others',
+and its memory is recorded, which is the peak of what torch's allocator handed out above what was held before
+(the weights; Adam's state is made in that repeat). That is exact, and leaves out what libraries allocate by
+themselves.
 """
 
 import argparse
@@ -176,15 +177,14 @@ def our_update(folder: Path, batch: Batch, is_packed: bool) -> Callable[[], floa
 
 def compare(sides: dict[str, Callable[[], float]], batch: Batch, repeats: int) -> list[Row]:
     """Medians of interleaved repeats. Raises AssertionError when the sides' first gradients differ."""
-    norms = {name: run() for name, run in sides.items()}
-    for name, norm in norms.items():
-        assert abs(norm / norms["packed"] - 1) < 1e-2, f"{name} has gradient norm {norm}, packed {norms['packed']}"
+    first = {name: recorded_peak(run) for name, run in sides.items()}
+    for name, (norm, _) in first.items():
+        ours = first["packed"][0]
+        assert abs(norm / ours - 1) < 1e-2, f"{name} has gradient norm {norm}, packed {ours}"
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
-            started = time.process_time()
-            run()
-            times[name].append(time.process_time() - started)
+            times[name].append(_seconds(run))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return [
         Row(
@@ -192,22 +192,22 @@ def compare(sides: dict[str, Callable[[], float]], batch: Batch, repeats: int) -
             seconds=medians[name],
             tokens_per_s=batch.num_response_tokens / medians[name],
             relative=medians["packed"] / medians[name],
-            peak_mib=peak_bytes(run) / MIB,
+            peak_mib=first[name][1] / MIB,
         )
-        for name, run in sides.items()
+        for name in sides
     ]
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Largest sum of torch's CPU allocations minus releases while `run` runs."""
+def recorded_peak(run: Callable[[], float]) -> tuple[float, int]:
+    """(what `run` returns, largest sum of torch's CPU allocations minus releases while it runs, in bytes)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
+        result = run()
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return result, peak
 
 
 def useful_flops(folder: Path, batch: Batch) -> float:
@@ -251,11 +251,12 @@ def _loss_memory(num_tokens: int, width: int, vocabulary: int) -> dict[str, obje
     targets_T = torch.randint(vocabulary, (num_tokens,))
     chunk_tokens = LearnerConfig().logprob_chunk_tokens
 
-    def run() -> None:
+    def run() -> float:
         logprobs_T, _ = token_logprobs(hidden_TD, weight_VD, targets_T, temperature=1.0, chunk_tokens=chunk_tokens)
         logprobs_T.sum().backward()
+        return 0.0
 
-    peak = peak_bytes(run)
+    _, peak = recorded_peak(run)
     return {
         "vocabulary": vocabulary,
         "peak_mib": peak / MIB,
