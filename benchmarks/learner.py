@@ -75,7 +75,7 @@ class Row:
 
 
 def save_model(size: str, folder: Path) -> None:
-    """The demo's architecture with random weights (150k), or the same 1.5 times as deep and 4 times as wide (3m)."""
+    """The demo's architecture with random weights (150k), or four layers of four times the width (3m)."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(RECIPES["number_walk"].characters)
     model = build_model(tokenizer)
