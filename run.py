@@ -49,12 +49,21 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ConfigError("--resume takes the configuration of its run: leave out -c and --overwrite")
         files, earlier = [str(Path(arguments.resume) / "config.yaml")], EarlierRun.RESUME
     config = load_config(files, arguments.overrides)
-    outcome = train(config, earlier)
+    outcome = train(config, earlier, _settle)
     if outcome.message is not None:
         print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
     print(f"\n{render(summary(config.run_dir))}")
     return outcome.exit_code
+
+
+def _settle(config: Config) -> Config:
+    """The configuration with a model folder that is tied as model.tie_word_embeddings asks."""
+    if config.model.tie_word_embeddings is None:
+        return config
+    from learner.export import with_tying
+
+    return with_tying(config)
 
 
 def _learner(arguments: argparse.Namespace) -> int:

@@ -206,9 +206,6 @@ def _build(config: Config) -> Any:
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    overrides: dict[str, Any] = {}
-    if config.model.tie_word_embeddings is not None:
-        overrides["tie_word_embeddings"] = config.model.tie_word_embeddings
     arguments = AsyncEngineArgs(
         model=config.model.path,
         dtype=config.model.dtype.value,
@@ -220,7 +217,6 @@ def _build(config: Config) -> Any:
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=config.weights.backend.value),
         generation_config="vllm",
-        hf_overrides=overrides,
         seed=config.seed,
         # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators cannot do.
         enable_chunked_prefill=config.device is Device.cuda,

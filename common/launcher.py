@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -29,6 +29,7 @@ RUN_CONTENT = (
     "metrics.jsonl",
     "ledger.jsonl",
     "endpoint",
+    "model",
     "tensorboard",
     "logs",
     "checkpoints",
@@ -47,11 +48,16 @@ class EarlierRun(StrEnum):
     RESUME = "resume"  # the learner continues from its newest complete checkpoint, or begins anew without one
 
 
-def train(config: Config, earlier: EarlierRun) -> Outcome:
-    """Run learner and actors to the end. Raises ConfigError when the run cannot start here."""
+def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config]) -> Outcome:
+    """Run learner and actors to the end. Raises ConfigError when the run cannot start here.
+
+    `settle` is called when RUN is there and before anything reads the configuration; its result is what all roles use.
+    """
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
         prepare_run_dir(config, earlier)
+        config = settle(config)
+        save_config(config, config.run_dir / "config.yaml")
         specs = learner_specs(config, port) + actor_specs(config)
         shares = deal_cores(cores, len(specs))
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
@@ -61,7 +67,7 @@ def train(config: Config, earlier: EarlierRun) -> Outcome:
 
 
 def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
-    """Make RUN with its config.yaml. The address of an earlier learner is removed in any case."""
+    """Make RUN, with the configuration as it was asked for. An earlier learner's address goes in any case."""
     run_dir = config.run_dir
     if run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / "config.yaml").is_file():
@@ -74,7 +80,7 @@ def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
+    save_config(config, run_dir / "config.yaml")  # from here on it is a run directory, whatever happens next
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""`run.py export RUN --out DIR`: the policy of a checkpoint as a Hugging Face folder."""
+"""Model folders that a run writes: the policy of a checkpoint (`run.py export RUN --out DIR`), and RUN/model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from common.config import ConfigError, read_config
+from common.config import Config, ConfigError, read_config
 from learner.checkpoint import complete_steps, load_parameters, step_folder
 from learner.model import export_hf, load_policy
 
@@ -27,3 +28,14 @@ def main(run_dir: str, step: int | None, out_dir: str) -> int:
     export_hf(policy, config.model.path, out)
     print(f"wrote the policy after step {chosen} to {out}")
     return 0
+
+
+def with_tying(config: Config) -> Config:
+    """The configuration with RUN/model in the place of model.path: the same model, tied or untied as it is asked for.
+
+    Learner and engines then read one folder that says what it is. An engine that is merely told to tie a model which
+    has an output layer of its own keeps that layer.
+    """
+    out = config.run_dir / "model"
+    export_hf(load_policy(config, torch.device("cpu"), None), config.model.path, out)
+    return replace(config, model=replace(config.model, path=str(out), tie_word_embeddings=None))
