@@ -8,9 +8,9 @@ itself and therefore cannot hang on an answer. A worker that is over its time li
 reaped, its answer is `timed_out`, and another takes its place.
 
 A worker that others wait for becomes *slow* after SLOW_CPU_S (or SLOW_S) on one answer: another worker stands in for
-it, while it goes on until its limit at a lower priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
-those first that have run least, and the others are stopped. So answers that hang neither hold up the others nor take
-their processors, and answers that merely take long get done.
+it, and it goes on until its limit in what time is left. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
+those first that have run least, and while requests wait only one turn in SLOW_SHARE; otherwise they are stopped. So
+answers that hang neither hold up the others nor take their processors, and answers that merely take long get done.
 
 Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
 <why>`.
@@ -30,11 +30,11 @@ from dataclasses import dataclass
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
 from common.types import Verdict
 
-SLOW_CPU_S = 0.005  # of processor time: on a busy machine a worker may wait long without being slow
+SLOW_CPU_S = 0.004  # of processor time: on a busy machine a worker may wait long without being slow
 SLOW_S = 0.1  # of wall-clock time
 MAX_SLOW = 100
-SLOW_NICE = 5
-_TURN_S = 0.02  # how long slow workers run before others get their turn
+SLOW_SHARE = 4  # slow workers run one turn in so many while requests wait
+_TURN_S = 0.02
 _READ_BYTES = 1 << 20
 
 
@@ -49,7 +49,9 @@ class _Worker:
     started_s: float = 0.0
     started_cpu_s: float = 0.0  # processor time of the worker when the request was sent
     is_slow: bool = False
-    served_s: float = 0.0  # time that it has run since it became slow
+    served_s: float = 0.0  # processor time, and a tenth of the wall-clock time, that it has had since it became slow
+    served_cpu_s: float = 0.0  # cpu_s() when served_s was last brought up to date
+    is_warming_up: bool = False
     is_stopped: bool = False
 
     def cpu_s(self) -> float:
@@ -65,7 +67,7 @@ class _Worker:
 class Template:
     """Requests wait in `queue` until a worker is idle; each is answered exactly once.
 
-    Invariant: workers that are not slow number at most num_workers, slow ones at most MAX_SLOW.
+    Invariant: busy workers that are not slow number at most num_workers, slow ones at most MAX_SLOW.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Template:
         self._queue: deque[bytes] = deque()
         self._workers: dict[int, _Worker] = {}  # by file descriptor of the channel
         self._modules: set[str] = set()  # heavy modules loaded so far
+        self._warm_up: bytes | None = None  # a request that was answered quickly with those modules
+        self._warmed_modules: set[str] = set()
         self._poll = select.poll()
         self._turned_s = time.monotonic()  # when the slow workers last changed turns
 
@@ -104,20 +108,37 @@ class Template:
             self._check_clocks()
 
     def _dispatch(self) -> None:
-        """Hands queued requests to idle workers, forking up to the allowed number."""
+        """Hands queued requests to idle workers, forking up to the allowed number, and a spare while some are slow."""
         while self._queue:
-            idle = next((w for w in self._workers.values() if w.request is None), None)
-            if idle is None:
-                if sum(not w.is_slow for w in self._workers.values()) >= self._num_workers:
-                    return
-                idle = self._fork()
-            request = self._queue.popleft()
-            idle.request, idle.started_s = request, time.monotonic()
-            try:
-                idle.started_cpu_s = idle.cpu_s()
-                idle.channel.sendall(request.split(b" ", 1)[1] + b"\n")
-            except OSError:
-                self._lose(idle)
+            if self._num_busy() >= self._num_workers:
+                break
+            idle = self._idle() or self._fork()
+            self._send(idle, self._queue.popleft())
+        self._prepare_stand_in()
+
+    def _send(self, worker: _Worker, request: bytes) -> None:
+        worker.request, worker.started_s = request, time.monotonic()
+        try:
+            worker.started_cpu_s = worker.cpu_s()
+            worker.channel.sendall(request.split(b" ", 1)[1] + b"\n")
+        except OSError:
+            self._lose(worker)
+
+    def _prepare_stand_in(self) -> None:
+        """Forks the next stand-in while some are slow, and warms it up: a new process pays for each page it touches."""
+        others = [w for w in self._workers.values() if not w.is_slow]
+        if not self._queue or len(others) > self._num_workers or len(others) == len(self._workers):
+            return
+        stand_in = self._fork()
+        if self._warm_up is not None:
+            stand_in.is_warming_up = True
+            self._send(stand_in, self._warm_up)
+
+    def _num_busy(self) -> int:
+        return sum(w.request is not None and not w.is_slow and not w.is_warming_up for w in self._workers.values())
+
+    def _idle(self) -> _Worker | None:
+        return next((w for w in self._workers.values() if w.request is None), None)
 
     def _fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -141,14 +162,18 @@ class Template:
         elif module is not None or line in (b"", FAILED):
             self._lose(worker)
         else:
+            if not worker.is_slow and worker.modules == self._modules != self._warmed_modules:
+                self._warm_up = b"- " + (worker.request or b"").split(b" ", 1)[1]
+                self._warmed_modules = set(self._modules)
             self._reply(worker, line)
-            if worker.is_slow:  # its stand-in has taken its place, and its priority cannot be raised again
+            if worker.is_slow:  # its stand-in has taken its place
                 self._remove(worker)
 
     def _reply(self, worker: _Worker, verdict_line: bytes) -> None:
         assert worker.request is not None
-        _write_all(self._replies_fd, worker.request.split(b" ", 1)[0] + b" " + verdict_line)
-        worker.request = None
+        if not worker.is_warming_up:
+            _write_all(self._replies_fd, worker.request.split(b" ", 1)[0] + b" " + verdict_line)
+        worker.request, worker.is_warming_up = None, False
 
     def _lose(self, worker: _Worker) -> None:
         """The worker died, failed or ran out of time: no verdict, and another worker in its place."""
@@ -184,20 +209,28 @@ class Template:
         for worker in [w for w in self._workers.values() if w.request is not None]:
             if now_s - worker.started_s >= self._timeout_s:
                 self._lose(worker)
-            elif self._queue and not worker.is_slow and num_slow < MAX_SLOW and worker.turns_slow(now_s):
-                worker.is_slow = True
+            elif worker.is_slow or worker.is_warming_up:
+                continue
+            elif self._queue and num_slow < MAX_SLOW and worker.turns_slow(now_s):
+                worker.is_slow, worker.served_cpu_s = True, worker.cpu_s()
                 num_slow += 1
-                os.setpriority(os.PRIO_PROCESS, worker.pid, SLOW_NICE)
         self._share_turns(now_s)
 
     def _share_turns(self, now_s: float) -> None:
-        """Lets the num_workers slow workers run that have run least, and stops the other slow ones."""
+        """Lets the num_workers slow workers run that have run least, when it is their turn, and stops the others."""
+        num_running = self._num_workers
+        if self._queue and int(now_s / _TURN_S) % SLOW_SHARE:
+            num_running = 0
         slow = [w for w in self._workers.values() if w.is_slow]
         for worker in slow:
-            worker.served_s += 0.0 if worker.is_stopped else now_s - self._turned_s
+            cpu_s = worker.cpu_s()
+            worker.served_s += (
+                cpu_s - worker.served_cpu_s + (0.0 if worker.is_stopped else (now_s - self._turned_s) / 10)
+            )
+            worker.served_cpu_s = cpu_s
         self._turned_s = now_s
         for position, worker in enumerate(sorted(slow, key=lambda w: w.served_s)):
-            stops = position >= self._num_workers
+            stops = position >= num_running
             if stops != worker.is_stopped:
                 os.kill(worker.pid, signal.SIGSTOP if stops else signal.SIGCONT)
                 worker.is_stopped = stops
@@ -209,7 +242,7 @@ class Template:
         moments = [w.started_s + self._timeout_s for w in busy]
         if self._queue and num_slow < MAX_SLOW:
             moments += [max(w.started_s, now_s - SLOW_CPU_S / 2) + SLOW_CPU_S for w in busy if not w.is_slow]
-        if num_slow > self._num_workers:
+        if num_slow > self._num_workers or (num_slow and self._queue):
             moments.append(now_s + _TURN_S)
         return max(0.0, 1000 * (min(moments) - now_s)) + 1 if moments else None
 
