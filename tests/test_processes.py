@@ -205,7 +205,7 @@ def test_a_second_interrupt_ends_the_patience(log_dir: Path) -> None:
 def test_children_and_grandchildren_die_with_a_killed_supervisor(log_dir: Path) -> None:
     grandchild = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}, sys.argv[1]]); "
     process = start(log_dir, [leader(grandchild + SLEEP), follower(grandchild + IGNORE_TERM + SLEEP)])
-    wait_until(lambda: len(family(log_dir)) == 5)
+    wait_until(lambda: len(family(log_dir)) == 6)  # supervisor, guardian, two children, two grandchildren
     process.kill()
     process.communicate(timeout=LIMIT_S)
     wait_until(lambda: not family(log_dir))
