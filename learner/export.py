@@ -13,15 +13,17 @@ from learner.model import export_hf, load_policy
 def main(run_dir: str, step: int | None, out_dir: str) -> int:
     """Writes the policy after `step` (None: the newest checkpoint) to `out_dir`. Returns the exit code.
 
-    Raises ConfigError when there is no such checkpoint or `out_dir` is not empty.
+    Raises ConfigError when there is no such checkpoint or `out_dir` is not an empty folder.
     """
     run, out = Path(run_dir), Path(out_dir)
     config = read_config(run / "config.yaml")
     steps = complete_steps(run / "checkpoints")
-    if not steps or (step is not None and step not in steps):
-        raise ConfigError(f"{run} has no checkpoint of step {step}: there are {steps or 'none'}")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: choose another --out")
+    if not steps:
+        raise ConfigError(f"{run} has no complete checkpoint to export")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{run} has no checkpoint of step {step}: choose --step among {', '.join(map(str, steps))}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder: choose another --out")
     chosen = steps[-1] if step is None else step
     policy = load_policy(config, torch.device("cpu"), None)
     load_parameters(step_folder(run / "checkpoints", chosen), "policy", policy)

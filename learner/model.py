@@ -91,13 +91,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, full tensor) one at a time, on the policy's device; a tied head is left out.
+        """(checkpoint name, full tensor) one at a time, where the policy computes; a tied head is left out.
 
         A collective when sharded: every rank iterates to the end, in lockstep. `dtype` casts (None: master
         type). The tensor may alias the parameter: copy what must outlive the next optimizer step.
         """
         for name, parameter in self.model.named_parameters():
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            full = parameter
+            if isinstance(parameter, DTensor):  # gathered in host memory when offloaded, but NCCL sends none of that
+                full = parameter.full_tensor().to(parameter.device_mesh.device_type)
             yield name, full.detach().to(dtype or full.dtype)
 
 
@@ -171,6 +173,7 @@ def _run(
     backbone: nn.Module, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token ids, hidden states [T, D], positions_T) on the device; of a dummy sequence when empty."""
+    # Where it computes, offloaded or not: the root's hook has gathered its own parameters, and the embedding is first.
     device = next(backbone.parameters()).device
     if len(prompt_lengths_B) == 0:
         token_ids_S = token_ids_S.new_zeros(DUMMY_LENGTH)

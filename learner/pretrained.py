@@ -140,6 +140,8 @@ def write_folder(
     shards.append(_write_shard(out_dir, len(shards), shard))
     _name_shards(out_dir, shards, total)
     config.save_pretrained(out_dir)
+    for file in out_dir.glob("*.safetensors"):  # which safetensors makes for the owner's eyes only
+        shutil.copymode(out_dir / "config.json", file)
 
 
 def _write_shard(out_dir: Path, index: int, shard: dict[str, Tensor]) -> list[str]:
