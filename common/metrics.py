@@ -49,7 +49,7 @@ class RunLog:
 
     Args:
         run_dir: made when absent.
-        keep_through: after a resume, the last step that counts; lines of later steps are removed because
+        keep_through: the last step that counts, 0 without a checkpoint; lines of later steps are removed because
             those steps are about to be done again. None: append.
     """
 

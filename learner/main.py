@@ -89,10 +89,12 @@ class Learner:
         self.step, self.version = resumed.step, resumed.version
 
     def state_dict(self) -> StateDict:
-        return self.trainer.state_dict() | {"warmup_steps": self.warmup_steps}
+        own = {"warmup_steps": self.warmup_steps, "mismatch_floor": self.sentinel.floor}
+        return self.trainer.state_dict() | own
 
     def load_state_dict(self, state_dict: StateDict, /) -> None:
         self.warmup_steps = state_dict["warmup_steps"]
+        self.sentinel.floor = state_dict["mismatch_floor"]
         self.trainer.load_state_dict(state_dict)
 
     def _begin(self) -> None:
@@ -256,7 +258,7 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
     if resume_step is not None:
         state = json.loads((step_folder(config.run_dir / "checkpoints", resume_step) / "data.bin").read_bytes())
         service.load_state_dict(state["service"])
-    with service, RunLog(config.run_dir, keep_through=resume_step) as log:
+    with service, RunLog(config.run_dir, keep_through=resume_step or 0) as log:
         write_endpoint(config.run_dir, service.endpoint)
         yield Leader(config, service, log, task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
 

@@ -23,12 +23,12 @@ class DriftSentinel:
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
-        self._floor: float | None = None
+        self.floor: float | None = None  # nats per token; None until it was measured. A checkpoint holds it
 
     @property
     def limit(self) -> float | None:
         """Nats per token; None until a floor was measured."""
-        return None if self._floor is None else self._factor * max(self._floor, SMALLEST_FLOOR)
+        return None if self.floor is None else self._factor * max(self.floor, SMALLEST_FLOOR)
 
     def observe(self, mismatch: float | None, *, is_untrained: bool, policy: nn.Module) -> dict[str, float]:
         """Metrics of this step: the floor, and 1 when the alarm sounds. `mismatch` is None when nothing was measured.
@@ -37,9 +37,9 @@ class DriftSentinel:
         """
         if mismatch is None:
             return {}
-        if is_untrained or self._floor is None:
-            self._floor = max(mismatch, self._floor or 0.0)
-            return {"offpolicy/mismatch_floor": self._floor, "offpolicy/mismatch_alarm": 0.0}
+        if is_untrained or self.floor is None:
+            self.floor = max(mismatch, self.floor or 0.0)
+            return {"offpolicy/mismatch_floor": self.floor, "offpolicy/mismatch_alarm": 0.0}
         assert self.limit is not None
         is_drifting = not mismatch <= self.limit
         if is_drifting:
@@ -51,7 +51,7 @@ class DriftSentinel:
                 self._factor,
                 describe_tensors(policy),
             )
-        return {"offpolicy/mismatch_floor": self._floor, "offpolicy/mismatch_alarm": float(is_drifting)}
+        return {"offpolicy/mismatch_floor": self.floor, "offpolicy/mismatch_alarm": float(is_drifting)}
 
 
 @torch.no_grad()

@@ -42,13 +42,13 @@ FINGERPRINTS = ("model", "tokenizer")
 NO_PROBE = np.empty(0, np.float32)
 
 
-def hello(name: str, capacity: int = 4) -> Hello:
+def hello(name: str, capacity: int = 4, fingerprints: tuple[str, str] = FINGERPRINTS) -> Hello:
     return Hello(
         protocol_version=PROTOCOL_VERSION,
         name=name,
         capacity=capacity,
-        model_fingerprint=FINGERPRINTS[0],
-        tokenizer_fingerprint=FINGERPRINTS[1],
+        model_fingerprint=fingerprints[0],
+        tokenizer_fingerprint=fingerprints[1],
     )
 
 
@@ -79,6 +79,8 @@ class FakeActor:
     version: int = 0
     delay_s: Callable[[Lease], float] = lambda lease: 0.0
     num_correct: Callable[[Lease], int] = lambda lease: 1
+    complete: Callable[[Lease, int], CompletedGroup] | None = None  # (lease, version) -> what it "samples"
+    fingerprints: tuple[str, str] = FINGERPRINTS
     deaf_to_stop: bool = False
     deaf_to: frozenset[WeightsPhase] = frozenset()  # phases it does not answer
     fails: dict[WeightsPhase, str] = field(default_factory=dict)
@@ -133,7 +135,7 @@ class FakeActor:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         self._held: dict[int, asyncio.Task[None]] = {}
         async with ActorConnection(self.endpoint, self.name, 16) as self._connection:
-            await self._send(hello(self.name, self.capacity))
+            await self._send(hello(self.name, self.capacity, self.fingerprints))
             welcome = await self._receive()
             if not isinstance(welcome, Welcome):
                 return
@@ -182,8 +184,12 @@ class FakeActor:
     async def _sample(self, lease: Lease) -> None:
         first = self.version
         await asyncio.sleep(self.delay_s(lease))
-        versions = [first] * 2 + [self.version]
-        await self._send(group(lease.lease_id, versions, lease.num_samples, self.num_correct(lease)))
+        if self.complete is not None:
+            completed = self.complete(lease, first)
+        else:
+            versions = [first] * 2 + [self.version]
+            completed = group(lease.lease_id, versions, lease.num_samples, self.num_correct(lease))
+        await self._send(completed)
         del self._held[lease.lease_id]
 
     async def _obey(self, command: WeightsCommand) -> None:

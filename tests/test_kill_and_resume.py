@@ -1,0 +1,200 @@
+"""SIGKILL at random moments of whole learner processes: what they resume is the run that nobody disturbed.
+
+The learner, its sockets, its checkpoints and its data state are real; the actors are fakes whose responses depend on
+nothing but the prompt, so that every run of the same configuration sees the same data.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import Config, load_config, save_config
+from common.launcher import rank_environment, reserve_port
+from common.transport import model_fingerprints
+from common.types import CompletedGroup, FinishReason, Lease, Verdict
+from learner.checkpoint import complete_steps
+from tests.fake_actors import FakeActor
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 90.0
+STEPS = 14  # two of them warm-up
+SETTINGS = [
+    "model.path=configs/models/chain_sum",
+    "model.max_model_len=128",
+    "task.name=chain_sum",
+    "task.num_train=64",
+    "task.num_heldout=4",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=2",
+    "rollout.max_tokens=40",
+    "staleness.max_staleness=0",
+    "algorithm.critic_warmup_steps=2",
+    "algorithm.positive_lm_weight=0.1",
+    f"learner.steps={STEPS - 2}",
+    "learner.mini_batches=2",
+    "learner.tokens_per_micro_batch=128",
+    "learner.policy.learning_rate=1e-4",
+    "checkpoint.every=1",
+    "checkpoint.keep=2",
+    "eval.every=0",
+    "eval.num_prompts=2",
+    "eval.samples_per_prompt=1",
+]
+
+
+def replayed(lease: Lease, version: int) -> CompletedGroup:
+    """Random responses of random length, the same whenever and by whomever this prompt is answered."""
+    draw = np.random.default_rng(zlib.crc32(lease.prompt_uid.encode()))
+    n = lease.num_samples
+    lengths = draw.integers(1, 30, n).astype(np.int32)
+    total = int(lengths.sum())
+    is_correct = draw.random(n) < 0.5
+    return CompletedGroup(
+        lease_id=lease.lease_id,
+        lengths=lengths,
+        token_ids=draw.integers(3, 12, total).astype(np.int32),
+        behavior_logprobs=(-3.0 * draw.random(total)).astype(np.float32),
+        versions=np.full(total, version, np.int32),
+        rewards=np.where(is_correct, 1.0, -1.0).astype(np.float32),
+        verdicts=tuple(Verdict.CORRECT if right else Verdict.WRONG for right in is_correct),
+        finish_reasons=(FinishReason.STOP,) * n,
+        generation_s=0.0,
+        verification_s=0.0,
+    )
+
+
+@dataclass
+class LearnerProcesses:
+    """The ranks of one learner over the run in `config.run_dir`, and one actor."""
+
+    config: Config
+    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, stack: ExitStack) -> None:
+        """Returns when the actor is a member, just before the first step."""
+        run_dir, num_ranks = self.config.run_dir, self.config.learner.ranks
+        (run_dir / "endpoint").unlink(missing_ok=True)
+        port = stack.enter_context(reserve_port())
+        log = stack.enter_context((run_dir / "learner.log").open("ab"))
+        for rank in range(num_ranks):
+            command = [sys.executable, "-m", "tests.learner_without_transfer", str(run_dir / "config.yaml")]
+            environment = os.environ | rank_environment(rank, num_ranks, port)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            stack.callback(self._end, process)
+            self.ranks.append(process)
+        deadline = time.monotonic() + START_S
+        while not (run_dir / "endpoint").is_file():
+            assert time.monotonic() < deadline and self.is_running(), self.log()
+            time.sleep(0.02)
+        actor = FakeActor(
+            (run_dir / "endpoint").read_text(),
+            "actor",
+            fingerprints=model_fingerprints(self.config.model.path),
+            complete=replayed,
+        )
+        stack.enter_context(actor)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until `step` was trained, counted from the start of the run."""
+        deadline = time.monotonic() + START_S
+        while not any(row["step"] >= step for row in steps(self.config.run_dir)):
+            assert time.monotonic() < deadline and self.is_running(), self.log()
+            time.sleep(0.005)
+
+    def is_running(self) -> bool:
+        return all(process.poll() is None for process in self.ranks)
+
+    def wait(self, timeout_s: float) -> list[int]:
+        """Exit codes of all ranks."""
+        return [process.wait(timeout_s) for process in self.ranks]
+
+    def kill(self, first: int) -> None:
+        """One rank dies; the others follow, as under `run.py train`."""
+        for process in sorted(self.ranks, key=lambda process: process is not self.ranks[first]):
+            process.send_signal(signal.SIGKILL)
+        self.wait(10.0)
+
+    def log(self) -> str:
+        return (self.config.run_dir / "learner.log").read_text(errors="replace")[-4000:]
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait(10.0)
+
+
+@contextmanager
+def learner(tmp_path: Path, name: str, num_ranks: int = 1) -> Iterator[LearnerProcesses]:
+    overrides = [*SETTINGS, f"runs_dir={tmp_path}", f"name={name}", f"learner.ranks={num_ranks}"]
+    config = load_config([], overrides)
+    config = replace(config, model=replace(config.model, path=str(ROOT / config.model.path)))
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, config.run_dir / "config.yaml")
+    with ExitStack() as stack:
+        processes = LearnerProcesses(config)
+        processes.start(stack)
+        yield processes
+
+
+def undisturbed(tmp_path: Path) -> float:
+    """Runs to the end; the seconds that the steps took."""
+    with learner(tmp_path, "undisturbed") as processes:
+        started = time.monotonic()
+        assert processes.wait(START_S) == [0], processes.log()
+        return time.monotonic() - started
+
+
+def steps(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of training steps; of a run under way, those that are written completely."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if "time/step_s" in row]
+
+
+def assert_same_run(expected: Path, found: Path) -> None:
+    """Losses, gradient norms, rewards and statistics of every step; the same prompts in the same steps."""
+    compared = ("policy/", "critic/", "reward/", "offpolicy/", "length/", "version", "tokens/trained")
+    for one, other in zip(steps(expected), steps(found), strict=True):
+        names = [name for name in one if name.startswith(compared) and "/auc" not in name]  # a rank jumps at a tie
+        losses = (
+            {"critic/value_loss"} if one["step"] <= 2 else {"policy/pg_loss", "policy/lm_loss", "critic/value_loss"}
+        )
+        assert losses <= set(names)
+        for name in names:
+            assert other[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (one["step"], name)
+    ledgers = [
+        [(row["step"], row["prompt_uid"]) for row in map(json.loads, (run / "ledger.jsonl").read_text().splitlines())]
+        for run in (expected, found)
+    ]
+    assert sorted(ledgers[0]) == sorted(ledgers[1])
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_resumed_on_one_or_two_ranks(tmp_path: Path) -> None:
+    duration_s = undisturbed(tmp_path)
+    generator = random.Random(7)
+    resumed, num_ranks = [], 1
+    while len(resumed) < 5:
+        with learner(tmp_path, "killed", num_ranks) as processes:
+            processes.wait_for_step((resumed or [0])[-1] + 1)
+            time.sleep(generator.uniform(0.0, 0.3) * duration_s)  # waits for nothing: the moment is what is tested
+            if not processes.is_running():
+                break
+            processes.kill(generator.randrange(num_ranks))
+        resumed.append(max(complete_steps(tmp_path / "killed" / "checkpoints"), default=0))
+        num_ranks = 3 - num_ranks
+    assert len(set(resumed) - {0}) >= 2, f"resumed after steps {resumed}: too few"
+    with learner(tmp_path, "killed", num_ranks) as processes:
+        assert processes.wait(START_S) == [0] * num_ranks, processes.log()
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
