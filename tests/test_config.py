@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,12 +54,86 @@ def test_every_algorithm_and_ablation_goes_on_top_of_a_task(task: str, name: str
     assert after.actors.groups_in_flight * after.rollout.group_size == 128
 
 
-def test_each_ablation_changes_its_own_part_only() -> None:
-    base = load_config(["number_walk"], [])
-    for name in (n for n in NAMES if n.startswith("ablations/")):
-        ablated = load_config(["number_walk", name], [])
-        changed = {f.name for f in dataclasses.fields(Config) if getattr(ablated, f.name) != getattr(base, f.name)}
-        assert changed == ({"rollout", "actors"} if name.endswith("no_group_sampling") else {"algorithm"}), name
+# What each recipe changes on top of number_walk and VAPO, by full key: all of it, and nothing else.
+CHANGES = {
+    "vapo": set(),
+    "ppo": {
+        "algorithm.length_adaptive_alpha",
+        "algorithm.critic_lambda",
+        "algorithm.clip_high",
+        "algorithm.aggregation",
+        "algorithm.positive_lm_weight",
+        "algorithm.critic_warmup_steps",
+        "rollout.prompts_per_step",
+        "rollout.group_size",
+        "actors.groups_in_flight",
+    },
+    "grpo": {
+        "algorithm.advantage",
+        "algorithm.length_adaptive_alpha",
+        "algorithm.clip_high",
+        "algorithm.aggregation",
+        "algorithm.positive_lm_weight",
+        "algorithm.critic_warmup_steps",
+        "algorithm.whiten_advantages",
+    },
+    "dapo": {
+        "algorithm.advantage",
+        "algorithm.length_adaptive_alpha",
+        "algorithm.positive_lm_weight",
+        "algorithm.critic_warmup_steps",
+        "algorithm.whiten_advantages",
+        "algorithm.dynamic_sampling",
+    },
+    "ablations/no_value_pretraining": {"algorithm.critic_warmup_steps"},
+    "ablations/no_decoupled_gae": {"algorithm.critic_lambda"},
+    "ablations/no_length_adaptive_gae": {"algorithm.length_adaptive_alpha"},
+    "ablations/no_clip_higher": {"algorithm.clip_high"},
+    "ablations/no_token_level_loss": {"algorithm.aggregation"},
+    "ablations/no_positive_lm_loss": {"algorithm.positive_lm_weight"},
+    "ablations/no_group_sampling": {"rollout.prompts_per_step", "rollout.group_size", "actors.groups_in_flight"},
+}
+OF_THE_PAPER = [name for name in NAMES if "qwen" in name]
+
+
+def settings(config: Config) -> dict[str, object]:
+    """Every setting by its full key."""
+    found: dict[str, object] = {}
+    sections: list[tuple[str, Any]] = [("", config)]
+    while sections:
+        prefix, section = sections.pop()
+        for name, value in ((f.name, getattr(section, f.name)) for f in dataclasses.fields(section)):
+            if dataclasses.is_dataclass(value):
+                sections.append((f"{prefix}{name}.", value))
+            else:
+                found[prefix + name] = value
+    return found
+
+
+def test_every_recipe_has_its_list_of_changes() -> None:
+    assert sorted([*CHANGES, *WITH_OWN_MODEL, *OF_THE_PAPER]) == NAMES
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_recipe_changes_what_it_is_named_for_and_nothing_else(name: str) -> None:
+    base = settings(load_config(["number_walk", "vapo"], []))
+    changed = settings(load_config(["number_walk", "vapo", name], []))
+    assert {key for key, value in changed.items() if value != base[key]} == CHANGES[name]
+
+
+def test_all_ablations_together_are_ppo() -> None:
+    ablations = [name for name in NAMES if name.startswith("ablations/")]
+    assert len(ablations) == 7
+    assert load_config(["number_walk", *ablations], []) == load_config(["number_walk", "ppo"], [])
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_the_papers_recipes_run_vapo_with_the_papers_numbers(name: str) -> None:
+    config = load_config([name], [MODEL])
+    assert config.algorithm == load_config(["vapo"], [MODEL]).algorithm
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (512, 16)
+    assert (config.learner.policy.learning_rate, config.learner.critic.learning_rate) == (1e-6, 2e-6)
+    assert (config.learner.mini_batches, config.algorithm.critic_warmup_steps) == (16, 50)
 
 
 def test_vapo_is_the_default_algorithm() -> None:
