@@ -1,12 +1,14 @@
 """Accuracy over seeds, from finished runs: a table and JSON.
 
     for seed in 0 1 2; do python run.py train -c demo seed=$seed name=demo-$seed; done
-    python benchmarks/accuracy.py runs/demo-0 runs/demo-1 runs/demo-2 [--json FILE]
+    python benchmarks/accuracy.py runs/demo-0 runs/demo-1 runs/demo-2 [--json FILE] [--svg FILE]
 
-Runs that differ only in name and seed are one row: mean and standard deviation of the final held-out accuracy.
+Runs that differ only in name and seed are one row: mean and standard deviation of the final held-out accuracy. The SVG
+shows every run's held-out accuracy against the version, one colour a row.
 """
 
 import argparse
+import html
 import json
 import statistics
 import sys
@@ -16,6 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.report import Summary, summary
+
+COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,7 @@ class Row:
     staleness_mean: list[float | None]
     staleness_max: list[float | None]
     wall_s: list[float]
+    curves: list[list[tuple[int, float]]]  # (version, held-out accuracy)
 
 
 def collect(run_dirs: Sequence[Path]) -> list[Row]:
@@ -52,6 +57,7 @@ def _row(runs: list[Summary]) -> Row:
         staleness_mean=[run.staleness_mean for run in runs],
         staleness_max=[run.staleness_max for run in runs],
         wall_s=[run.wall_s for run in runs],
+        curves=[[(one.version, one.accuracy) for one in run.evaluations] for run in runs],
     )
 
 
@@ -78,15 +84,43 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[Row]) -> str:
+    """An SVG of all curves."""
+    last = max(version for row in rows for curve in row.curves for version, _ in curve) or 1
+
+    def place(version: float, accuracy: float) -> str:
+        return f"{60 + 520 * version / last:.1f},{260 - 240 * accuracy:.1f}"
+
+    text = 'font-family="sans-serif" font-size="12"'
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" width="760" height="300">']
+    parts.append('<rect width="760" height="300" fill="white"/>')
+    for step in range(5):
+        share, y, x = step / 4, 260 - 60 * step, 60 + 130 * step
+        parts.append(f'<line x1="60" x2="580" y1="{y}" y2="{y}" stroke="#ddd"/>')
+        parts.append(f'<text x="52" y="{y + 4}" text-anchor="end" {text}>{share:g}</text>')
+        parts.append(f'<text x="{x}" y="278" text-anchor="middle" {text}>{share * last:.0f}</text>')
+    parts.append(f'<text x="320" y="295" text-anchor="middle" {text}>version (held-out accuracy upwards)</text>')
+    for k, row in enumerate(rows):
+        colour = COLOURS[k % len(COLOURS)]
+        for curve in row.curves:
+            points = " ".join(place(*point) for point in curve)
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="595" y="{40 + 20 * k}" fill="{colour}" {text}>{html.escape(row.label)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--svg", type=Path, help="also draw the curves here")
     arguments = parser.parse_args()
     rows = collect(arguments.runs)
     print(render(rows))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if arguments.svg is not None:
+        arguments.svg.write_text(draw(rows), encoding="utf-8")
     return 0
 
 
