@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from actors.grade import grade_row
 from actors.verifier.extract import Extraction, extract
-from actors.verifier.math import verify
+from actors.verifier.math import verify, warm_up  # noqa: F401  (the pool warms up the verifier named below)
 from actors.verifier.pool import VerifierPool
 from common.types import Verdict
 
@@ -42,21 +43,41 @@ for line in sys.stdin:
         print(0, flush=True)
 """
 
-SYMBOLIC = [
-    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
-    (r"x^2+2x+1", "(x+1)^2"),
-    (r"\frac{\pi}{2}", "pi/2"),
-    (r"(1, \frac{9}{2})", "(1, 4.5)"),
-    (r"[-1,-\frac12)\cup(0,\infty)", r"[-1,-0.5)\cup(0,\infty)"),
-    (r"\tan^2 y + 1", r"\sec^2(y)"),
-    ("2x+4y-3=0", r"y=-\frac12 x+\frac34"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1 & 2\\3 & 4\end{bmatrix}"),
-    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
-    (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt6}"),
-    ("x^{n-1}", r"\frac{x^n}{x}"),
-    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"),
-]
 HANG = "hang"
+IN_FLIGHT = 512  # answers that wait for their verdicts; those that hang are among them for the whole limit
+
+
+def symbolic_pair(generator: random.Random) -> tuple[str, str]:
+    """Two spellings of one answer, drawn with its numbers: answers to different questions are seldom the same."""
+    a, b, c = generator.sample(range(2, 98), 3)
+    return generator.choice(
+        [
+            (rf"\frac{{{b}\sqrt{{{a}}}}}{{{a}}}", rf"\frac{{{b}}}{{\sqrt{{{a}}}}}"),
+            (f"x^2+{2 * a}x+{a * a}", f"(x+{a})^2"),
+            (rf"\frac{{{a}\pi}}{{{b}}}", f"{a}pi/{b}"),
+            (rf"({a}, \frac{{{b}}}{{8}})", f"({a}, {b / 8})"),
+            (rf"[-{a},-\frac{{{b}}}{{2}})\cup({c},\infty)", rf"[-{a},-{b / 2})\cup({c},\infty)"),
+            (rf"{a}\tan^2 y + {a}", rf"{a}\sec^2(y)"),
+            (f"{a}x+{b}y-{c}=0", rf"y=-\frac{{{a}}}{{{b}}}x+\frac{{{c}}}{{{b}}}"),
+            (
+                rf"\begin{{pmatrix}}{a}&{b}\\{c}&1\end{{pmatrix}}",
+                rf"\begin{{bmatrix}}{a} & {b}\\{c} & 1\end{{bmatrix}}",
+            ),
+            (rf"{a} \pm \sqrt{{{b}}}", rf"{a}+\sqrt{{{b}}}, {a}-\sqrt{{{b}}}"),
+            (rf"\sqrt{{{a}}}+\sqrt{{{b}}}", rf"\sqrt{{{a + b}+2\sqrt{{{a * b}}}}}"),
+            (f"{a}x^{{n-{b}}}", rf"\frac{{{a}x^n}}{{x^{{{b}}}}}"),
+            (rf"\log_{{{a}}} {b}", rf"\frac{{\ln {b}}}{{\ln {a}}}"),
+        ]
+    )
+
+
+def integer_pair(generator: random.Random) -> tuple[str, str]:
+    answer = str(generator.randrange(1000))
+    return answer, answer
+
+
+def mixed_pair(generator: random.Random) -> tuple[str, str]:
+    return integer_pair(generator) if generator.random() < 0.7 else symbolic_pair(generator)
 
 
 def hanging_verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:
@@ -112,31 +133,34 @@ def throughput_in_process(pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 
 async def throughput_of_pool(pairs: list[tuple[str, str]], num_workers: int, timeout_s: float) -> dict[str, float]:
-    """Judged answers a second through the pool, with 64 waiting at any time; answers that hang are not counted."""
-    limit = asyncio.Semaphore(64)
-    finished_s: list[float] = []
+    """Judged answers a second through the pool, from the first to the moment when the last is handed over. Answers that
+    hang are not counted."""
+    limit = asyncio.Semaphore(IN_FLIGHT)
+    num_judged = 0
     async with VerifierPool(f"{Path(__file__).stem}:hanging_verify", num_workers, timeout_s, 1024) as pool:
         await pool.verify(r"\boxed{\sqrt{8}+x}", r"x+2\sqrt{2}", {})  # loads what symbolic answers need
 
         async def one(response: str, reference: str) -> None:
-            async with limit:
-                if await pool.verify(response, reference, {}) is not Verdict.TIMED_OUT:
-                    finished_s.append(time.perf_counter())
+            nonlocal num_judged
+            verdict = await pool.verify(response, reference, {})
+            num_judged += verdict is not Verdict.TIMED_OUT
+            limit.release()
 
         started_s = time.perf_counter()
-        await asyncio.gather(*[one(*pair) for pair in pairs])
-        return {
-            "per second": len(finished_s) / (max(finished_s) - started_s),
-            "timed out": float(pool.counts[Verdict.TIMED_OUT]),
-        }
+        async with asyncio.TaskGroup() as group:
+            for pair in pairs:
+                await limit.acquire()
+                group.create_task(one(*pair))
+            elapsed_s, num_in_time = time.perf_counter() - started_s, num_judged
+        return {"per second": num_in_time / elapsed_s, "timed out": float(pool.counts[Verdict.TIMED_OUT])}
 
 
-def boxed(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """`count` (response, reference) pairs in random order, half of them wrong."""
+def boxed(draw: Callable[[random.Random], tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` (response, reference) pairs, half of them wrong."""
     generator = random.Random(0)
     chosen = []
     for _ in range(count):
-        answer, reference = generator.choice(pairs)
+        answer, reference = draw(generator)
         chosen.append(
             (f"Some reasoning. \\boxed{{{answer}}}", reference if generator.random() < 0.5 else reference + "1")
         )
@@ -148,6 +172,26 @@ def with_hangs(pairs: list[tuple[str, str]], share: float) -> list[tuple[str, st
     return [(HANG, "1") if k % every == every // 2 else pair for k, pair in enumerate(pairs)]
 
 
+def throughput_with_and_without(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, float]:
+    """Medians over rounds in which the two take turns, so that a machine that slows down meets both."""
+    rounds = []
+    for _ in range(args.rounds):
+        none, some = (
+            asyncio.run(throughput_of_pool(answers, args.workers, args.timeout_s))
+            for answers in (pairs, with_hangs(pairs, 0.01))
+        )
+        rounds.append(
+            {
+                "per second": none["per second"],
+                "1% hang": some["per second"],
+                "ratio": some["per second"] / none["per second"],
+                "hung": len(pairs) // 100,
+                "timed out": some["timed out"],
+            }
+        )
+    return {column: statistics.median(one[column] for one in rounds) for column in rounds[0]}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
     if args.cases:
@@ -156,21 +200,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report["verdicts"] = {"async-vapo": confusion(rows, grade_ours(rows))}
         if args.math_verify:
             report["verdicts"]["Math-Verify"] = confusion(rows, grade_math_verify(rows, args.math_verify))
-    integers = [(str(k), str(k)) for k in range(1000)]
-    mixed = integers[:28] + SYMBOLIC
     verify(r"\boxed{\sqrt{8}+x}", r"x+2\sqrt{2}", {})
-    report["one core, in process"] = {
-        "integers": throughput_in_process(boxed(integers, 20_000)),
-        "symbolic": throughput_in_process(boxed(SYMBOLIC, 2_000)),
+    kinds = {
+        "integers": boxed(integer_pair, 2 * args.pool_answers),
+        "mixed, 70% integers": boxed(mixed_pair, args.pool_answers),
+        "symbolic": boxed(symbolic_pair, args.pool_answers // 2),
     }
-    pooled = {}
-    for name, pairs in {
-        "integers": boxed(integers, 20_000),
-        "mixed, none hangs": boxed(mixed, args.pool_answers),
-        "mixed, 1% hang": with_hangs(boxed(mixed, args.pool_answers), 0.01),
-    }.items():
-        pooled[name] = asyncio.run(throughput_of_pool(pairs, args.workers, args.timeout_s))
-    report[f"pool of {args.workers}, limit {args.timeout_s:g} s"] = pooled
+    report["one core, in process"] = {name: throughput_in_process(pairs) for name, pairs in kinds.items()}
+    report[f"pool of {args.workers}, limit {args.timeout_s:g} s"] = {
+        name: throughput_with_and_without(pairs, args) for name, pairs in kinds.items()
+    }
     return report
 
 
@@ -193,7 +232,8 @@ def main() -> int:
     parser.add_argument("--math-verify", metavar="PYTHON", help="Python of an environment with math-verify")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--timeout-s", type=float, default=3.0)
-    parser.add_argument("--pool-answers", type=int, default=3000)
+    parser.add_argument("--pool-answers", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3, help="of the pool's measurements; medians count")
     parser.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = parser.parse_args()
     report = measure(args)

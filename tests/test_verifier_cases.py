@@ -1,6 +1,8 @@
 """The verifier on its own cases and, where the folder is at hand, on the shared ones."""
 
 import json
+import subprocess
+import sys
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -72,3 +74,16 @@ def test_the_shared_cases_have_no_false_accept_and_more_right_ones_than_math_ver
             false_accepts.append(row["id"])
     assert false_accepts == []
     assert accepted > 400  # Math-Verify 0.8: 387 of 422
+
+
+def test_warming_up_for_one_heavy_module_loads_none_of_the_others() -> None:
+    script = """
+import importlib, sys
+from actors.verifier.math import _TYPICAL, warm_up
+for module in _TYPICAL:
+    assert module not in sys.modules, module
+    importlib.import_module(module)
+    warm_up(module)
+warm_up("json")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[1], check=True, timeout=60)

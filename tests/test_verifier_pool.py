@@ -121,6 +121,18 @@ def test_answers_that_take_long_are_judged_among_answers_that_hang() -> None:
     assert in_pool(body, timeout_s=4.0) == [Verdict.CORRECT] * 3
 
 
+def test_under_load_no_ordinary_answer_pays_for_those_that_hang() -> None:
+    answers = [
+        ("hang", {}) if k % 50 == 25 else ("work", {"cpu_s": 0.008 if k % 20 == 3 else 0.0001}) for k in range(600)
+    ]
+
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        return await asyncio.gather(*[pool.verify(response, "", row) for response, row in answers])
+
+    expected = [Verdict.TIMED_OUT if response == "hang" else Verdict.CORRECT for response, _ in answers]
+    assert in_pool(body, timeout_s=3.0) == expected
+
+
 def test_a_cancelled_caller_leaves_the_pool_whole() -> None:
     async def body(pool: VerifierPool) -> Verdict:
         with pytest.raises(TimeoutError):
@@ -155,6 +167,16 @@ def test_heavy_modules_are_loaded_once_when_first_needed() -> None:
 
     wrong, correct = Verdict.WRONG, Verdict.CORRECT
     assert in_pool(body, num_workers=2) == [wrong, wrong, correct, correct, correct, correct, correct]
+
+
+def test_the_verifier_is_warmed_up_once_in_the_template_for_every_later_worker() -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        before = await pool.verify("is warmed up", "", {})
+        await pool.verify("need warmth", "", {})
+        await pool.verify("die", "", {})
+        return [before, await pool.verify("is warmed up", "", {})]
+
+    assert in_pool(body) == [Verdict.WRONG, Verdict.CORRECT]
 
 
 @pytest.mark.parametrize("function", ["no_such_module:verify", "verifier_plugins:absent", "verifier_plugins", ""])

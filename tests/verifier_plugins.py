@@ -11,6 +11,14 @@ from common.types import Verdict
 
 _HEAVY = "xml.dom.minidom"  # stands for a large module that only some answers need
 
+_warmed_up: list[str] = []
+
+
+def warm_up(module: str) -> None:
+    """Called in the template process; that it fails must not matter."""
+    _warmed_up.append(module)
+    raise RuntimeError("a bug in the warm-up")
+
 
 def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
     match response:
@@ -28,6 +36,8 @@ def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
             return Verdict.CORRECT
         case "is warm":
             return Verdict.CORRECT if _HEAVY in sys.modules else Verdict.WRONG
+        case "is warmed up":
+            return Verdict.CORRECT if _warmed_up == [_HEAVY] else Verdict.WRONG
         case "need warmth":
             load(_HEAVY)
             return Verdict.CORRECT

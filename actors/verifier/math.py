@@ -15,6 +15,28 @@ from common.types import Verdict
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,400})(?:\.(\d{1,100}))?\s*\$?\s*\.?\s*")
 _MAX_PLAIN = 600  # characters of a plain number
 _MAX_COMPARED = 100_000  # characters of an answer that is looked at at all
+# Typical answers by the heavy module that they need, for warm_up.
+_TYPICAL = {
+    "actors.verifier.compare": (
+        (r"\frac{3}{4}", "0.75"),
+        (r"\text{(B)}", "B"),
+        (r"x = 1{,}000", "1000"),
+        (r"(1, \frac{9}{2})", "(1, 4.5)"),
+    ),
+    "mpmath": (
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+        (r"x^2 + 2x + 1", "(x+1)^2"),
+        (r"\frac{2\pi}{3}", "2*pi/3"),
+        (r"[-1, 2) \cup (3, \infty)", r"[-1, 2] \cup (3, \infty)"),
+        (r"1 \pm \sqrt{5}", r"1 + \sqrt{5}, 1 - \sqrt{5}"),
+        (r"\sin^2 x", r"1 - \cos^2(x)"),
+        (r"y = 2x - 3", "2x - y = 3"),
+        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
+        (r"\log_2 5", r"\frac{\ln 5}{\ln 2}"),
+        (r"2^{n-1}", r"\frac{2^n}{2}"),
+    ),
+    "sympy": ((r"\sqrt{-x^2 - 1} + y", r"y + \sqrt{-(1 + x^2)}"),),
+}
 
 
 def verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:
@@ -35,6 +57,15 @@ def verify_hashes(response: str, reference: str, row: dict[str, Any]) -> Verdict
 def verify_anywhere(response: str, reference: str, row: dict[str, Any]) -> Verdict:
     """As `verify`; without a box, "the answer is ...", else the last formula or number of the text."""
     return _verify(response, reference, Extraction.ANYWHERE)
+
+
+def warm_up(module: str) -> None:
+    """Judges typical answers that need `module`, a heavy one, and fills the caches that others profit from.
+
+    The pool's template process calls it once it has loaded the module; a user's verifier may have one as well.
+    """
+    for answer, reference in _TYPICAL.get(module, ()):
+        answers_equal(answer, reference)
 
 
 def _verify(response: str, reference: str, mode: Extraction) -> Verdict:

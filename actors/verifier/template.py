@@ -12,11 +12,16 @@ it, and it goes on until its limit in what time is left. Of the slow ones (at mo
 those first that have run least, and while requests wait only one turn in SLOW_SHARE; otherwise they are stopped. So
 answers that hang neither hold up the others nor take their processors, and answers that merely take long get done.
 
+While some are slow a spare worker is kept, and it takes the next request as soon as a busy one is *overdue*
+(OVERDUE_CPU_S). A new worker starts with the caches of the template, which the verifier's optional `warm_up` fills.
+
 Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
 <why>`.
 """
 
 import argparse
+import gc
+import heapq
 import importlib
 import os
 import select
@@ -24,21 +29,24 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
 from common.types import Verdict
 
-SLOW_CPU_S = 0.004  # of processor time: on a busy machine a worker may wait long without being slow
+OVERDUE_CPU_S = 0.002  # of processor time
+SLOW_CPU_S = 0.006  # of processor time: on a busy machine a worker may wait long without being slow
 SLOW_S = 0.1  # of wall-clock time
 MAX_SLOW = 100
-SLOW_SHARE = 4  # slow workers run one turn in so many while requests wait
-_TURN_S = 0.02
+SLOW_SHARE = 16  # slow workers run one turn in so many while requests wait
+_TURN_S = 0.005
 _READ_BYTES = 1 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     """A forked worker. Idle when `request` is None; `started_s` is when the request was sent."""
 
@@ -48,20 +56,19 @@ class _Worker:
     request: bytes | None = None
     started_s: float = 0.0
     started_cpu_s: float = 0.0  # processor time of the worker when the request was sent
-    is_slow: bool = False
     served_s: float = 0.0  # processor time, and a tenth of the wall-clock time, that it has had since it became slow
     served_cpu_s: float = 0.0  # cpu_s() when served_s was last brought up to date
-    is_warming_up: bool = False
     is_stopped: bool = False
+    is_overdue: bool = False  # a spare, if there is one, may take the next request already
 
     def cpu_s(self) -> float:
         """Processor time that the worker has used so far. Raises OSError when it is gone."""
         return time.clock_gettime((~self.pid << 3) | 2)  # Linux: the clock of another process's processor time
 
-    def turns_slow(self, now_s: float) -> bool:
-        if now_s - self.started_s >= SLOW_S:
-            return True
-        return now_s - self.started_s >= SLOW_CPU_S and self.cpu_s() - self.started_cpu_s >= SLOW_CPU_S
+    def has_worked(self, cpu_s: float, wall_s: float, now_s: float) -> bool:
+        """Whether the present answer has taken that long, in processor or in wall-clock time."""
+        waited_s = now_s - self.started_s
+        return waited_s >= wall_s or (waited_s >= cpu_s and self.cpu_s() - self.started_cpu_s >= cpu_s)
 
 
 class Template:
@@ -73,17 +80,18 @@ class Template:
     def __init__(
         self,
         verify: VerifyFunction,
+        warm_up: Callable[[str], None],
         num_workers: int,
         timeout_s: float,
         memory_mb: int,
     ) -> None:
-        self._verify = verify
+        self._verify, self._warm_up_function = verify, warm_up
         self._num_workers, self._timeout_s, self._memory_mb = num_workers, timeout_s, memory_mb
         self._queue: deque[bytes] = deque()
-        self._workers: dict[int, _Worker] = {}  # by file descriptor of the channel
+        self._workers: dict[int, _Worker] = {}  # idle, or busy and not slow; by file descriptor of the channel
+        self._slow: dict[int, _Worker] = {}
         self._modules: set[str] = set()  # heavy modules loaded so far
-        self._warm_up: bytes | None = None  # a request that was answered quickly with those modules
-        self._warmed_modules: set[str] = set()
+        self._killed: list[int] = []  # not yet reaped: a process takes milliseconds to give its memory back
         self._poll = select.poll()
         self._turned_s = time.monotonic()  # when the slow workers last changed turns
 
@@ -96,8 +104,9 @@ class Template:
             self._dispatch()
             for fd, _ in self._poll.poll(self._next_wake_ms()):
                 if fd != requests_fd:
-                    if fd in self._workers:  # not removed by an event before this one
-                        self._receive(self._workers[fd])
+                    worker = self._workers.get(fd) or self._slow.get(fd)
+                    if worker is not None:  # not removed by an event before this one
+                        self._receive(worker)
                     continue
                 data = os.read(requests_fd, _READ_BYTES)
                 if not data:
@@ -110,35 +119,22 @@ class Template:
     def _dispatch(self) -> None:
         """Hands queued requests to idle workers, forking up to the allowed number, and a spare while some are slow."""
         while self._queue:
-            if self._num_busy() >= self._num_workers:
+            busy = [w for w in self._workers.values() if w.request is not None]
+            num_overdue = min(1, sum(w.is_overdue for w in busy))
+            idle = next((w for w in self._workers.values() if w.request is None), None)
+            if len(busy) - num_overdue >= self._num_workers or (idle is None and len(busy) >= self._num_workers):
                 break
-            idle = self._idle() or self._fork()
-            self._send(idle, self._queue.popleft())
-        self._prepare_stand_in()
+            self._send(idle or self._fork(), self._queue.popleft())
+        if self._queue and self._slow and len(self._workers) <= self._num_workers:
+            self._fork()
 
     def _send(self, worker: _Worker, request: bytes) -> None:
-        worker.request, worker.started_s = request, time.monotonic()
+        worker.request, worker.started_s, worker.is_overdue = request, time.monotonic(), False
         try:
             worker.started_cpu_s = worker.cpu_s()
             worker.channel.sendall(request.split(b" ", 1)[1] + b"\n")
         except OSError:
             self._lose(worker)
-
-    def _prepare_stand_in(self) -> None:
-        """Forks the next stand-in while some are slow, and warms it up: a new process pays for each page it touches."""
-        others = [w for w in self._workers.values() if not w.is_slow]
-        if not self._queue or len(others) > self._num_workers or len(others) == len(self._workers):
-            return
-        stand_in = self._fork()
-        if self._warm_up is not None:
-            stand_in.is_warming_up = True
-            self._send(stand_in, self._warm_up)
-
-    def _num_busy(self) -> int:
-        return sum(w.request is not None and not w.is_slow and not w.is_warming_up for w in self._workers.values())
-
-    def _idle(self) -> _Worker | None:
-        return next((w for w in self._workers.values() if w.request is None), None)
 
     def _fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -162,18 +158,26 @@ class Template:
         elif module is not None or line in (b"", FAILED):
             self._lose(worker)
         else:
-            if not worker.is_slow and worker.modules == self._modules != self._warmed_modules:
-                self._warm_up = b"- " + (worker.request or b"").split(b" ", 1)[1]
-                self._warmed_modules = set(self._modules)
             self._reply(worker, line)
-            if worker.is_slow:  # its stand-in has taken its place
-                self._remove(worker)
+            self._welcome_back(worker)
+
+    def _welcome_back(self, worker: _Worker) -> None:
+        """A slow worker that came to an end after all is the next spare, unless there is one."""
+        if self._slow.pop(worker.channel.fileno(), None) is None:
+            return
+        self._workers[worker.channel.fileno()] = worker
+        worker.served_s = 0.0
+        if worker.is_stopped:  # after it had replied
+            os.kill(worker.pid, signal.SIGCONT)
+            worker.is_stopped = False
+        if len(self._workers) > self._num_workers + 1:
+            self._remove(worker)
+        self._share_turns(time.monotonic())
 
     def _reply(self, worker: _Worker, verdict_line: bytes) -> None:
         assert worker.request is not None
-        if not worker.is_warming_up:
-            _write_all(self._replies_fd, worker.request.split(b" ", 1)[0] + b" " + verdict_line)
-        worker.request, worker.is_warming_up = None, False
+        _write_all(self._replies_fd, worker.request.split(b" ", 1)[0] + b" " + verdict_line)
+        worker.request = None
 
     def _lose(self, worker: _Worker) -> None:
         """The worker died, failed or ran out of time: no verdict, and another worker in its place."""
@@ -182,11 +186,12 @@ class Template:
         self._remove(worker)
 
     def _remove(self, worker: _Worker) -> None:
-        del self._workers[worker.channel.fileno()]
-        self._poll.unregister(worker.channel.fileno())
+        fd = worker.channel.fileno()
+        (self._slow if fd in self._slow else self._workers).pop(fd)
+        self._poll.unregister(fd)
         worker.channel.close()
         os.kill(worker.pid, signal.SIGKILL)
-        os.waitpid(worker.pid, 0)
+        self._killed.append(worker.pid)
 
     def _load(self, module: str, worker: _Worker) -> None:
         """Loads a heavy module here, once; the request goes to the front and idle workers are forked anew."""
@@ -197,62 +202,85 @@ class Template:
             started_s = time.monotonic()
             importlib.import_module(module)
             self._modules.add(module)
-            for other in self._workers.values():  # their limits do not run while nobody listens to them
-                other.started_s += time.monotonic() - started_s
+            self._warm_up(module)
+            for other in [*self._workers.values(), *self._slow.values()]:
+                other.started_s += time.monotonic() - started_s  # limits do not run while nobody listens
         for idle in [w for w in self._workers.values() if w.request is None and module not in w.modules]:
             self._remove(idle)
+        if worker.channel.fileno() in self._slow:
+            self._remove(worker)
+
+    def _warm_up(self, module: str) -> None:
+        """Lets the verifier fill its caches, where every worker forked from now on finds them."""
+        try:
+            self._warm_up_function(module)
+        except Exception:  # the verifier's own; it is slower without, and judges all the same
+            traceback.print_exc()
+        gc.collect()
+        gc.freeze()  # a collection in a worker would write to, and so copy, every page that it shares
 
     def _check_clocks(self) -> None:
         """Ends what is over its limit, and takes workers that others wait for out of the way."""
         now_s = time.monotonic()
-        num_slow = sum(w.is_slow for w in self._workers.values())
-        for worker in [w for w in self._workers.values() if w.request is not None]:
+        if self._killed:
+            self._killed = [pid for pid in self._killed if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        for fd, worker in list(self._workers.items()):
+            if worker.request is None:
+                continue
             if now_s - worker.started_s >= self._timeout_s:
                 self._lose(worker)
-            elif worker.is_slow or worker.is_warming_up:
-                continue
-            elif self._queue and num_slow < MAX_SLOW and worker.turns_slow(now_s):
-                worker.is_slow, worker.served_cpu_s = True, worker.cpu_s()
-                num_slow += 1
-        self._share_turns(now_s)
+            elif self._queue and len(self._slow) < MAX_SLOW:
+                worker.is_overdue = worker.is_overdue or worker.has_worked(OVERDUE_CPU_S, SLOW_S, now_s)
+                if worker.is_overdue and worker.has_worked(SLOW_CPU_S, SLOW_S, now_s):
+                    worker.served_cpu_s = worker.cpu_s()
+                    self._slow[fd] = self._workers.pop(fd)
+                    self._share_turns(now_s)
+        if self._slow and now_s - self._turned_s >= _TURN_S:
+            for worker in [w for w in self._slow.values() if now_s - w.started_s >= self._timeout_s]:
+                self._lose(worker)
+            self._share_turns(now_s)
 
     def _share_turns(self, now_s: float) -> None:
         """Lets the num_workers slow workers run that have run least, when it is their turn, and stops the others."""
-        num_running = self._num_workers
-        if self._queue and int(now_s / _TURN_S) % SLOW_SHARE:
-            num_running = 0
-        slow = [w for w in self._workers.values() if w.is_slow]
-        for worker in slow:
+        running = [w for w in self._slow.values() if not w.is_stopped]
+        for worker in running:
             cpu_s = worker.cpu_s()
-            worker.served_s += (
-                cpu_s - worker.served_cpu_s + (0.0 if worker.is_stopped else (now_s - self._turned_s) / 10)
-            )
+            worker.served_s += cpu_s - worker.served_cpu_s + max(0.0, now_s - self._turned_s) / 10
             worker.served_cpu_s = cpu_s
         self._turned_s = now_s
-        for position, worker in enumerate(sorted(slow, key=lambda w: w.served_s)):
-            stops = position >= num_running
-            if stops != worker.is_stopped:
-                os.kill(worker.pid, signal.SIGSTOP if stops else signal.SIGCONT)
-                worker.is_stopped = stops
+        is_their_turn = not self._queue or int(now_s / _TURN_S) % SLOW_SHARE == 0
+        chosen = heapq.nsmallest(self._num_workers if is_their_turn else 0, self._slow.values(), lambda w: w.served_s)
+        for worker in running:
+            if worker not in chosen:
+                os.kill(worker.pid, signal.SIGSTOP)
+                worker.is_stopped = True
+        for worker in chosen:
+            if worker.is_stopped:
+                os.kill(worker.pid, signal.SIGCONT)
+                worker.is_stopped = False
 
     def _next_wake_ms(self) -> float | None:
         """Milliseconds to the next look at the clocks of the workers; None: none is busy."""
-        now_s, num_slow = time.monotonic(), sum(w.is_slow for w in self._workers.values())
+        now_s = time.monotonic()
         busy = [w for w in self._workers.values() if w.request is not None]
         moments = [w.started_s + self._timeout_s for w in busy]
-        if self._queue and num_slow < MAX_SLOW:
-            moments += [max(w.started_s, now_s - SLOW_CPU_S / 2) + SLOW_CPU_S for w in busy if not w.is_slow]
-        if num_slow > self._num_workers or (num_slow and self._queue):
-            moments.append(now_s + _TURN_S)
-        return max(0.0, 1000 * (min(moments) - now_s)) + 1 if moments else None
+        if self._queue and len(self._slow) < MAX_SLOW:
+            for worker in busy:
+                limit_s = SLOW_CPU_S if worker.is_overdue else OVERDUE_CPU_S
+                moments.append(now_s + max(limit_s - (worker.cpu_s() - worker.started_cpu_s), limit_s / 20))
+        if self._slow:
+            moments.append(self._turned_s + _TURN_S)
+        return max(0.0, 1000 * (min(moments) - now_s)) if moments else None
 
     def _stop(self) -> None:
-        for worker in list(self._workers.values()):
+        for worker in [*self._workers.values(), *self._slow.values()]:
             self._remove(worker)
+        for pid in self._killed:
+            os.waitpid(pid, 0)
 
 
-def load_verifier(function: str) -> VerifyFunction:
-    """Returns the function named by "module:function".
+def load_verifier(function: str) -> tuple[VerifyFunction, Callable[[str], None]]:
+    """Returns the function named by "module:function", and the module's `warm_up`, or one that does nothing.
 
     Raises ValueError with one sentence when there is no such function.
     """
@@ -267,7 +295,7 @@ def load_verifier(function: str) -> VerifyFunction:
         ) from error
     if not callable(verify):
         raise ValueError(f'verifier.function "{function}" is a {type(verify).__name__}, not a function')
-    return verify
+    return verify, getattr(module, "warm_up", lambda _: None)
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -287,12 +315,12 @@ def main() -> int:
     replies_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        verify = load_verifier(args.function)
+        verify, warm_up = load_verifier(args.function)
     except ValueError as error:
         _write_all(replies_fd, f"error {error}\n".encode())
         return 2
     _write_all(replies_fd, b"ready\n")
-    template = Template(verify, args.num_workers, args.timeout_s, args.memory_mb)
+    template = Template(verify, warm_up, args.num_workers, args.timeout_s, args.memory_mb)
     try:
         template.run(0, replies_fd)
     except BrokenPipeError:  # the pool is gone, and with it whoever waited for the verdicts
