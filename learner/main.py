@@ -36,7 +36,7 @@ from learner.parallel import World, make_mesh, process_group, seed_everything
 from learner.sentinel import DriftSentinel
 from learner.service import LearnerService, MembersWaiting
 from learner.trainer import Trainer
-from learner.weights import Publisher
+from learner.weights import Publication, Publisher
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Learner:
         self.step += 1
         if is_warmup:
             self._end_warmup_early(values)
-        values |= {"time/wait_for_batch_s": wait_s, "time/publish_s": self._publish_when_due(is_warmup)}
+        values |= {"time/wait_for_batch_s": wait_s} | self._publish_when_due(is_warmup)
         if self.leader is not None:
             if not is_warmup:
                 values["staleness/hist"] = version_gaps(groups, version)
@@ -143,21 +143,23 @@ class Learner:
             if self.leader is not None:
                 self.leader.service.end_warmup(self.step)
 
-    def _publish_when_due(self, is_warmup: bool) -> float:
-        """Publishes the next version when this step completes one; the seconds that it took."""
+    def _publish_when_due(self, is_warmup: bool) -> dict[str, Value]:
+        """Publishes the next version when this step completes one; metrics of what it took."""
         started = time.monotonic()
+        values: dict[str, Value] = {}
         if not is_warmup and (self.step - self.warmup_steps) % self.config.weights.publish_every == 0:
             self._led(Leader.before_publication)
-            self._publish(self.version + 1)
+            values["weights/probe_difference"] = self._publish(self.version + 1).probe_difference
         elif self.leader is not None:
             self.leader.service.set_version(self.version, self.step)
-        return time.monotonic() - started
+        return values | {"time/publish_s": time.monotonic() - started}
 
-    def _publish(self, version: int) -> None:
-        self.publisher.publish(version)
+    def _publish(self, version: int) -> Publication:
+        publication = self.publisher.publish(version)
         self.version = version
         if self.leader is not None:
             self.leader.service.set_version(version, self.step)
+        return publication
 
     def _is_due(self, every: int) -> bool:
         """After each `every` policy steps, but not after the last, which has an end of its own. 0: never."""
