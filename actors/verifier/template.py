@@ -8,9 +8,9 @@ itself and therefore cannot hang on an answer. A worker that is over its time li
 reaped, its answer is `timed_out`, and another takes its place.
 
 A worker that others wait for becomes *slow* after SLOW_CPU_S (or SLOW_S) on one answer: another worker stands in for
-it, and it goes on until its limit, with a low priority. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
-those first that have run least; the others are stopped. So answers that hang neither hold up the others nor take their
-processors, and answers that merely take long get done.
+it, and it goes on until its limit in what time is left. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
+those first that have run least, and while requests wait only one turn in SLOW_SHARE; otherwise they are stopped. So
+answers that hang neither hold up the others nor take their processors, and answers that merely take long get done.
 
 While some are slow a spare worker is kept, and it takes the next request as soon as a busy one is *overdue*
 (OVERDUE_CPU_S). A new worker starts with the caches of the template, which the verifier's optional `warm_up` fills.
@@ -41,8 +41,8 @@ OVERDUE_CPU_S = 0.002  # of processor time
 SLOW_CPU_S = 0.006  # of processor time: on a busy machine a worker may wait long without being slow
 SLOW_S = 0.1  # of wall-clock time
 MAX_SLOW = 100
-SLOW_NICE = 10  # a tenth of a processor that others want as well, all of one that nobody wants
-_TURN_S = 0.01
+SLOW_SHARE = 16  # slow workers run one turn in so many while requests wait
+_TURN_S = 0.005
 _READ_BYTES = 1 << 20
 
 
@@ -159,9 +159,20 @@ class Template:
             self._lose(worker)
         else:
             self._reply(worker, line)
-            if worker.channel.fileno() in self._slow:  # its stand-in has taken its place, and it stays nice
-                self._remove(worker)
-                self._share_turns(time.monotonic())
+            self._welcome_back(worker)
+
+    def _welcome_back(self, worker: _Worker) -> None:
+        """A slow worker that came to an end after all is the next spare, unless there is one."""
+        if self._slow.pop(worker.channel.fileno(), None) is None:
+            return
+        self._workers[worker.channel.fileno()] = worker
+        worker.served_s = 0.0
+        if worker.is_stopped:  # after it had replied
+            os.kill(worker.pid, signal.SIGCONT)
+            worker.is_stopped = False
+        if len(self._workers) > self._num_workers + 1:
+            self._remove(worker)
+        self._share_turns(time.monotonic())
 
     def _reply(self, worker: _Worker, verdict_line: bytes) -> None:
         assert worker.request is not None
@@ -221,27 +232,24 @@ class Template:
             elif self._queue and len(self._slow) < MAX_SLOW:
                 worker.is_overdue = worker.is_overdue or worker.has_worked(OVERDUE_CPU_S, SLOW_S, now_s)
                 if worker.is_overdue and worker.has_worked(SLOW_CPU_S, SLOW_S, now_s):
-                    self._make_slow(fd, now_s)
+                    worker.served_cpu_s = worker.cpu_s()
+                    self._slow[fd] = self._workers.pop(fd)
+                    self._share_turns(now_s)
         if self._slow and now_s - self._turned_s >= _TURN_S:
             for worker in [w for w in self._slow.values() if now_s - w.started_s >= self._timeout_s]:
                 self._lose(worker)
             self._share_turns(now_s)
 
-    def _make_slow(self, fd: int, now_s: float) -> None:
-        worker = self._slow[fd] = self._workers.pop(fd)
-        worker.served_cpu_s = worker.cpu_s()
-        os.setpriority(os.PRIO_PROCESS, worker.pid, SLOW_NICE)
-        self._share_turns(now_s)
-
     def _share_turns(self, now_s: float) -> None:
-        """Lets the num_workers slow workers run that have run least, and stops the others."""
+        """Lets the num_workers slow workers run that have run least, when it is their turn, and stops the others."""
         running = [w for w in self._slow.values() if not w.is_stopped]
         for worker in running:
             cpu_s = worker.cpu_s()
             worker.served_s += cpu_s - worker.served_cpu_s + max(0.0, now_s - self._turned_s) / 10
             worker.served_cpu_s = cpu_s
         self._turned_s = now_s
-        chosen = heapq.nsmallest(self._num_workers, self._slow.values(), lambda w: w.served_s)
+        is_their_turn = not self._queue or int(now_s / _TURN_S) % SLOW_SHARE == 0
+        chosen = heapq.nsmallest(self._num_workers if is_their_turn else 0, self._slow.values(), lambda w: w.served_s)
         for worker in running:
             if worker not in chosen:
                 os.kill(worker.pid, signal.SIGSTOP)
