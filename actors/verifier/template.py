@@ -41,7 +41,7 @@ OVERDUE_CPU_S = 0.002  # of processor time
 SLOW_CPU_S = 0.006  # of processor time: on a busy machine a worker may wait long without being slow
 SLOW_S = 0.1  # of wall-clock time
 MAX_SLOW = 100
-SLOW_SHARE = 16  # slow workers run one turn in so many while requests wait
+SLOW_SHARE = 12  # slow workers run one turn in so many while requests wait
 _TURN_S = 0.005
 _READ_BYTES = 1 << 20
 
