@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
 from common.types import Verdict
 
-OVERDUE_CPU_S = 0.002  # of processor time
+OVERDUE_CPU_S = 0.002  # as SLOW_CPU_S
 SLOW_CPU_S = 0.006  # of processor time: on a busy machine a worker may wait long without being slow
 SLOW_S = 0.1  # of wall-clock time
 MAX_SLOW = 100
@@ -74,7 +74,8 @@ class _Worker:
 class Template:
     """Requests wait in `queue` until a worker is idle; each is answered exactly once.
 
-    Invariant: busy workers that are not slow number at most num_workers, slow ones at most MAX_SLOW.
+    Invariant: busy workers that are not slow number at most num_workers, and one more while one of them is overdue; slow
+    ones number at most MAX_SLOW.
     """
 
     def __init__(
