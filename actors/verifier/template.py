@@ -74,8 +74,8 @@ class _Worker:
 class Template:
     """Requests wait in `queue` until a worker is idle; each is answered exactly once.
 
-    Invariant: busy workers that are not slow number at most num_workers, and one more while one of them is overdue; slow
-    ones number at most MAX_SLOW.
+    Invariant: busy workers that are not slow number at most num_workers, and one more while one of them is overdue;
+    slow ones number at most MAX_SLOW.
     """
 
     def __init__(
