@@ -106,7 +106,7 @@ def test_workers_that_hang_or_are_stopped_die_with_their_template() -> None:
         _, alive = psutil.wait_procs(workers, timeout=10)
         return {worker.pid for worker in alive}, len(workers)
 
-    alive, num_workers = in_pool(body, timeout_s=30.0)
+    alive, num_workers = in_pool(body, timeout_s=8.0)
     assert num_workers >= 4
     assert not alive
 
@@ -131,6 +131,42 @@ def test_under_load_no_ordinary_answer_pays_for_those_that_hang() -> None:
 
     expected = [Verdict.TIMED_OUT if response == "hang" else Verdict.CORRECT for response, _ in answers]
     assert in_pool(body, timeout_s=3.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "answers"),
+    [
+        (1, [("work", {"cpu_s": 0.06})] * 50),
+        (1, [("work", {"cpu_s": 0.06 if k % 10 == 9 else 0.0001}) for k in range(500)]),
+        (2, [("sleep", {"s": 0.1})] * 60),
+    ],
+    ids=["all compute", "one in ten computes", "all sleep"],
+)
+def test_a_verifier_that_takes_long_loses_no_answer_when_many_wait(
+    num_workers: int, answers: list[tuple[str, dict[str, float]]]
+) -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        return await asyncio.gather(*[pool.verify(response, "", row) for response, row in answers])
+
+    assert in_pool(body, num_workers=num_workers, timeout_s=1.0) == [Verdict.CORRECT] * len(answers)
+
+
+@pytest.mark.parametrize("behaviour", ["hang", "sleep"])
+def test_once_the_usual_time_is_known_others_hardly_wait_for_what_hangs(behaviour: str) -> None:
+    limit_s = 6.0
+
+    async def body(pool: VerifierPool) -> tuple[float, set[Verdict]]:
+        echo = ("echo", "a", {"expected": "a"})
+        await asyncio.gather(*[pool.verify(*echo) for _ in range(20)])
+        hanging = [asyncio.create_task(pool.verify(behaviour, "", {"s": 60})) for _ in range(20)]
+        started_s = time.monotonic()
+        await asyncio.gather(*[pool.verify(*echo) for _ in range(200)])
+        elapsed_s = time.monotonic() - started_s
+        return elapsed_s, set(await asyncio.gather(*hanging))
+
+    elapsed_s, verdicts = in_pool(body, timeout_s=limit_s)
+    assert elapsed_s < limit_s / 2  # one after the other they would take 20 times the limit
+    assert verdicts == {Verdict.TIMED_OUT}
 
 
 def test_a_cancelled_caller_leaves_the_pool_whole() -> None:

@@ -31,6 +31,9 @@ def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
             while time.process_time() - started_s < row["cpu_s"]:
                 pass
             return Verdict.CORRECT
+        case "sleep":
+            time.sleep(row["s"])
+            return Verdict.CORRECT
         case "print":
             print("7 wrong\n" * 1000, flush=True)
             return Verdict.CORRECT

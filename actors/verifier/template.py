@@ -7,13 +7,15 @@ single-threaded, so a worker is a fork of a few milliseconds with everything loa
 itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
 reaped, its answer is `timed_out`, and another takes its place.
 
-A worker that others wait for becomes *slow* after SLOW_CPU_S (or SLOW_S) on one answer: another worker stands in for
-it, and it goes on until its limit in what time is left. Of the slow ones (at most MAX_SLOW) num_workers run at a time,
-those first that have run least, and while requests wait only one turn in SLOW_SHARE; otherwise they are stopped. So
-answers that hang neither hold up the others nor take their processors, and answers that merely take long get done.
+A worker that others wait for becomes *slow* when an answer takes it longer than usual (actors/verifier/usual.py), in
+processor time, or asleep in wall-clock time: another worker stands in for it, and it goes on until its limit in what
+time is left. At most MAX_SLOW are slow. Those that compute take turns, num_workers at a time, while requests wait only
+one turn in SLOW_SHARE, and otherwise they are stopped: first those that have done least. While the usual time is not
+known, every other turn is theirs and those that have done most come first, so that it becomes known.
 
-While some are slow a spare worker is kept, and it takes the next request as soon as a busy one is *overdue*
-(OVERDUE_CPU_S). A new worker starts with the caches of the template, which the verifier's optional `warm_up` fills.
+While some are slow a spare worker is kept, and it takes the next request as soon as a busy one is *overdue*, a quarter
+of the way to being slow. A new worker starts with the caches of the template, which the verifier's optional `warm_up`
+fills.
 
 Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
 <why>`.
@@ -33,15 +35,18 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from actors.verifier.usual import UsualTime
 from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
 from common.types import Verdict
 
-OVERDUE_CPU_S = 0.002  # as SLOW_CPU_S
-SLOW_CPU_S = 0.006  # of processor time: on a busy machine a worker may wait long without being slow
-SLOW_S = 0.1  # of wall-clock time
+FASTEST_S = 0.004  # no answer is slow before
+FIRST_SHARE = 0.1  # of the time limit: an answer is slow after it as long as the usual time is not known
+OVERDUE_SHARE = 0.25  # of the time after which an answer is slow
 MAX_SLOW = 100
-SLOW_SHARE = 12  # slow workers run one turn in so many while requests wait
+SLOW_SHARE = 12
+FIRST_SLOW_SHARE = 2  # in place of SLOW_SHARE as long as the usual time is not known
 _TURN_S = 0.005
 _READ_BYTES = 1 << 20
 
@@ -56,19 +61,30 @@ class _Worker:
     request: bytes | None = None
     started_s: float = 0.0
     started_cpu_s: float = 0.0  # processor time of the worker when the request was sent
-    served_s: float = 0.0  # processor time, and a tenth of the wall-clock time, that it has had since it became slow
-    served_cpu_s: float = 0.0  # cpu_s() when served_s was last brought up to date
+    seen_s: float = 0.0  # used_s() at the last look
+    is_computing: bool = False  # at the last look; asleep it takes nobody's time
     is_stopped: bool = False
+    was_stopped: bool = False  # at any time since the request was sent
     is_overdue: bool = False  # a spare, if there is one, may take the next request already
 
     def cpu_s(self) -> float:
         """Processor time that the worker has used so far. Raises OSError when it is gone."""
         return time.clock_gettime((~self.pid << 3) | 2)  # Linux: the clock of another process's processor time
 
-    def has_worked(self, cpu_s: float, wall_s: float, now_s: float) -> bool:
-        """Whether the present answer has taken that long, in processor or in wall-clock time."""
-        waited_s = now_s - self.started_s
-        return waited_s >= wall_s or (waited_s >= cpu_s and self.cpu_s() - self.started_cpu_s >= cpu_s)
+    def used_s(self) -> float:
+        """Processor time that the present answer has taken so far."""
+        return self.cpu_s() - self.started_cpu_s
+
+    def look(self) -> None:
+        """Sees whether it has computed since the last look."""
+        used_s = self.used_s()
+        self.is_computing = used_s - self.seen_s >= _TURN_S / 5
+        self.seen_s = used_s
+
+    def is_asleep(self) -> bool:
+        """Whether it waits for something other than a processor."""
+        stat = Path(f"/proc/{self.pid}/stat").read_bytes()
+        return stat.rpartition(b")")[2].split()[0] != b"R"
 
 
 class Template:
@@ -91,6 +107,8 @@ class Template:
         self._queue: deque[bytes] = deque()
         self._workers: dict[int, _Worker] = {}  # idle, or busy and not slow; by file descriptor of the channel
         self._slow: dict[int, _Worker] = {}
+        self._usual_cpu = UsualTime(FASTEST_S, FIRST_SHARE * timeout_s)
+        self._usual_wall = UsualTime(FASTEST_S, FIRST_SHARE * timeout_s)
         self._modules: set[str] = set()  # heavy modules loaded so far
         self._killed: list[int] = []  # not yet reaped: a process takes milliseconds to give its memory back
         self._poll = select.poll()
@@ -130,7 +148,8 @@ class Template:
             self._fork()
 
     def _send(self, worker: _Worker, request: bytes) -> None:
-        worker.request, worker.started_s, worker.is_overdue = request, time.monotonic(), False
+        worker.request, worker.started_s, worker.seen_s = request, time.monotonic(), 0.0
+        worker.is_overdue = worker.was_stopped = False
         try:
             worker.started_cpu_s = worker.cpu_s()
             worker.channel.sendall(request.split(b" ", 1)[1] + b"\n")
@@ -159,6 +178,9 @@ class Template:
         elif module is not None or line in (b"", FAILED):
             self._lose(worker)
         else:
+            self._usual_cpu.add(worker.used_s())
+            if not worker.was_stopped:
+                self._usual_wall.add(time.monotonic() - worker.started_s)
             self._reply(worker, line)
             self._welcome_back(worker)
 
@@ -167,7 +189,6 @@ class Template:
         if self._slow.pop(worker.channel.fileno(), None) is None:
             return
         self._workers[worker.channel.fileno()] = worker
-        worker.served_s = 0.0
         if worker.is_stopped:  # after it had replied
             os.kill(worker.pid, signal.SIGCONT)
             worker.is_stopped = False
@@ -231,34 +252,40 @@ class Template:
             if now_s - worker.started_s >= self._timeout_s:
                 self._lose(worker)
             elif self._queue and len(self._slow) < MAX_SLOW:
-                worker.is_overdue = worker.is_overdue or worker.has_worked(OVERDUE_CPU_S, SLOW_S, now_s)
-                if worker.is_overdue and worker.has_worked(SLOW_CPU_S, SLOW_S, now_s):
-                    worker.served_cpu_s = worker.cpu_s()
+                worker.is_overdue = worker.is_overdue or self._has_taken(worker, OVERDUE_SHARE, now_s)
+                if worker.is_overdue and self._has_taken(worker, 1.0, now_s):
+                    worker.look()
                     self._slow[fd] = self._workers.pop(fd)
                     self._share_turns(now_s)
         if self._slow and now_s - self._turned_s >= _TURN_S:
-            for worker in [w for w in self._slow.values() if now_s - w.started_s >= self._timeout_s]:
-                self._lose(worker)
+            for worker in list(self._slow.values()):
+                if now_s - worker.started_s >= self._timeout_s:
+                    self._lose(worker)
+                elif not worker.is_stopped:
+                    worker.look()
             self._share_turns(now_s)
 
+    def _has_taken(self, worker: _Worker, share: float, now_s: float) -> bool:
+        """Whether the present answer has taken that share of what is usual, at work or asleep."""
+        waited_s = now_s - worker.started_s
+        return worker.used_s() >= share * self._usual_cpu.limit_s or (
+            waited_s >= share * self._usual_wall.limit_s and worker.is_asleep()
+        )
+
     def _share_turns(self, now_s: float) -> None:
-        """Lets the num_workers slow workers run that have run least, when it is their turn, and stops the others."""
-        running = [w for w in self._slow.values() if not w.is_stopped]
-        for worker in running:
-            cpu_s = worker.cpu_s()
-            worker.served_s += cpu_s - worker.served_cpu_s + max(0.0, now_s - self._turned_s) / 10
-            worker.served_cpu_s = cpu_s
+        """Lets num_workers of the slow workers compute when it is their turn, and stops the others."""
         self._turned_s = now_s
-        is_their_turn = not self._queue or int(now_s / _TURN_S) % SLOW_SHARE == 0
-        chosen = heapq.nsmallest(self._num_workers if is_their_turn else 0, self._slow.values(), lambda w: w.served_s)
-        for worker in running:
-            if worker not in chosen:
-                os.kill(worker.pid, signal.SIGSTOP)
-                worker.is_stopped = True
-        for worker in chosen:
-            if worker.is_stopped:
-                os.kill(worker.pid, signal.SIGCONT)
-                worker.is_stopped = False
+        is_known = self._usual_cpu.is_known
+        share, sign = (SLOW_SHARE, 1) if is_known else (FIRST_SLOW_SHARE, -1)
+        is_their_turn = not self._queue or int(now_s / _TURN_S) % share == 0
+        computing = [w for w in self._slow.values() if w.is_computing]
+        chosen = heapq.nsmallest(self._num_workers if is_their_turn else 0, computing, key=lambda w: sign * w.seen_s)
+        for worker in computing:
+            is_stopped = worker not in chosen
+            if is_stopped != worker.is_stopped:
+                os.kill(worker.pid, signal.SIGSTOP if is_stopped else signal.SIGCONT)
+                worker.is_stopped = is_stopped
+                worker.was_stopped = worker.was_stopped or is_stopped
 
     def _next_wake_ms(self) -> float | None:
         """Milliseconds to the next look at the clocks of the workers; None: none is busy."""
@@ -267,8 +294,8 @@ class Template:
         moments = [w.started_s + self._timeout_s for w in busy]
         if self._queue and len(self._slow) < MAX_SLOW:
             for worker in busy:
-                limit_s = SLOW_CPU_S if worker.is_overdue else OVERDUE_CPU_S
-                moments.append(now_s + max(limit_s - (worker.cpu_s() - worker.started_cpu_s), limit_s / 20))
+                limit_s = self._usual_cpu.limit_s * (1.0 if worker.is_overdue else OVERDUE_SHARE)
+                moments.append(now_s + max(limit_s - worker.used_s(), limit_s / 20))
         if self._slow:
             moments.append(self._turned_s + _TURN_S)
         return max(0.0, 1000 * (min(moments) - now_s)) if moments else None
