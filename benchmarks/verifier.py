@@ -9,6 +9,7 @@ process of its own. Without it that column is left out. CASES.jsonl is in the fo
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import random
@@ -43,7 +44,8 @@ for line in sys.stdin:
         print(0, flush=True)
 """
 
-HANG = "hang"
+HANG, SLEEP = "hang", "sleep"
+OFFERED_PER_S = {"integers": 2000.0, "mixed, 70% integers": 1000.0, "symbolic": 500.0, "labelled cases": 1000.0}
 IN_FLIGHT = 512  # answers that wait for their verdicts; those that hang are among them for the whole limit
 
 
@@ -81,20 +83,21 @@ def mixed_pair(generator: random.Random) -> tuple[str, str]:
 
 
 def hanging_verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:
-    """The mathematical verifier, except that the response "hang" never ends; runs in the pool's workers."""
+    """The mathematical verifier, except that HANG computes and SLEEP sleeps for ever; runs in the pool's workers."""
     while response == HANG:
         pass
+    while response == SLEEP:
+        time.sleep(60)
     return verify(response, reference, row)
 
 
+def reference_of(row: dict[str, Any]) -> str:
+    gold: str = row["gold"]
+    return (extract(gold, Extraction.ANYWHERE) or gold) if row.get("gold_input") == "response" else gold
+
+
 def grade_ours(rows: list[dict[str, Any]]) -> list[bool]:
-    judged = []
-    for row in rows:
-        gold = row["gold"]
-        if row.get("gold_input") == "response":
-            gold = extract(gold, Extraction.ANYWHERE) or gold
-        judged.append(grade_row(row["pred"], gold, row) is Verdict.CORRECT)
-    return judged
+    return [grade_row(row["pred"], reference_of(row), row) is Verdict.CORRECT for row in rows]
 
 
 def grade_math_verify(rows: list[dict[str, Any]], python: str) -> list[bool]:
@@ -132,27 +135,34 @@ def throughput_in_process(pairs: list[tuple[str, str]]) -> dict[str, float]:
     }
 
 
-async def throughput_of_pool(pairs: list[tuple[str, str]], num_workers: int, timeout_s: float) -> dict[str, float]:
-    """Judged answers a second through the pool, from the first to the moment when the last is handed over. Answers that
-    hang are not counted."""
+async def throughput_of_pool(
+    pairs: list[tuple[str, str]], args: argparse.Namespace, offered_per_s: float = math.inf
+) -> dict[str, float]:
+    """Judged answers a second through the pool, from the first to the moment when the last is handed over, and the
+    median time in milliseconds from handing over to verdict. Answers that hang are not counted."""
     limit = asyncio.Semaphore(IN_FLIGHT)
-    num_judged = 0
-    async with VerifierPool(f"{Path(__file__).stem}:hanging_verify", num_workers, timeout_s, 1024) as pool:
+    times_ms: list[float] = []
+    async with VerifierPool(f"{Path(__file__).stem}:hanging_verify", args.workers, args.timeout_s, 1024) as pool:
         await pool.verify(r"\boxed{\sqrt{8}+x}", r"x+2\sqrt{2}", {})  # loads what symbolic answers need
 
         async def one(response: str, reference: str) -> None:
-            nonlocal num_judged
-            verdict = await pool.verify(response, reference, {})
-            num_judged += verdict is not Verdict.TIMED_OUT
+            before_s = time.perf_counter()
+            if await pool.verify(response, reference, {}) is not Verdict.TIMED_OUT:
+                times_ms.append(1e3 * (time.perf_counter() - before_s))
             limit.release()
 
         started_s = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for pair in pairs:
+            for k, pair in enumerate(pairs):
                 await limit.acquire()
+                await asyncio.sleep(started_s + k / offered_per_s - time.perf_counter())
                 group.create_task(one(*pair))
-            elapsed_s, num_in_time = time.perf_counter() - started_s, num_judged
-        return {"per second": num_in_time / elapsed_s, "timed out": float(pool.counts[Verdict.TIMED_OUT])}
+            elapsed_s, num_in_time = time.perf_counter() - started_s, len(times_ms)
+        return {
+            "per second": num_in_time / elapsed_s,
+            "median ms": statistics.median(times_ms),
+            "timed out": float(pool.counts[Verdict.TIMED_OUT]),
+        }
 
 
 def boxed(draw: Callable[[random.Random], tuple[str, str]], count: int) -> list[tuple[str, str]]:
@@ -167,29 +177,54 @@ def boxed(draw: Callable[[random.Random], tuple[str, str]], count: int) -> list[
     return chosen
 
 
-def with_hangs(pairs: list[tuple[str, str]], share: float) -> list[tuple[str, str]]:
-    every = round(1 / share)
-    return [(HANG, "1") if k % every == every // 2 else pair for k, pair in enumerate(pairs)]
+def labelled(rows: list[dict[str, Any]], count: int) -> list[tuple[str, str]]:
+    """The labelled cases as (response, reference) pairs in random order, as often as it takes to make `count`."""
+    pairs = [
+        (row["pred"] if row["input"] == "response" else f"\\boxed{{{row['pred']}}}", reference_of(row)) for row in rows
+    ]
+    random.Random(0).shuffle(pairs)
+    return (pairs * (1 + count // len(pairs)))[:count]
 
 
-def throughput_with_and_without(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, float]:
-    """Medians over rounds in which the two take turns, so that a machine that slows down meets both."""
+def with_hangs(pairs: list[tuple[str, str]], how: str) -> list[tuple[str, str]]:
+    """The same with every hundredth answer replaced by one that hangs."""
+    return [(how, "1") if k % 100 == 50 else pair for k, pair in enumerate(pairs)]
+
+
+def saturated(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, float]:
+    """Medians over rounds in which the three take turns, so that a machine that slows down meets all."""
     rounds = []
     for _ in range(args.rounds):
-        none, some = (
-            asyncio.run(throughput_of_pool(answers, args.workers, args.timeout_s))
-            for answers in (pairs, with_hangs(pairs, 0.01))
+        none, some, asleep = (
+            asyncio.run(throughput_of_pool(answers, args))
+            for answers in (pairs, with_hangs(pairs, HANG), with_hangs(pairs, SLEEP))
         )
         rounds.append(
             {
                 "per second": none["per second"],
-                "1% hang": some["per second"],
+                "1% compute": some["per second"],
                 "ratio": some["per second"] / none["per second"],
-                "hung": len(pairs) // 100,
-                "timed out": some["timed out"],
+                "1% sleep": asleep["per second"],
+                "its ratio": asleep["per second"] / none["per second"],
+                "lost": some["timed out"] + asleep["timed out"] - 2 * (len(pairs) // 100),
             }
         )
     return {column: statistics.median(one[column] for one in rounds) for column in rounds[0]}
+
+
+def offered(pairs: list[tuple[str, str]], args: argparse.Namespace, per_s: float) -> dict[str, float]:
+    """The same when no more than `per_s` answers a second are there to be judged."""
+    pairs = pairs[: int(per_s * args.offered_s)]
+    none = asyncio.run(throughput_of_pool(pairs, args, per_s))
+    some = asyncio.run(throughput_of_pool(with_hangs(pairs, HANG), args, per_s))
+    return {
+        "offered": per_s,
+        "per second": none["per second"],
+        "1% compute": some["per second"],
+        "ratio": some["per second"] / none["per second"],
+        "median ms": none["median ms"],
+        "its median ms": some["median ms"],
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -206,10 +241,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "mixed, 70% integers": boxed(mixed_pair, args.pool_answers),
         "symbolic": boxed(symbolic_pair, args.pool_answers // 2),
     }
+    if args.cases:
+        kinds["labelled cases"] = labelled(rows, args.pool_answers)
     report["one core, in process"] = {name: throughput_in_process(pairs) for name, pairs in kinds.items()}
-    report[f"pool of {args.workers}, limit {args.timeout_s:g} s"] = {
-        name: throughput_with_and_without(pairs, args) for name, pairs in kinds.items()
-    }
+    pool = f"pool of {args.workers}, limit {args.timeout_s:g} s"
+    report[f"{pool}, saturated"] = {name: saturated(pairs, args) for name, pairs in kinds.items()}
+    report[f"{pool}, at a rate"] = {name: offered(pairs, args, OFFERED_PER_S[name]) for name, pairs in kinds.items()}
     return report
 
 
@@ -219,10 +256,10 @@ def print_report(report: dict[str, Any]) -> None:
             print(f"{title}: {table}")
             continue
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
-        print(f"\n{title:32s}" + "".join(f"{column:>16s}" for column in columns))
+        print(f"\n{title:34s}" + "".join(f"{column:>16s}" for column in columns))
         for name, row in table.items():
             print(
-                f"  {name:30s}" + "".join(f"{row[column]:16.6g}" if column in row else " " * 16 for column in columns)
+                f"  {name:32s}" + "".join(f"{row[column]:16.6g}" if column in row else " " * 16 for column in columns)
             )
 
 
@@ -234,6 +271,7 @@ def main() -> int:
     parser.add_argument("--timeout-s", type=float, default=3.0)
     parser.add_argument("--pool-answers", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3, help="of the pool's measurements; medians count")
+    parser.add_argument("--offered-s", type=float, default=5.0, help="how long answers are offered at a rate")
     parser.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = parser.parse_args()
     report = measure(args)
