@@ -192,7 +192,8 @@ def with_hangs(pairs: list[tuple[str, str]], how: str) -> list[tuple[str, str]]:
 
 
 def saturated(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, float]:
-    """Medians over rounds in which the three take turns, so that a machine that slows down meets all."""
+    """Medians over rounds in which the three take turns, so that a machine that slows down meets all; `lost` counts, over
+    all rounds, what was timed out and did not hang."""
     rounds = []
     for _ in range(args.rounds):
         none, some, asleep = (
@@ -209,7 +210,8 @@ def saturated(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[st
                 "lost": some["timed out"] + asleep["timed out"] - 2 * (len(pairs) // 100),
             }
         )
-    return {column: statistics.median(one[column] for one in rounds) for column in rounds[0]}
+    medians = {column: statistics.median(one[column] for one in rounds) for column in rounds[0]}
+    return {**medians, "lost": sum(one["lost"] for one in rounds)}
 
 
 def offered(pairs: list[tuple[str, str]], args: argparse.Namespace, per_s: float) -> dict[str, float]:
@@ -224,6 +226,7 @@ def offered(pairs: list[tuple[str, str]], args: argparse.Namespace, per_s: float
         "ratio": some["per second"] / none["per second"],
         "median ms": none["median ms"],
         "its median ms": some["median ms"],
+        "lost": none["timed out"] + some["timed out"] - len(pairs) // 100,
     }
 
 
