@@ -192,8 +192,10 @@ def with_hangs(pairs: list[tuple[str, str]], how: str) -> list[tuple[str, str]]:
 
 
 def saturated(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, float]:
-    """Medians over rounds in which the three take turns, so that a machine that slows down meets all; `lost` counts, over
-    all rounds, what was timed out and did not hang."""
+    """Medians over rounds in which the three take turns, so that a machine that slows down meets all.
+
+    `lost` counts, over all rounds, what was timed out and did not hang.
+    """
     rounds = []
     for _ in range(args.rounds):
         none, some, asleep = (
