@@ -279,6 +279,8 @@ def main() -> int:
     parser.add_argument("--offered-s", type=float, default=5.0, help="how long answers are offered at a rate")
     parser.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = parser.parse_args()
+    if args.pool_answers < 4 * IN_FLIGHT:
+        parser.error(f"--pool-answers {args.pool_answers} is too few to fill the pool; give {4 * IN_FLIGHT} or more")
     report = measure(args)
     print_report(report)
     if args.json:
