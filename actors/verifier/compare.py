@@ -13,11 +13,18 @@ from actors.verifier.vocabulary import NUMBER_WORDS
 
 _PREFIX = re.compile(r"^[\s*_#>]*(?:the\s+)?(?:final\s+)?answer[\s*_]*(?:is|:|=)?[*_]*\s*(?=\S)", re.IGNORECASE)
 _CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*[.):]\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
+# What makes of "(A) or (C)" and of "A. 3 B. 4" more than one choice.
+_MORE_CHOICES = re.compile(
+    r"(?:and|or)\b|[,;&/]|\(?[A-J]\)?$|.*(?:(?<!\w)\([A-J]\)|(?<![\w(])[A-J][.):](?=\s|$))"
+    r"|.*\b(?i:maybe|perhaps|possibly|guess|wrong)\b",
+    re.DOTALL,
+)
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)(?![a-z])\s*")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _GROUPED = re.compile(r"\{([^{}]*)\}")
 _WORDY = re.compile(r"[A-Za-z',.;-]*[A-Za-z]{3}[A-Za-z',.;-]*")
 _HEX = re.compile(r"([0-9A-F]+)_\{?(1[1-6])\}?", re.IGNORECASE)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}([/-])\d{1,2}\1\d{4}")
 _LOG = re.compile(r"\\?log(?!\s*_)(?![a-z])")
 _LAST_CLAUSE = re.compile(r"[A-Za-z',\s\d.]*\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
 _DENIED_NUMBER = re.compile(r"\bnot\s+(?:it's\s+not\s+)?-?[\d.]+")
@@ -82,9 +89,14 @@ def _choice_equal(a: str, b: str) -> bool | None:
 
 
 def _split_label(text: str) -> tuple[str, str] | None:
-    """(letter, content) of a choice that is given with its content."""
-    found = _CHOICE.match(_TEXT_MACRO.sub("", text).replace("{(", "(").replace(")}", ")"))
-    return (found[1] or found[3], found[2] or found[4]) if found else None
+    """(letter, content) of one choice that is given with its content."""
+    plain = _TEXT_MACRO.sub("", text).replace("{(", "(").replace(")}", ")")
+    grouped = _GROUPED.fullmatch(plain)
+    found = _CHOICE.match(grouped.group(1) if grouped else plain)
+    if found is None:
+        return None
+    letter, content = found[1] or found[3], found[2] or found[4]
+    return None if _MORE_CHOICES.match(content) else (letter, content)
 
 
 @lru_cache(maxsize=256)
@@ -94,6 +106,8 @@ def _readings(text: str) -> tuple[Node, ...]:
     More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; (A) 5 is
     a choice with its label.
     """
+    if _DATE.fullmatch(text):  # no difference or quotient
+        return ()
     if found := _HEX.fullmatch(text):
         try:
             return (Number(Fraction(int(found[1], int(found[2])))),)

@@ -24,6 +24,7 @@ from actors.verifier.tree import (
     replace,
     subtract,
     symbols,
+    variables,
     walk,
 )
 
@@ -78,12 +79,16 @@ def _one_way(a: Node, b: Node) -> bool:
     match a:
         case Quantity() if not isinstance(b, Quantity):
             return _quantity_matches(a, b)
+        case Relation(operators=("≡",), sides=(name, Apply(function="residue") as value)) if is_name(name):
+            return isinstance(b, Apply) and b.function == "residue" and nodes_equal(value, b)
         case Relation() if not isinstance(b, Relation):
             value = value_of(a)
             if value is not None and nodes_equal(value, b):
                 return True
         case Sequence(brackets="{}", items=(item,)) if not isinstance(b, Sequence) or b.brackets == "()":
             return nodes_equal(item, b)
+        case Apply(function="residue", arguments=(value, _)) if is_scalar(b):
+            return nodes_equal(value, b)
         case Apply(function="in") if not (isinstance(b, Apply) and b.function == "in"):
             return nodes_equal(a.arguments[1], b)
         case Matrix() if isinstance(b, Sequence) and b.brackets == "()" and len(a.rows[0]) == 1:
@@ -115,16 +120,26 @@ def _same_kind(a: Node, b: Node) -> bool:
             return True
         case Apply(function="ratio"), Apply(function="ratio"):
             return _ratios_equal(a, b)
+        case Apply(function="residue"), Apply(function="residue"):
+            return _residues_equal(a, b)
         case Apply(function="in"), Apply(function="in"):
             return nodes_equal(a.arguments[0], b.arguments[0]) and nodes_equal(a.arguments[1], b.arguments[1])
     if is_scalar(a) and is_scalar(b):
         return scalars_equal(a, b)
-    if isinstance(a, Relation) and isinstance(b, Relation) and symbols(a) != symbols(b):
+    if variables(a) and variables(b) and variables(a) != variables(b):
         return False
     if is_clearly_a_set(a) or is_clearly_a_set(b):
         set_a, set_b = as_set(a), as_set(b)
         return set_a is not None and set_b is not None and sets_equal(set_a, set_b)
     return False
+
+
+def _residues_equal(a: Apply, b: Apply) -> bool:
+    """3 (mod 5) and 8 (mod 5) are the same class."""
+    (x, modulus), (y, other) = a.arguments, b.arguments
+    if not nodes_equal(modulus, other):
+        return False
+    return nodes_equal(x, y) or nodes_equal(Apply("mod", (x, modulus)), Apply("mod", (y, modulus)))
 
 
 def _ratios_equal(a: Apply, b: Apply) -> bool:
@@ -155,7 +170,8 @@ def _sequences_equal(a: Sequence, b: Sequence) -> bool:
         is_ordered = "{}" not in kinds and _is_ordered_list(a, b)
         as_sets = "{}" in kinds or any(isinstance(item, Sequence) for item in (*left, *right))
         return _items_equal(left, right, is_ordered=is_ordered, drop_repeated=as_sets and not is_ordered)
-    if len(kinds) == 1 or (kinds <= {"", "()"} or kinds <= {"", "[]"}):
+    is_list_in_brackets = kinds == {"", "[]"} and len(left) != 2  # [1, 2] is an interval
+    if len(kinds) == 1 or kinds == {"", "()"} or is_list_in_brackets:
         return _items_equal(left, right, is_ordered=True)
     return False
 

@@ -32,6 +32,15 @@ _SIGN = re.compile("[" + re.escape("".join(_SIGNS)) + "]")
 _ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\[a-z]+ ?|(?=[({]))")
 _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
+# A sign or code before an amount, with which the answer or an item of it ends or goes on in words.
+_CURRENCY = re.compile(
+    r"(\\\$|^\$(?!.*\$)|[€£¥₹]|\b(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s\d]))\s*"
+    r"(-?(?:\d|,\\!|\{,\}|\\,|[.,](?=\d))+(?:\s*(?:\\text\{\s*)?(?:thousand|million|billion|trillion)\}?)?)"
+    r"(?=\s*(?:\.?$|[,;$)/]|-\s*[\\$€£]|\\(?:text|textrm|mbox|mathrm|quad| )|(?:and|or|per|an?|each)\b))"
+    r"(?!\s*(?:\\text\{\s*)?(?:dollar|USD|EUR|euro|pound|rupee))"
+)
+_CURRENCY_NAMES = {"$": "dollar", "U": "dollar", "€": "euro", "E": "euro", "£": "pound", "G": "pound", "¥": "yen"}
+
 _OVER_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z{}$%,;!()\[\]])")
 _SINGLE_ESCAPE = re.compile(r"(?<!\\)\\(?!\\|n\b)")
 _DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\begin\{(?:equation|align|gather|math)\*?\}")
@@ -61,6 +70,7 @@ _SIMPLE = (
     (re.compile(r"<sub>(.{1,40}?)</sub>"), r"_{\1}"),
     (re.compile(r"(?<=\d)\s*(?:\^\s*)?(?:\{?\\(?:text|mathrm|textrm)\s*)?\{?(?:st|nd|rd|th)\}{0,2}$"), ""),
     (re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\\\d])"), r" \1 "),
+    (re.compile(r"(?:\\text\{\s*)?\((?:\\text\{\s*)?\\?b?mod\b\s*\}?\s*(\w+)\s*\)\}?"), r"\\pmod{\1}"),
     (re.compile(r"(?<!\\)%"), r"\\%"),
     (re.compile(r"(?<!\\)#"), r"\\#"),
 )
@@ -68,7 +78,7 @@ _SIMPLE = (
 
 def normalize(text: str) -> str:
     """The answer in plain LaTeX without delimiters; digit groups with commas are left for `join_comma_groups`."""
-    text = _from_unicode(text)
+    text = _from_unicode(_CURRENCY.sub(_spell_currency, text))
     if "\\\\" in text and not _SINGLE_ESCAPE.search(text.replace("\\\\", "")):
         text = _OVER_ESCAPED.sub(r"\\", text)
     text = _strip(text)
@@ -92,6 +102,12 @@ def _strip(text: str) -> str:
     while (found := _TAIL.search(text, max(0, len(text) - 3))) is not None:
         text = text[: found.start()].rstrip()
     return text
+
+
+def _spell_currency(found: re.Match[str]) -> str:
+    """$5 as 5 dollars."""
+    sign, amount = found.groups()
+    return rf"{amount}\text{{ {_CURRENCY_NAMES.get(sign.lstrip(chr(92))[0], 'rupee')}}}"
 
 
 def _spell_unit(found: re.Match[str]) -> str:

@@ -214,7 +214,10 @@ class _Evaluator:
             return self._unknown(function, x)
         if abs(x[0]) >= mp.ldexp(1, MAX_ARGUMENT_BITS):
             raise Undefined("argument too large")
-        return getattr(mp, _MPMATH_NAMES.get(function, function))(*x)
+        operation = getattr(mp, _MPMATH_NAMES.get(function, function), None)
+        if operation is None:  # a ratio, a union: not a number
+            raise Undefined(function)
+        return operation(*x)
 
     def _real_function(self, function: str, x: list[Value]) -> Value:
         mp = self._mp

@@ -4,7 +4,7 @@
     answer  list ((";") list)*                       several items are a list, see Sequence
     list    item (("," | "and" | "or") item)*
     item    side (relation side)*                    with a unit after a number
-    side    ratio (("∪" | "∩" | "∖") ratio)*
+    side    ratio (("∪" | "∩" | "∖") ratio)*         with \\pmod{n} after it
     ratio   sum (":" sum)*
     sum     sign? term (("+" | "-" | "±" | "∓") term)*
     term    factor (("*" | "/" | "mod" | nothing) factor)*
@@ -35,6 +35,7 @@ from actors.verifier.tree import (
     negate,
     replace,
     symbols,
+    variables,
 )
 from actors.verifier.vocabulary import CONSTANT_NAMES
 
@@ -95,10 +96,31 @@ def _signed(sign: str, node: Node) -> Node:
 
 
 def _is_condition(node: Node) -> bool:
-    """Whether an item restricts a variable: an inequality, or membership of a set."""
+    """Whether an item restricts one variable: inequalities, or membership of a set."""
     if isinstance(node, Relation):
         return not set(node.operators) & set("=≈≡")
-    return isinstance(node, Apply) and node.function == "in"
+    return isinstance(node, Apply) and node.function in ("in", "union", "intersection", "conditions")
+
+
+def _joined(items: list[Node], connectors: set[str]) -> list[Node]:
+    """x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another; commas leave open which of the two is meant."""
+    names = {frozenset(variables(item)) for item in items}
+    if len(items) < 2 or len(names) > 1 or len(*names) != 1 or connectors == {"and", "or"}:
+        return items
+    if not all(map(_is_condition, items)):
+        return items
+    function = {"and": "intersection", "or": "union"}.get("".join(connectors), "conditions")
+    return [Apply(function, tuple(items))]
+
+
+def _described(items: list[Node], conditions: list[Node]) -> Node:
+    """{x | x > 3} says the same as x > 3, {x in S | x > 3} also that x is in S; {2k | k in S} lists 2k and k in S."""
+    head = items[0]
+    if isinstance(head, Apply) and head.function == "in":
+        head, conditions = head.arguments[0], [head, *conditions]
+    if len(items) == 1 and isinstance(head, Symbol) and all(map(_is_condition, conditions)):
+        return conditions[0] if len(conditions) == 1 else Apply("intersection", tuple(conditions))
+    return Sequence("", (*items, *conditions))
 
 
 class _Parser(Cursor):
@@ -107,6 +129,7 @@ class _Parser(Cursor):
     def __init__(self, tokens: tuple[Token, ...]) -> None:
         super().__init__(tokens)
         self._open_bars = 0
+        self._is_describing = False
 
     def answer(self) -> Node:
         groups = [self._list()]
@@ -126,10 +149,7 @@ class _Parser(Cursor):
             if self.peek() is None or self.at("close") or self.at("semi"):
                 break
             items.append(self._item())
-        if len(items) > 1 and len(connectors) == 1 and all(map(_is_condition, items)):
-            # x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another
-            return [Apply("intersection" if connectors == {"and"} else "union", tuple(items))]
-        return items
+        return _joined(items, connectors)
 
     def _item(self) -> Node:
         if self.at("word"):
@@ -141,6 +161,11 @@ class _Parser(Cursor):
             sides.append(self._side())
         if not operators:
             return sides[0]
+        match sides[-1]:
+            case Apply(function="residue") if set(operators) == {"="}:
+                operators = ["≡"] * len(operators)
+            case Apply(function="mod", arguments=arguments) if set(operators) == {"≡"}:
+                sides[-1] = Apply("residue", arguments)
         if operators == ["∈"]:
             return Apply("in", (sides[0], sides[1]))
         if not set(operators) <= set("=≈≠<≤>≥≡"):
@@ -173,7 +198,8 @@ class _Parser(Cursor):
             node = Apply(function, (node, self._ratio()))
         if self.at("word") or self.at("letter") or self.at("degree"):
             node = self._with_unit(node)
-        return node
+        modulus = self.accept("pmod")
+        return Apply("residue", (node, _parse_all(modulus.parts[0]))) if modulus is not None else node
 
     def _with_unit(self, node: Node) -> Node:
         if symbols(node) or (self.at("word", "in") and self._is_bracket(self.peek(1))):
@@ -192,7 +218,7 @@ class _Parser(Cursor):
 
     def _ratio(self) -> Node:
         parts = [self._sum()]
-        while self.accept("op", ":"):
+        while not self._is_describing and self.accept("op", ":"):
             parts.append(self._sum())
         return parts[0] if len(parts) == 1 else Apply("ratio", tuple(parts))
 
@@ -375,19 +401,21 @@ class _Parser(Cursor):
             return self._absolute()
         if opening == "{" and self.accept("close", "}"):
             return Sequence("{}", ())
-        # Within \\{x | x > 0\\} a bar is no absolute value.
-        self._open_bars, saved_bars = int(opening == "{"), self._open_bars
+        # Within \\{x | x > 0\\} a bar is no absolute value, and within \\{x : x > 0\\} a colon no ratio.
+        saved = self._open_bars, self._is_describing
+        self._open_bars = int(opening == "{")
+        self._is_describing = opening == "{" and any(token.kind == "rel" for token in self.tokens[self.position :])
         items = self._list()
         while self.accept("semi"):
             items += self._list()
-        if opening == "{" and isinstance(items[0], Symbol | Apply) and self.accept("bar"):
-            items = [Apply("in", (items[0], condition)) for condition in self._list()]
-        self._open_bars = saved_bars
+        is_described = opening == "{" and (self.accept("bar") or self.accept("op", ":")) is not None
+        conditions = self._list() if is_described else []
+        self._open_bars, self._is_describing = saved
         closing = self.take()
         if closing.kind != "close":
             raise ParseError(f"{closing.text} within {opening}")
-        if len(items) == 1 and isinstance(items[0], Apply) and items[0].function == "in" and opening == "{":
-            return items[0].arguments[1]
+        if conditions:
+            return _described(items, conditions)
         pair = opening + closing.text
         if len(items) == 1 and pair in ("()", "[]"):
             return items[0]

@@ -21,6 +21,7 @@ from actors.verifier.tree import (
     negate,
     subtract,
     symbols,
+    variables,
     walk,
 )
 from actors.verifier.tree import replace as substitute
@@ -83,7 +84,10 @@ def _as_set(node: Node) -> list[Interval] | None:
             return None if any(part is None for part in parts) else [i for part in parts if part for i in part]
         case Apply(function="intersection"):
             return _as_intersection([_as_set(argument) for argument in node.arguments])
-        case Sequence(brackets="") if all(is_clearly_a_set(item) for item in node.items):
+        case Apply(function="conditions"):
+            both = _as_intersection([_as_set(argument) for argument in node.arguments])
+            return both or _as_set(Apply("union", node.arguments))
+        case Sequence(brackets="") if _is_union(node.items):
             return _as_set(Apply("union", node.items))  # (-oo, 1) and (3, oo), as a list
         case Apply(function="setminus"):
             whole, removed = (_as_set(argument) for argument in node.arguments)
@@ -96,7 +100,7 @@ def _as_set(node: Node) -> list[Interval] | None:
 def is_clearly_a_set(node: Node) -> bool:
     """Whether a node is a set of numbers and nothing else; (1, 2) may also be a point."""
     match node:
-        case Apply(function="union" | "intersection" | "setminus" | "in"):
+        case Apply(function="union" | "intersection" | "conditions" | "setminus" | "in"):
             return True
         case Relation():
             return not set(node.operators) & set("=≈≡")
@@ -105,8 +109,15 @@ def is_clearly_a_set(node: Node) -> bool:
         case Sequence(brackets="()" | "[]"):
             return any(isinstance(n, Constant) and n.name == "oo" for n in walk(node))
         case Sequence(brackets=""):
-            return all(is_clearly_a_set(item) for item in node.items)
+            return _is_union(node.items)
     return False
+
+
+def _is_union(items: tuple[Node, ...]) -> bool:
+    """Whether a list is one set of numbers: not that of x > 1, y > 2, nor that of the finite sets {1, 2}, {3}."""
+    is_finite = any(isinstance(item, Sequence) and item.brackets == "{}" for item in items)
+    names = {frozenset(variables(item)) for item in items if variables(item)}
+    return not is_finite and len(names) < 2 and all(map(is_clearly_a_set, items))
 
 
 def _as_intersection(parts: list[list[Interval] | None]) -> list[Interval] | None:

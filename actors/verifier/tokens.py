@@ -162,8 +162,6 @@ def _from_macro(node: LatexMacroNode) -> tuple[Token, ...]:
         parts = [_from_nodes([argument]) for argument in reversed(arguments) if argument is not None]
         return (Token("root", parts=tuple(parts)),)
     kind = "frac" if name in words.FRACTIONS else "binom" if name in words.BINOMIALS else name
-    if kind == "pmod":
-        return (Token("op", "mod"), *_from_nodes(arguments))
     if name in words.OVERLINES:
         kind = "overline"
     return (Token(kind, parts=tuple(_from_nodes([argument]) for argument in arguments)),)

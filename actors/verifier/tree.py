@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 # name: number of arguments; None: one or more. The tree is closed over these.
 FUNCTIONS: dict[str, int | None] = {
-    **dict.fromkeys(("+", "*", "gcd", "lcm", "min", "max", "ratio", "union", "intersection"), None),
-    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "setminus", "in"), 2),
+    **dict.fromkeys(("+", "*", "gcd", "lcm", "min", "max", "ratio", "union", "intersection", "conditions"), None),
+    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in"), 2),
     **dict.fromkeys(("neg", "pm", "mp", "!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp"), 1),
     **dict.fromkeys(("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"), 1),
     **dict.fromkeys(("arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh", "arctanh"), 1),
@@ -20,7 +20,8 @@ FUNCTIONS: dict[str, int | None] = {
     "sum": 4,  # variable, first, last, term
     "product": 4,
 }
-COMMUTATIVE = frozenset({"+", "*", "gcd", "lcm", "min", "max", "union", "intersection"})
+COMMUTATIVE = frozenset({"+", "*", "gcd", "lcm", "min", "max", "union", "intersection", "conditions"})
+_NOT_SCALAR = frozenset({"union", "intersection", "conditions", "setminus", "in", "ratio", "residue"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,15 @@ def symbols(node: Node) -> set[str]:
     return found
 
 
+def variables(node: Node) -> set[str]:
+    """Names of the free variables, without those of sets of numbers."""
+    return {name for name in symbols(node) if not name.startswith("set ")}
+
+
 def is_scalar(node: Node) -> bool:
     """Whether the tree is one number-valued expression."""
     return all(
-        isinstance(n, Number | Symbol | Constant)
-        or (isinstance(n, Apply) and n.function not in ("union", "intersection", "setminus", "in", "ratio"))
+        isinstance(n, Number | Symbol | Constant) or (isinstance(n, Apply) and n.function not in _NOT_SCALAR)
         for n in walk(node)
     )
 
