@@ -6,12 +6,22 @@ from functools import lru_cache
 
 from actors.verifier.equal import nodes_equal
 from actors.verifier.notation import join_comma_groups, normalize
+from actors.verifier.numerals import number_in_words
 from actors.verifier.parse import parse
 from actors.verifier.tokens import MAX_LENGTH, ParseError
 from actors.verifier.tree import Node, Number
-from actors.verifier.vocabulary import NUMBER_WORDS
 
-_PREFIX = re.compile(r"^[\s*_#>]*(?:the\s+)?(?:final\s+)?answer[\s*_]*(?:is|:|=)?[*_]*\s*(?=\S)", re.IGNORECASE)
+# "The answer is", "Therefore,": what comes before the answer itself.
+_PREFIX = re.compile(
+    r"^[\s*_#>]*(?:\\text\{\s*)?(?:(?:the\s+)?(?:final\s+)?(?:answer|ans\.?)(?![a-z])[\s*_]*(?:is|:|=)?[*_]*"
+    r"|(?:therefore|thus|hence|so)(?:,|\b(?=\s))|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-z]))"
+    r"\s*(?:\}\s*)?(?=[^\s}])",
+    re.IGNORECASE,
+)
+_CHOICE_NAME = re.compile(
+    r"^(\\text\{)?\s*(?:option|choice)\s+(?=\(?[A-J]\b)|^\\text\{\s*(?:option|choice)\s*\}\s*(?=\(?[A-J]\b)",
+    re.IGNORECASE,
+)
 _CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*[.):]\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
 # What makes of "(A) or (C)" and of "A. 3 B. 4" more than one choice.
 _MORE_CHOICES = re.compile(
@@ -26,18 +36,24 @@ _WORDY = re.compile(r"[A-Za-z',.;-]*[A-Za-z]{3}[A-Za-z',.;-]*")
 _HEX = re.compile(r"([0-9A-F]+)_\{?(1[1-6])\}?", re.IGNORECASE)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}([/-])\d{1,2}\1\d{4}")
 _LOG = re.compile(r"\\?log(?!\s*_)(?![a-z])")
-_LAST_CLAUSE = re.compile(r"[A-Za-z',\s\d.]*\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
+_LAST_CLAUSE = re.compile(r"([A-Za-z',\s\d.]*)\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
 _DENIED_NUMBER = re.compile(r"\bnot\s+(?:it's\s+not\s+)?-?[\d.]+")
 _DOUBT = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|either|unless|guess|not\s+\d|never|wrong|false|if)\b", re.IGNORECASE
 )
 _SAYINGS = {
     **dict.fromkeys(("allrealnumbers", "allreals", "therealnumbers", "allrealvalues"), r"\mathbb{R}"),
-    **dict.fromkeys(("nosolution", "nosolutions", "norealsolution", "norealsolutions"), r"\emptyset"),
-    **dict.fromkeys(("theemptyset", "emptyset", "nosolutionexists", "nosolutionsexist"), r"\emptyset"),
+    **dict.fromkeys(("theemptyset", "emptyset"), r"\emptyset"),
     **dict.fromkeys(("dne", "itdoesnotexist"), r"\text{doesnotexist}"),
-    **NUMBER_WORDS,
 }
+_NO_SOLUTION = re.compile(r"(?:there(?:is|are|exists?))?no(?:real)?solutions?(?:exists?)?")
+_ALL_REALS_BUT = re.compile(
+    r"\s*all\s+real(?:s|\s+numbers|\s+values)\s*(?:of\s+)?(?:[a-z]\b)?\s*,?\s*"
+    r"(?:(?:except|other\s+than|but|excluding)(?:\s+for)?\b|\\neq?\b)\s*(\S.*)",
+    re.IGNORECASE,
+)
+_BETWEEN_POINTS = re.compile(r",?\s*\b(?:and|or)\b\s*")
+_NAMING = re.compile(r"\b[a-z]\s*=\s*")
 
 
 def texts_equal(a: str, b: str) -> bool:
@@ -56,10 +72,29 @@ def texts_equal(a: str, b: str) -> bool:
 
 def _clean(text: str) -> str:
     normal = normalize(_PREFIX.sub("", _PREFIX.sub("", normalize(_PREFIX.sub("", text)))))
+    normal = _CHOICE_NAME.sub(lambda found: found[1] or "", normal)
     clause = _LAST_CLAUSE.fullmatch(normal)
-    if clause and not _DOUBT.search(_DENIED_NUMBER.sub("", normal)):
-        normal = normalize(clause.group(1))
-    return _SAYINGS.get(_literal(normal), normal)
+    is_only_number = clause and not re.search(r"\d", _DENIED_NUMBER.sub("", clause[1]))
+    if clause and is_only_number and not _DOUBT.search(_DENIED_NUMBER.sub("", normal)):
+        normal = normalize(clause[2])
+    return _said(normal) or normal
+
+
+def _said(text: str) -> str | None:
+    """The formula for what a text says in words."""
+    words = _TEXT_MACRO.sub("", text).replace("{", "").replace("}", "")
+    if not re.match(r"\s*[A-Za-z]{2}", words):
+        return None
+    literal = _literal(text)
+    if literal in _SAYINGS:
+        return _SAYINGS[literal]
+    if _NO_SOLUTION.fullmatch(literal):
+        return r"\emptyset"
+    if excluded := _ALL_REALS_BUT.fullmatch(words):
+        points = _BETWEEN_POINTS.sub(",", _NAMING.sub("", excluded[1]))
+        return rf"\mathbb{{R}}\setminus\{{{points}\}}"
+    number = number_in_words(words.strip())
+    return None if number is None else f"{number.numerator}/{number.denominator}"
 
 
 def _has_content(text: str) -> bool:
@@ -72,7 +107,7 @@ def _literal(text: str) -> str:
     if grouped := _GROUPED.fullmatch(plain):
         plain = grouped.group(1)
     bare = plain.replace("{", "").replace("}", "")
-    return bare.lower() if _WORDY.fullmatch(bare) else plain
+    return bare.lower() if _WORDY.fullmatch(bare) or bare.lower() == "no" else plain
 
 
 def _choice_equal(a: str, b: str) -> bool | None:

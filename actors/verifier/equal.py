@@ -79,12 +79,11 @@ def _one_way(a: Node, b: Node) -> bool:
     match a:
         case Quantity() if not isinstance(b, Quantity):
             return _quantity_matches(a, b)
-        case Relation(operators=("≡",), sides=(name, Apply(function="residue") as value)) if is_name(name):
-            return isinstance(b, Apply) and b.function == "residue" and nodes_equal(value, b)
+        case Relation(operators=("≡",), sides=(name, Apply(function="residue") as residue)) if is_name(name):
+            return isinstance(b, Apply) and b.function == "residue" and nodes_equal(residue, b)
         case Relation() if not isinstance(b, Relation):
-            value = value_of(a)
-            if value is not None and nodes_equal(value, b):
-                return True
+            stated = value_of(a)
+            return stated is not None and nodes_equal(stated, b)
         case Sequence(brackets="{}", items=(item,)) if not isinstance(b, Sequence) or b.brackets == "()":
             return nodes_equal(item, b)
         case Apply(function="residue", arguments=(value, _)) if is_scalar(b):
@@ -165,7 +164,7 @@ def _sequences_equal(a: Sequence, b: Sequence) -> bool:
     kinds = {a.brackets, b.brackets}
     left, right = _values(a), _values(b)
     if kinds <= {"", "{}"}:
-        if kinds == {""} and _is_assignments(a) and _is_assignments(b):
+        if _is_assignments(a) and _is_assignments(b):
             return _items_equal(list(a.items), list(b.items), is_ordered=False)
         is_ordered = "{}" not in kinds and _is_ordered_list(a, b)
         as_sets = "{}" in kinds or any(isinstance(item, Sequence) for item in (*left, *right))

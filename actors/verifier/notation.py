@@ -26,6 +26,7 @@ _SIGNS = {
     **{"°": "^{\\circ}", "º": "^{\\circ}", "′": "'", "’": "'", "″": "''", "…": "...", "⋯": "...", "∶": ":"},
     **{"⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle "},
     **{"∠": "\\angle ", "△": "\\triangle ", "∣": "|", "→": "\\to ", "€": " ", "£": " ", "¥": " ", "₹": " "},
+    **{"¢": "\\text{ cents}", "“": '"', "”": '"', "✓": " ", "✔": " ", "✅": " "},
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063", ""),
 }
 _SIGN = re.compile("[" + re.escape("".join(_SIGNS)) + "]")
@@ -44,7 +45,7 @@ _CURRENCY_NAMES = {"$": "dollar", "U": "dollar", "€": "euro", "E": "euro", "£
 _OVER_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z{}$%,;!()\[\]])")
 _SINGLE_ESCAPE = re.compile(r"(?<!\\)\\(?!\\|n\b)")
 _DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\begin\{(?:equation|align|gather|math)\*?\}")
-_EMPHASIS = re.compile(r"^(\*\*|__|\*|_|`+)(?!\s)(.+?)(?<!\s)\1$", re.DOTALL)
+_EMPHASIS = re.compile(r"^(\*\*|__|\*|_|`+|\")(?!\s)(.+?)(?<!\s)\1$", re.DOTALL)
 _THIN_JOIN = re.compile(r"(?<=\d)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\u202f|\u00a0)(?=\d{3}(?!\d))")
 _SPACE_GROUPS = re.compile(r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d]| *[/\\])")
 _COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
@@ -54,6 +55,9 @@ _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
 _HEAD = re.compile(r"[:=~]|\\[,;!: ]")
+_DEGREES_OF = r"\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\(?:text|mathrm|textrm|rm)\s*)?\{{?\s*{}\s*\}}?$"
+_IN_BASE = r"\s*(?:\\text\s*\{\s*)?\(?(?:in\s+)?base[\s-]*\}?\s*(\w+)\s*\}?\)?\}?$"
+_SPEED = r"(?<=\d)(?:\s+|\\[, ;]\s*|~)((?:[kc]?m|mi|ft)/(?:s|h|hr|min|sec))(\^\{?2\}?)?$"
 _SIMPLE = (
     (re.compile(r"<\|[^|<>]*\|>"), " "),
     (re.compile(r"\\n(?![a-z])"), " "),
@@ -74,6 +78,23 @@ _SIMPLE = (
     (re.compile(r"(?<!\\)%"), r"\\%"),
     (re.compile(r"(?<!\\)#"), r"\\#"),
 )
+# (what the text must contain, pattern, replacement): spellings that are too rare to be searched for in every answer
+_RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
+    ("</", re.compile(r"</?(?:b|i|u|em|strong|p|span)>"), ""),
+    ("color", re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]+\}"), ""),
+    ("\\checkmark", re.compile(r"\\checkmark(?![a-zA-Z])"), ""),
+    ("+/", re.compile(r"\+\s*/\s*-"), r"\\pm "),
+    ("<", re.compile(r"^\s*<([^<>=]*,[^<>=]*)>\s*$"), r"\\langle \1\\rangle "),
+    ("\\dot", re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?$"), r"\\overline{\1\2\3}"),
+    ("o", re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm|rm)\s*)?\{?o\}{0,2}(?!\w)"), r"^{\\circ}"),
+    ("circ", re.compile(_DEGREES_OF.format("C")), r"\\text{ degrees Celsius}"),
+    ("circ", re.compile(_DEGREES_OF.format("F")), r"\\text{ degrees Fahrenheit}"),
+    (")", re.compile(r"^\(\s*(\d[0-9A-F]*)\s*\)\s*_(?=[({]*\d)"), r"\1_"),
+    ("base", re.compile(r"^\(?(\d[0-9A-F]*)\)?" + _IN_BASE), r"\1_{\2}"),
+    (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?a\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ am}"),
+    (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?p\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ pm}"),
+    ("/", re.compile(_SPEED), r"\\text{ \1}\2"),
+)
 
 
 def normalize(text: str) -> str:
@@ -86,6 +107,9 @@ def normalize(text: str) -> str:
         text = _strip(emphasis.group(2))
     for pattern, new in _SIMPLE:
         text = pattern.sub(new, text)
+    for part, pattern, new in _RARE:
+        if part in text:
+            text = pattern.sub(new, text)
     text = _strip(_DELIMITERS.sub(" ", text))
     text = _THIN_JOIN.sub("", text)
     text = _SPACE_GROUPS.sub(lambda found: found.group().replace(" ", ""), text)

@@ -302,7 +302,7 @@ class _Parser(Cursor):
             return Symbol(f"{node.name}_{subscript}")
         before = self.tokens[self.position - 3]
         if isinstance(node, Number) and before.kind == "num" and before.text.isdigit():
-            return in_base(before.text, subscript)
+            return in_base(before.text, subscript.removeprefix("base"))
         raise ParseError("subscript")
 
     def _raised(self, node: Node) -> Node:

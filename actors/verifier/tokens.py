@@ -174,7 +174,7 @@ def _from_wrapper(name: str, argument: LatexNode) -> tuple[Token, ...]:
         return (Token("numbers", plain.strip()),)
     if plain in words.PLAIN_FUNCTIONS and plain not in words.UNITS:
         return (Token("func", words.PLAIN_FUNCTIONS[plain]),)
-    if re.fullmatch(r"[A-Za-z\s]{2,}", plain):
+    if re.fullmatch(r"[A-Za-z\s]{2,}|\s*[A-Za-z]+/[A-Za-z]+(?:\^\d)?\s*", plain):  # words, and m/s^2
         return _from_text(plain)
     return _from_nodes(argument.nodelist if isinstance(argument, LatexGroupNode) else [argument])
 
@@ -306,6 +306,8 @@ def _from_letters(run: str) -> list[Token]:
         return [Token("func", words.PLAIN_FUNCTIONS[lower])]
     if lower in words.CONNECTORS:
         return [Token("and", lower)]
+    if re.fullmatch("[IVX]{2,}", run):  # a Roman numeral is no product: IV is not VI
+        return [Token("word", lower)]
     if lower == "mod":
         return [Token("op", "mod")]
     if (lower in words.UNITS and len(run) > 1) or lower in words.SHORT_WORDS:

@@ -299,9 +299,21 @@ NUMBER_WORDS = {
             "seventeen",
             "eighteen",
             "nineteen",
-            "twenty",
         ]
     )
+}
+TENS = {
+    word: str(value)
+    for value, word in zip(
+        range(20, 100, 10),
+        ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
+        strict=True,
+    )
+}
+# What parts are called, by the number of them that make a whole.
+ORDINAL_WORDS = {
+    **{"half": 2, "halve": 2, "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7},
+    **{"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100},
 }
 
 # Spellings of units -> one spelling each. Other words after a number count as a unit in the spelling given.
