@@ -71,7 +71,9 @@ def texts_equal(a: str, b: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    normal = normalize(_PREFIX.sub("", _PREFIX.sub("", normalize(_PREFIX.sub("", text)))))
+    normal = normalize(_PREFIX.sub("", text))
+    if _PREFIX.match(normal):
+        normal = normalize(_PREFIX.sub("", _PREFIX.sub("", normal)))
     normal = _CHOICE_NAME.sub(lambda found: found[1] or "", normal)
     clause = _LAST_CLAUSE.fullmatch(normal)
     is_only_number = clause and not re.search(r"\d", _DENIED_NUMBER.sub("", clause[1]))
