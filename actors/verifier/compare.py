@@ -119,6 +119,8 @@ def _choice_equal(a: str, b: str) -> bool | None:
         label = _split_label(other)
         if re.fullmatch("[A-J]", plain) and label:
             return plain == label[0]
+        if re.fullmatch(r"\(?[A-J]\)?", _literal(other)) and re.fullmatch("[A-J]", plain):
+            return plain == _literal(other).strip("()")
     labels = _split_label(a), _split_label(b)
     if labels[0] and labels[1]:
         return labels[0][0] == labels[1][0] and texts_equal(labels[0][1], labels[1][1])
@@ -145,7 +147,7 @@ def _readings(text: str) -> tuple[Node, ...]:
     """
     if _DATE.fullmatch(text):  # no difference or quotient
         return ()
-    if found := _HEX.fullmatch(text):
+    if "_" in text and (found := _HEX.fullmatch(_TEXT_MACRO.sub("", text).replace("{", "").replace("}", ""))):
         try:
             return (Number(Fraction(int(found[1], int(found[2])))),)
         except ValueError:  # a digit beyond the base

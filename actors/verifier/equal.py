@@ -40,9 +40,11 @@ def nodes_equal(a: Node, b: Node) -> bool:
 
 
 def _prepare(node: Node) -> Node:
-    """Matrix arithmetic carried out, and ± written as the list of its two values."""
+    """Matrix arithmetic carried out, ± written as the list of its two values, and the k of "k in Z" under one name."""
     node = _expand_signs(simplify_matrices(node))
     match node:
+        case Sequence(brackets="", items=(*_, Apply(function="in", arguments=(Symbol() as name, Symbol(name=domain))))):
+            return replace(node, name, Symbol("parameter")) if domain.startswith("set ") else node
         case Apply(function="percent", arguments=(value,)):
             return Quantity(value, "%")
         case Apply(function="degree", arguments=(value,)):
@@ -90,9 +92,18 @@ def _one_way(a: Node, b: Node) -> bool:
             return nodes_equal(value, b)
         case Apply(function="in") if not (isinstance(b, Apply) and b.function == "in"):
             return nodes_equal(a.arguments[1], b)
+        case Matrix() if isinstance(b, Sequence) and (rows := _rows(b)) is not None:
+            return _same_kind(a, Matrix(rows))
         case Matrix() if isinstance(b, Sequence) and b.brackets == "()" and len(a.rows[0]) == 1:
             return _items_equal([row[0] for row in a.rows], list(b.items), is_ordered=True)
     return False
+
+
+def _rows(sequence: Sequence) -> tuple[tuple[Node, ...], ...] | None:
+    """The rows of a matrix that is written [[1, 2], [3, 4]]."""
+    rows = [item.items for item in sequence.items if isinstance(item, Sequence) and item.brackets == "[]"]
+    is_matrix = sequence.brackets == "[]" and len(rows) == len(sequence.items) and len(set(map(len, rows))) == 1
+    return tuple(rows) if is_matrix else None
 
 
 def _quantity_matches(quantity: Quantity, bare: Node) -> bool:
@@ -265,7 +276,9 @@ def is_name(node: Node) -> bool:
     match node:
         case Symbol():
             return True
-        case Apply(function="*" | "ratio" | "abs" | "/" | "overline"):
+        case Relation():  # within P(X = 2)
+            return True
+        case Apply(function="*" | "ratio" | "abs" | "/" | "overline" | "union" | "intersection"):
             return all(is_name(argument) for argument in node.arguments)
         case Apply():
             return node.function.startswith("call:")

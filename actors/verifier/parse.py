@@ -37,7 +37,7 @@ from actors.verifier.tree import (
     symbols,
     variables,
 )
-from actors.verifier.vocabulary import CONSTANT_NAMES
+from actors.verifier.vocabulary import CONSTANT_NAMES, NUMBER_SETS
 
 MAX_DEPTH = 100  # of the tree
 _CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
@@ -95,6 +95,21 @@ def _signed(sign: str, node: Node) -> Node:
     return node
 
 
+def _number_set(node: Node) -> Node:
+    """After "in" a plain R or Z is the set of numbers."""
+    if isinstance(node, Symbol) and node.name in NUMBER_SETS:
+        return structured(Token("numbers", node.name), _parse_all)
+    return node
+
+
+def _named_point(node: Node) -> Node:
+    """A(1, 2) names the point (1, 2)."""
+    match node:
+        case Apply(function="*", arguments=(Symbol(name=name) as point, Sequence(brackets="()") as place)):
+            return Relation(("=",), (point, place)) if name[0].isupper() else node
+    return node
+
+
 def _is_condition(node: Node) -> bool:
     """Whether an item restricts one variable: inequalities, or membership of a set."""
     if isinstance(node, Relation):
@@ -143,13 +158,18 @@ class _Parser(Cursor):
 
     def _list(self) -> list[Node]:
         items, connectors = [self._item()], set()
-        while self.at("comma") or self.at("and"):
+        while self.at("comma") or self.at("and") or self._at_membership():
             while (token := self.accept("comma") or self.accept("and")) is not None:
                 connectors.add(token.text)
             if self.peek() is None or self.at("close") or self.at("semi"):
                 break
             items.append(self._item())
         return _joined(items, connectors)
+
+    def _at_membership(self) -> bool:
+        """Whether (k in Z) follows, which is no factor."""
+        name, relation = self.peek(1), self.peek(2)
+        return self.at("open", "(") and name is not None and name.kind == "sym" and relation == Token("rel", "∈")
 
     def _item(self) -> Node:
         if self.at("word"):
@@ -160,14 +180,14 @@ class _Parser(Cursor):
             operators.append("∈" if token.kind == "word" else token.text)
             sides.append(self._side())
         if not operators:
-            return sides[0]
+            return _named_point(sides[0])
         match sides[-1]:
             case Apply(function="residue") if set(operators) == {"="}:
                 operators = ["≡"] * len(operators)
             case Apply(function="mod", arguments=arguments) if set(operators) == {"≡"}:
                 sides[-1] = Apply("residue", arguments)
         if operators == ["∈"]:
-            return Apply("in", (sides[0], sides[1]))
+            return Apply("in", (sides[0], _number_set(sides[1])))
         if not set(operators) <= set("=≈≠<≤>≥≡"):
             raise ParseError(f"relations {operators}")
         return Relation(tuple(operators), tuple(sides))
@@ -227,10 +247,13 @@ class _Parser(Cursor):
         while True:
             if terms and not self.at("op", "+", "-", "±", "∓"):
                 break
-            signs = []
+            signs: list[str] = []
             while (sign := self.accept("op", "+", "-", "±", "∓")) is not None:
                 signs.append(sign.text)
             node = self._term()
+            if terms and signs == ["-"] and isinstance(node, Sequence) and node.brackets == "{}":
+                terms = [Apply("setminus", (terms[0] if len(terms) == 1 else Apply("+", tuple(terms)), node))]
+                continue
             for text in reversed(signs):
                 node = _signed(text, node)
             terms.append(node)
@@ -263,7 +286,7 @@ class _Parser(Cursor):
         if token is None:
             return False
         if token.kind == "open":
-            return token.text in "([⌊⌈|" and not isinstance(left, Sequence)
+            return token.text in "([⌊⌈|" and not isinstance(left, Sequence) and not self._at_membership()
         if token.kind == "bar":
             return self._open_bars == 0
         if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
@@ -311,6 +334,8 @@ class _Parser(Cursor):
             inside = token.parts[0]
             if inside and all(t.kind == "op" and t.text == "'" for t in inside) and isinstance(node, Symbol):
                 return Symbol(node.name + "'" * len(inside))
+            if isinstance(node, Symbol) and node.name in _CALLABLE and flat(inside) == "-1" and self.at("open", "("):
+                return Symbol(node.name + "^-1")
             if len(inside) == 1 and inside[0] == Token("op", "°"):
                 return Apply("degree", (node,))
             return Apply("^", (node, _parse_all(inside)))

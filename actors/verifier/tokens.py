@@ -209,7 +209,7 @@ def _from_text(content: str) -> tuple[Token, ...]:
 
 
 def _from_environment(node: LatexEnvironmentNode) -> tuple[Token, ...]:
-    if node.environmentname not in words.MATRICES:
+    if node.environmentname not in words.MATRICES | words.SYSTEMS:
         raise ParseError(node.environmentname)
     rows: list[Token] = []
     cells: list[list[LatexNode]] = [[]]
@@ -230,7 +230,21 @@ def _from_environment(node: LatexEnvironmentNode) -> tuple[Token, ...]:
         else:
             cells[-1].append(child)
     end_row()
+    if node.environmentname in words.SYSTEMS:
+        return _from_system(node.environmentname, rows)
     return (Token("matrix", node.environmentname, parts=(tuple(rows),)),)
+
+
+def _from_system(environment: str, rows: list[Token]) -> tuple[Token, ...]:
+    """The equations of a system as items of a list; what \\begin{cases} splits with & is a function in pieces."""
+    tokens: list[Token] = []
+    for row in rows:
+        if environment not in words.ALIGNED and len(row.parts) > 1:
+            raise ParseError("piecewise function")
+        if tokens and tokens[-1].kind not in ("comma", "and", "semi"):
+            tokens.append(Token("comma", ","))
+        tokens.extend(token for part in row.parts for token in part)
+    return tuple(tokens)
 
 
 def _chars_node(node: LatexCharsNode, chars: str) -> LatexCharsNode:

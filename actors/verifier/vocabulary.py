@@ -46,6 +46,9 @@ WRAPPERS = frozenset(
     ]
 )
 MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "Vmatrix", "smallmatrix", "array"])
+# Environments whose lines are items; in the second group & only aligns.
+SYSTEMS = frozenset({"cases", "aligned", "gathered", "split"})
+ALIGNED = SYSTEMS - {"cases"}
 IGNORED = frozenset(
     [
         "left",
@@ -187,7 +190,7 @@ CONSTANT_NAMES = {
     **{"pi": "pi", "e": "e", "i": "i"},
     **{"inf": "oo", "infty": "oo", "infinity": "oo", "oo": "oo"},
 }
-CONNECTORS = frozenset({"and", "or"})
+CONNECTORS = frozenset({"and", "or", "where"})
 SEGMENTS = "arcsin|arccos|arctan|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|and|or"
 
 MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
