@@ -30,6 +30,9 @@ _MORE_CHOICES = re.compile(
     re.DOTALL,
 )
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)(?![a-z])\s*")
+_ARTICLE = re.compile(
+    r"^(\{?)\s*(?:an?|the)\s+(?!sin|cos|tan|cot|sec|csc|arc|ln|log|exp|abs|sqrt)(?=[a-z]{4})", re.IGNORECASE
+)
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _GROUPED = re.compile(r"\{([^{}]*)\}")
 _WORDY = re.compile(r"[A-Za-z',.;-]*[A-Za-z]{3}[A-Za-z',.;-]*")
@@ -105,7 +108,7 @@ def _has_content(text: str) -> bool:
 
 def _literal(text: str) -> str:
     """The text without text macros and without spaces, except between digits; words in lower case."""
-    plain = _SPACE.sub("", _TEXT_MACRO.sub("", text))
+    plain = _SPACE.sub("", _ARTICLE.sub(r"\1", _TEXT_MACRO.sub("", text)))
     if grouped := _GROUPED.fullmatch(plain):
         plain = grouped.group(1)
     bare = plain.replace("{", "").replace("}", "")

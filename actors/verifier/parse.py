@@ -32,6 +32,7 @@ from actors.verifier.tree import (
     Symbol,
     Text,
     depth,
+    is_scalar,
     negate,
     replace,
     symbols,
@@ -158,9 +159,9 @@ class _Parser(Cursor):
 
     def _list(self) -> list[Node]:
         items, connectors = [self._item()], set()
-        while self.at("comma") or self.at("and") or self._at_membership():
-            while (token := self.accept("comma") or self.accept("and")) is not None:
-                connectors.add(token.text)
+        while self.at("comma") or self.at("and") or self.at("op", "∪") or self._at_membership():
+            while (token := self.accept("comma") or self.accept("and") or self.accept("op", "∪")) is not None:
+                connectors.add("or" if token.text == "∪" else token.text)
             if self.peek() is None or self.at("close") or self.at("semi"):
                 break
             items.append(self._item())
@@ -212,6 +213,8 @@ class _Parser(Cursor):
 
     def _side(self) -> Node:
         node = self._ratio()
+        if is_scalar(node) and not symbols(node) and self.at("op", "∪"):  # between x < 1 and x > 3: "or"
+            return node
         while self.at("op", "∪", "∩", "∖") or (isinstance(node, Sequence) and self.at("sym", "U")):
             sign = self.take().text
             function = {"∩": "intersection", "∖": "setminus"}.get(sign, "union")
@@ -291,6 +294,8 @@ class _Parser(Cursor):
             return self._open_bars == 0
         if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
             return not isinstance(left, Number | Sequence)
+        if token.kind == "num":  # n2^{n-1}, while x2 is open to doubt
+            return not isinstance(left, Number | Sequence) and self.peek(1) == Token("op", "^")
         return token.kind in _PRIMARY
 
     def _signed_factor(self) -> Node:
@@ -430,9 +435,12 @@ class _Parser(Cursor):
         saved = self._open_bars, self._is_describing
         self._open_bars = int(opening == "{")
         self._is_describing = opening == "{" and any(token.kind == "rel" for token in self.tokens[self.position :])
-        items = self._list()
+        groups = [self._list()]
         while self.accept("semi"):
-            items += self._list()
+            groups.append(self._list())
+        if len(groups) > 1 and any(len(group) > 1 for group in groups):
+            raise ParseError("commas and semicolons")
+        items = [item for group in groups for item in group]
         is_described = opening == "{" and (self.accept("bar") or self.accept("op", ":")) is not None
         conditions = self._list() if is_described else []
         self._open_bars, self._is_describing = saved
@@ -477,6 +485,8 @@ class _Parser(Cursor):
         return Apply(function, (variable, start.sides[1], end, term))
 
     def _function(self, name: str) -> Node:
+        if name in ("max", "min") and self.at("rel"):
+            return Symbol(name)
         base: Node | None = None
         power: Node | None = None
         while self.at("op", "^", "_"):

@@ -28,6 +28,7 @@ _MAX_ATTEMPTS = 60
 _MAX_DIGITS = 5_000
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.
 _MIN_DIGITS_OF_APPROXIMATION = 10
+_INTEGER_NAMES = frozenset({"k", "m", "n"})
 _FUNCTIONS_OF_INTEGERS = frozenset({"sum", "product", "!", "binomial", "mod", "gcd", "lcm", "floor", "ceil"})
 
 
@@ -158,7 +159,8 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
     """The sign (1 or -1) of the constant c with a = c b at all points probed; None where there is no such c != 0."""
     names = sorted(symbols(a) | symbols(b))
     agreeing, ratio = 0, None
-    for point in _points(names, _needs_integers(a) or _needs_integers(b)):
+    largest = 20 if _grows_with_size(a) or _grows_with_size(b) else 10**6
+    for point in _points(names, _needs_integers(a) or _needs_integers(b), largest):
         try:
             x, y = evaluate(a, DIGITS, point), evaluate(b, DIGITS, point)
         except TooMuchWork:
@@ -187,11 +189,27 @@ def _close(x: Value, y: Value) -> bool:
 
 
 def _needs_integers(node: Node) -> bool:
-    return any(isinstance(n, Apply) and n.function in _FUNCTIONS_OF_INTEGERS for n in walk(node))
+    return any(isinstance(n, Apply) and (n.function in _FUNCTIONS_OF_INTEGERS or _alternates(n)) for n in walk(node))
 
 
-def _points(names: list[str], with_integers: bool) -> list[dict[str, Fraction]]:
-    """Probe points: all variables in (0, 1), above 1, negative, of mixed sign, and integers where it matters."""
+def _grows_with_size(node: Node) -> bool:
+    """Whether large integers cost many terms, or all the digits that a remainder is left of."""
+    return any(isinstance(n, Apply) and n.function in ("sum", "product", "mod") for n in walk(node))
+
+
+def _alternates(node: Apply) -> bool:
+    """(-1)^n, which has a real value at integers alone."""
+    if node.function != "^" or not symbols(node.arguments[1]):
+        return False
+    base = rational(node.arguments[0])
+    return base is not None and base < 0
+
+
+def _points(names: list[str], with_integers: bool, largest: int) -> list[dict[str, Fraction]]:
+    """Probe points: all variables in (0, 1), above 1, negative, of mixed sign, and integers where it matters.
+
+    There k, m and n are integers at all points, of up to `largest` where others are negative or large.
+    """
     generator = random.Random(20250407)
     ranges = [(0.2, 0.95), (1.1, 4.0), (-3.0, -0.2), (-2.5, 2.5), (5.0, 20.0), (100.0, 2000.0)]
     points = []
@@ -200,5 +218,9 @@ def _points(names: list[str], with_integers: bool) -> list[dict[str, Fraction]]:
             points.append({name: Fraction(generator.randint(2 if attempt % 4 == 1 else 6, 15)) for name in names})
             continue
         low, high = ranges[(attempt // 2 if with_integers else attempt) % len(ranges)]
-        points.append({name: Fraction(round(generator.uniform(low, high) * 2**40) * 2 + 1, 2**41) for name in names})
+        point = {name: Fraction(round(generator.uniform(low, high) * 2**40) * 2 + 1, 2**41) for name in names}
+        if with_integers:
+            first, last = (largest // 10, largest) if low > 50 or high < 0 else (2, 15)
+            point |= {name: Fraction(generator.randint(first, last)) for name in names if name in _INTEGER_NAMES}
+        points.append(point)
     return points
