@@ -27,6 +27,15 @@ _NUMBER = re.compile(
     r"(?<![\w.,/^_{\\])-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+/\d+|\d+(?:\.\d+)?|\.\d+)(?![\w]*\d)"
     r"(?:\s*(?:\\?%|m²|m³|°))?"
 )
+# What makes a number of a sentence a part of a list, a point or a formula: 3, 4 and 5; (3, 5); 2*5; 5!; 5 million
+_BEFORE = re.compile(
+    r"(?:\d[\d.]*[)\]]?\s*(?:,|and\b|or\b)\s*|(?:\d[\d.]*|\b[a-zA-Z]|[)\]])\s*[-+*/^]\s*|\d+:|\d+\s+(?=$)|sqrt|[(\[])*$"
+)
+_AFTER = re.compile(r"(?:[)\]!]|\s*[-+*/^]\s*(?:\d[\w.]*|[a-zA-Z]\b|[(])|\s+(?:hundred|thousand|million|billion)\b)*")
+_DENIED = re.compile(
+    r"\b(?:not|never|cannot|can't|isn't|except|without|minus|negative|over|under|(?:more|less|greater|fewer|larger|smaller)"
+    r"\s+than|at\s+(?:least|most)|up\s+to)(?:\s+be)?\s+$"
+)
 _COMMA_DECIMAL = re.compile(r"(?<![\w.,])(\d+),(\d{2})(?=\s*[$€£])")
 _HEDGE = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|either|not|isn't|unless|guess|but|could|might|alternatively|between|from|to)\b",
@@ -193,5 +202,16 @@ def _from_prose(text: str) -> str | None:
         return None
     if len(numbers) > 1 and _HEDGE.search(text, numbers[-2].start(), numbers[-1].end()):
         return text[numbers[-2].start() : numbers[-1].end()]
-    before = text[max(0, numbers[-1].start() - 12) : numbers[-1].start()]
-    return None if re.search(r"\b(?:not|isn't)\s+$", before) else numbers[-1].group()
+    last_number = numbers[-1]
+    if _DENIED.search(text, max(0, last_number.start() - 30), last_number.start()):
+        return None
+    return _whole_formula(text, last_number)
+
+
+def _whole_formula(text: str, number: re.Match[str]) -> str:
+    """The number with what belongs to it: the list, point or term that it is part of."""
+    before = _BEFORE.search(text, max(0, number.start() - 80), number.start())
+    after = _AFTER.match(text, number.end())
+    formula = text[before.start() if before else number.start() : after.end() if after else number.end()].strip()
+    is_balanced = formula.count("(") == formula.count(")") and formula.count("[") == formula.count("]")
+    return formula if is_balanced else number.group()
