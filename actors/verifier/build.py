@@ -34,7 +34,7 @@ def apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:
         case "lg", [x]:
             return Apply("log", (Number(Fraction(10)), x))
         case "sqrt" | "cbrt", [x]:
-            return Apply("root", (x, Number(Fraction(2 if name == "sqrt" else 3))))
+            return Apply("root", (x, base or Number(Fraction(2 if name == "sqrt" else 3))))
         case "factorial", [x]:
             return Apply("!", (x,))
         case "coth", [x]:

@@ -278,6 +278,12 @@ def is_name(node: Node) -> bool:
             return True
         case Relation():  # within P(X = 2)
             return True
+        case Matrix():
+            return all(is_name(entry) for row in node.rows for entry in row)
+        case Apply(function="sin" | "cos" | "tan" | "cot", arguments=(angle,)):
+            return isinstance(angle, Symbol)
+        case Apply(function="^", arguments=(Symbol(name=name), Number(value=power))):
+            return name.isupper() and power == -1  # the inverse of a matrix
         case Apply(function="*" | "ratio" | "abs" | "/" | "overline" | "union" | "intersection"):
             return all(is_name(argument) for argument in node.arguments)
         case Apply():

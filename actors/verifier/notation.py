@@ -58,6 +58,7 @@ _HEAD = re.compile(r"[:=~]|\\[,;!: ]")
 _DEGREES_OF = r"\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\(?:text|mathrm|textrm|rm)\s*)?\{{?\s*{}\s*\}}?$"
 _IN_BASE = r"\s*(?:\\text\s*\{\s*)?\(?(?:in\s+)?base[\s-]*\}?\s*(\w+)\s*\}?\)?\}?$"
 _SPEED = r"(?<=\d)(?:\s+|\\[, ;]\s*|~)((?:[kc]?m|mi|ft)/(?:s|h|hr|min|sec))(\^\{?2\}?)?$"
+_BALANCED = r"(?:[^{}]|\{[^{}]*\})*"
 _SYSTEM = r"\\left\s*\\\{\s*\\begin\{array\}\s*\{[lcr]\}(.*?)\\end\{array\}"
 _SIMPLE = (
     (re.compile(r"<\|[^|<>]*\|>"), " "),
@@ -94,6 +95,8 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("base", re.compile(r"^\(?(\d[0-9A-F]*)\)?" + _IN_BASE), r"\1_{\2}"),
     (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?a\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ am}"),
     (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?p\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ pm}"),
+    ("\\over", re.compile(rf"\{{({_BALANCED})\\over(?![a-zA-Z])({_BALANCED})\}}"), r"\\frac{\1}{\2}"),
+    ("\\over", re.compile(rf"^({_BALANCED})\\over(?![a-zA-Z])({_BALANCED})$"), r"\\frac{\1}{\2}"),
     ("{array}", re.compile(_SYSTEM, re.DOTALL), r"\\begin{cases}\1\\end{cases}"),
     ("ed}", re.compile(r"\\left\s*\\\{\s*(?=\\begin\{(?:aligned|gathered)\})"), ""),
     ("/", re.compile(_SPEED), r"\\text{ \1}\2"),

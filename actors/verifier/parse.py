@@ -63,6 +63,7 @@ _PRIMARY = frozenset(
     ]
 )
 _ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
+_CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
 _SEPARATORS = frozenset({"comma", "and"})
 
 
@@ -123,7 +124,9 @@ def _joined(items: list[Node], connectors: set[str]) -> list[Node]:
     names = {frozenset(variables(item)) for item in items}
     if len(items) < 2 or len(names) > 1 or len(*names) != 1 or connectors == {"and", "or"}:
         return items
-    if not all(map(_is_condition, items)):
+    is_point = [isinstance(item, Relation) and item.operators == ("=",) and is_scalar(item.sides[-1]) for item in items]
+    conditions = [_is_condition(item) for item in items]
+    if not any(conditions) or not all(a or b for a, b in zip(is_point, conditions, strict=True)):
         return items
     function = {"and": "intersection", "or": "union"}.get("".join(connectors), "conditions")
     return [Apply(function, tuple(items))]
@@ -362,6 +365,9 @@ class _Parser(Cursor):
         if not isinstance(node, Symbol) or not self.at("open", "("):
             return node
         inner, after = self.peek(1), self.peek(2)
+        if node.name == "P" and [t.kind for t in self.tokens[self.position :][:5]] == _CONDITIONAL:
+            inside = [self.take().text for _ in _CONDITIONAL]
+            return Symbol(node.name + "".join(inside))
         is_single = inner is not None and inner.kind == "sym" and after == Token("close", ")")
         if node.name[0] not in _CALLABLE and not is_single:
             return node
@@ -384,7 +390,7 @@ class _Parser(Cursor):
             case "const":
                 return Constant(token.text)
             case "func":
-                return self._function(token.text)
+                return self._function(token.text, _parse_all(token.parts[0]) if token.parts else None)
             case "group":
                 return _parse_all(token.parts[0])
             case "open":
@@ -399,8 +405,15 @@ class _Parser(Cursor):
             case "opaque":
                 return self._opaque(token.text)
             case "mark":
-                return Apply(f"call:{token.text}", (self._term(),))
+                return self._marked(token.text)
         return structured(token, _parse_all)
+
+    def _marked(self, mark: str) -> Node:
+        """An angle or a triangle; of an angle the middle letter counts, not the direction."""
+        named = self._term()
+        if mark == "angle" and isinstance(named, Symbol):
+            named = Symbol(min(named.name, named.name[::-1]))
+        return Apply(f"call:{mark}", (named,))
 
     def _opaque(self, name: str) -> Node:
         """An integral: not worked out, but equal to itself and the name of its value in an equation."""
@@ -484,10 +497,10 @@ class _Parser(Cursor):
             variable, term = index, replace(term, variable, index)
         return Apply(function, (variable, start.sides[1], end, term))
 
-    def _function(self, name: str) -> Node:
+    def _function(self, name: str, base: Node | None) -> Node:
+        """`base`: the index of a root, which stands before its argument as the base of a logarithm does."""
         if name in ("max", "min") and self.at("rel"):
             return Symbol(name)
-        base: Node | None = None
         power: Node | None = None
         while self.at("op", "^", "_"):
             if self.take().text == "_":

@@ -92,6 +92,8 @@ def _as_set(node: Node) -> list[Interval] | None:
         case Apply(function="setminus"):
             whole, removed = (_as_set(argument) for argument in node.arguments)
             return None if whole is None or removed is None else _remove(_merge(whole), removed)
+        case Relation(operators=("=",), sides=(Symbol(), value)) if _is_endpoint(value):
+            return [Interval(value, value, True, True)]
         case Relation():
             return _solve(node)
     return None

@@ -43,7 +43,7 @@ def _latex_context() -> macrospec.LatexContextDb:
     context = macrospec.LatexContextDb()
     arguments = {**dict.fromkeys(words.FRACTIONS | words.BINOMIALS, "{{"), "sqrt": "[{"}
     arguments |= dict.fromkeys(words.TEXTS | words.WRAPPERS | words.OVERLINES, "{")
-    arguments |= dict.fromkeys(("operatorname", "pmod", "phantom", "hspace", "label", "tag"), "{")
+    arguments |= dict.fromkeys({"operatorname", "pmod"} | words.IGNORED_WITH_ARGUMENT, "{")
     context.add_context_category(
         "answers",
         macros=[macrospec.MacroSpec(name, macrospec.MacroStandardArgsParser(s)) for name, s in arguments.items()],
@@ -142,6 +142,8 @@ def _from_macro(node: LatexMacroNode) -> tuple[Token, ...]:
         return ()
     if name in words.MACROS:
         return (Token(*words.MACROS[name]),)
+    if name in words.IGNORED_WITH_ARGUMENT:
+        return ()
     if name in words.FUNCTION_NAMES:
         return (Token("func", words.FUNCTION_NAMES[name]),)
     if name in words.GREEK:
@@ -151,14 +153,15 @@ def _from_macro(node: LatexMacroNode) -> tuple[Token, ...]:
         raise ParseError(f"\\{name}")
     if name in words.TEXTS or name == "operatorname":
         content = _plain(arguments[0]).strip()
-        if name == "operatorname" and content in words.PLAIN_FUNCTIONS:
+        if content in words.PLAIN_FUNCTIONS and content not in words.UNITS:
             return (Token("func", words.PLAIN_FUNCTIONS[content]),)
         return _from_text(content)
     if name in words.WRAPPERS:
         return _from_wrapper(name, arguments[0])
     if name == "sqrt":
         if isinstance(arguments[1], LatexCharsNode) and arguments[1].chars == "(":  # \sqrt(2): a function's brackets
-            return (Token("func", "sqrt"), Token("open", "("))
+            index = () if arguments[0] is None else (_from_nodes([arguments[0]]),)
+            return (Token("func", "sqrt", parts=index), Token("open", "("))
         parts = [_from_nodes([argument]) for argument in reversed(arguments) if argument is not None]
         return (Token("root", parts=tuple(parts)),)
     kind = "frac" if name in words.FRACTIONS else "binom" if name in words.BINOMIALS else name
@@ -326,7 +329,9 @@ def _from_letters(run: str) -> list[Token]:
         return [Token("op", "mod")]
     if (lower in words.UNITS and len(run) > 1) or lower in words.SHORT_WORDS:
         return [Token("word", lower)]
-    if len(run) <= 3 or (run.isupper() and len(run) <= 6):
+    if run.isupper() and 3 <= len(run) <= 6:  # points, or an order: ABC is not ACB
+        return [Token("sym", run)]
+    if len(run) <= 3:
         return [_letter(letter) for letter in run]
     pieces = re.findall(words.SEGMENTS + "|[A-Za-z]", run)
     if sum(len(piece) == 1 for piece in pieces) <= 2:

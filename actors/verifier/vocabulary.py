@@ -1,7 +1,8 @@
 # ruff: noqa: RUF001  the signs of mathematics are meant as they stand
 """The words of mathematical notation that the verifier knows."""
 
-FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac"})
+FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"})
+IGNORED_WITH_ARGUMENT = frozenset({"phantom", "hphantom", "vphantom", "hspace", "vspace", "label", "tag"})
 BINOMIALS = frozenset({"binom", "dbinom", "tbinom"})
 OVERLINES = frozenset({"overline", "dot", "bar", "widebar"})
 TEXTS = frozenset(
@@ -169,6 +170,7 @@ MACROS: dict[str, tuple[str, str]] = {
         "angle": ("mark", "angle"),
         "triangle": ("mark", "triangle"),
         "R": ("numbers", "R"),
+        "Pr": ("sym", "P"),
         "lim": ("lim", "lim"),
         "int": ("opaque", "int"),
     },
