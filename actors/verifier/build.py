@@ -68,8 +68,9 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
     or the meaning of the number before them.
     """
     factor, unit, power = Fraction(1), "", ""
-    for word in re.findall(r"[a-z']+|-?\d+|\S", " ".join(pieces).lower()):
-        if word in NOT_UNITS:
+    words = re.findall(r"[a-z']+|-?\d+|\S", " ".join(pieces).lower())
+    for word in words:
+        if word in NOT_UNITS and words != ["times"]:
             raise ParseError(f"{word} after a number")
         if word in MAGNITUDES and not unit:
             factor *= MAGNITUDES[word]

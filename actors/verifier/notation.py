@@ -85,6 +85,7 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("</", re.compile(r"</?(?:b|i|u|em|strong|p|span)>"), ""),
     ("color", re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]+\}"), ""),
     ("\\checkmark", re.compile(r"\\checkmark(?![a-zA-Z])"), ""),
+    ("\\mid", re.compile(r"\\mid(?![a-zA-Z])"), "|"),
     ("+/", re.compile(r"\+\s*/\s*-"), r"\\pm "),
     ("<", re.compile(r"^\s*<([^<>=]*,[^<>=]*)>\s*$"), r"\\langle \1\\rangle "),
     ("\\dot", re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?$"), r"\\overline{\1\2\3}"),

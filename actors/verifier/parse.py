@@ -63,6 +63,7 @@ _PRIMARY = frozenset(
     ]
 )
 _ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
+_CONNECTIVES = {"∪": "or", "∨": "or", "∧": "and"}
 _CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
 _SEPARATORS = frozenset({"comma", "and"})
 
@@ -121,8 +122,13 @@ def _is_condition(node: Node) -> bool:
 
 def _joined(items: list[Node], connectors: set[str]) -> list[Node]:
     """x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another; commas leave open which of the two is meant."""
-    names = {frozenset(variables(item)) for item in items}
-    if len(items) < 2 or len(names) > 1 or len(*names) != 1 or connectors == {"and", "or"}:
+    name = variables(items[0])
+    if (
+        len(items) < 2
+        or len(name) != 1
+        or any(variables(item) != name for item in items)
+        or connectors == {"and", "or"}
+    ):
         return items
     is_point = [isinstance(item, Relation) and item.operators == ("=",) and is_scalar(item.sides[-1]) for item in items]
     conditions = [_is_condition(item) for item in items]
@@ -161,13 +167,16 @@ class _Parser(Cursor):
         return Sequence("", tuple(g[0] if len(g) == 1 else Sequence("", tuple(g)) for g in groups))
 
     def _list(self) -> list[Node]:
-        items, connectors = [self._item()], set()
+        items, connectors, is_formula = [self._item()], set[str](), False
         while self.at("comma") or self.at("and") or self.at("op", "∪") or self._at_membership():
             while (token := self.accept("comma") or self.accept("and") or self.accept("op", "∪")) is not None:
-                connectors.add("or" if token.text == "∪" else token.text)
+                connectors.add(_CONNECTIVES.get(token.text, token.text))
+                is_formula = is_formula or token.text in "∧∨"
             if self.peek() is None or self.at("close") or self.at("semi"):
                 break
             items.append(self._item())
+        if is_formula and any(isinstance(item, Symbol) for item in items):
+            raise ParseError("a formula of logic")
         return _joined(items, connectors)
 
     def _at_membership(self) -> bool:
@@ -233,7 +242,9 @@ class _Parser(Cursor):
                 return node
             raise ParseError("words after an expression")
         pieces: list[str] = []
-        while (token := self.peek()) is not None and token.kind in ("word", "letter", "op", "group", "num"):
+        while (token := self.peek()) is not None and (
+            token.kind in ("word", "letter", "op", "group", "num") or (token.kind == "sym" and pieces[-1:] == ["/"])
+        ):
             if token.kind in ("op", "num") and (token.text == ":" or (token.kind == "num" and pieces[-1] != "^")):
                 raise ParseError("a number after a unit")
             pieces.append(flat((self.take(),)))
@@ -295,6 +306,8 @@ class _Parser(Cursor):
             return token.text in "([⌊⌈|" and not isinstance(left, Sequence) and not self._at_membership()
         if token.kind == "bar":
             return self._open_bars == 0
+        if token.kind == "letter" and not isinstance(left, Sequence):  # after a number a letter of a text is its unit
+            return token.text in CONSTANT_NAMES or bool(symbols(left))
         if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
             return not isinstance(left, Number | Sequence)
         if token.kind == "num":  # n2^{n-1}, while x2 is open to doubt

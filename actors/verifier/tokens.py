@@ -172,7 +172,9 @@ def _from_macro(node: LatexMacroNode) -> tuple[Token, ...]:
 
 def _from_wrapper(name: str, argument: LatexNode) -> tuple[Token, ...]:
     """\\mathbf{5}, \\mathrm{e}, \\mathbb{R}: the content as it is, except that words stay whole."""
-    plain = _plain(argument)
+    plain = _plain(argument).replace("~", " ")
+    if re.fullmatch(r"\s+[A-Za-z]", plain):  # 5\mathrm{~m}
+        return (Token("letter", plain.strip()),)
     if name == "mathbb" and plain.strip() in words.NUMBER_SETS:
         return (Token("numbers", plain.strip()),)
     if plain in words.PLAIN_FUNCTIONS and plain not in words.UNITS:

@@ -164,8 +164,8 @@ MACROS: dict[str, tuple[str, str]] = {
     **{"lbrace": ("open", "{"), "rbrace": ("close", "}"), "lbrack": ("open", "["), "rbrack": ("close", "]")},
     **{"langle": ("open", "<"), "rangle": ("close", ">"), "lfloor": ("open", "⌊"), "rfloor": ("close", "⌋")},
     **{"lceil": ("open", "⌈"), "rceil": ("close", "⌉"), "lvert": ("open", "|"), "rvert": ("close", "|")},
-    **{"vert": ("bar", "|"), "mid": ("bar", "|"), "land": ("and", "and"), "lor": ("and", "or")},
-    **{"wedge": ("and", "and"), "vee": ("and", "or"), "sum": ("series", "sum"), "prod": ("series", "product")},
+    **{"vert": ("bar", "|"), "mid": ("bar", "|"), "land": ("and", "∧"), "lor": ("and", "∨")},
+    **{"wedge": ("and", "∧"), "vee": ("and", "∨"), "sum": ("series", "sum"), "prod": ("series", "product")},
     **{
         "angle": ("mark", "angle"),
         "triangle": ("mark", "triangle"),
@@ -198,8 +198,10 @@ SEGMENTS = "arcsin|arccos|arctan|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|and|
 MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MAGNITUDES |= {f"{name}s": value for name, value in MAGNITUDES.items()}
 # Words after a number that are no unit: they change its value, or leave open which number is meant.
+_MONTHS = "january february march april june july august september october november december"
 NOT_UNITS = frozenset(
     [
+        *_MONTHS.split(),
         "about",
         "above",
         "approximately",
