@@ -22,7 +22,7 @@ _CHOICE_NAME = re.compile(
     r"^(\\text\{)?\s*(?:option|choice)\s+(?=\(?[A-J]\b)|^\\text\{\s*(?:option|choice)\s*\}\s*(?=\(?[A-J]\b)",
     re.IGNORECASE,
 )
-_CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*[.):]\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
+_CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*(?:[.)]|:(?![A-Z]))\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
 # What makes of "(A) or (C)" and of "A. 3 B. 4" more than one choice.
 _MORE_CHOICES = re.compile(
     r"(?:and|or)\b|[,;&/]|\(?[A-J]\)?$|.*(?:(?<!\w)\([A-J]\)|(?<![\w(])[A-J][.):](?=\s|$))"
@@ -38,6 +38,7 @@ _GROUPED = re.compile(r"\{([^{}]*)\}")
 _WORDY = re.compile(r"[A-Za-z',.;-]*[A-Za-z]{3}[A-Za-z',.;-]*")
 _HEX = re.compile(r"([0-9A-F]+)_\{?(1[1-6])\}?", re.IGNORECASE)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}([/-])\d{1,2}\1\d{4}")
+_ZERO_GROUP = re.compile(r"\d,0\d\d(?!\d)")  # 1,000 is no list of 1 and 0
 _LOG = re.compile(r"\\?log(?!\s*_)(?![a-z])")
 _LAST_CLAUSE = re.compile(r"([A-Za-z',\s\d.]*)\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
 _DENIED_NUMBER = re.compile(r"\bnot\s+(?:it's\s+not\s+)?-?[\d.]+")
@@ -148,14 +149,15 @@ def _readings(text: str) -> tuple[Node, ...]:
     More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; (A) 5 is
     a choice with its label.
     """
-    if _DATE.fullmatch(text):  # no difference or quotient
+    if _DATE.fullmatch(_literal(text)):  # no difference or quotient
         return ()
     if "_" in text and (found := _HEX.fullmatch(_TEXT_MACRO.sub("", text).replace("{", "").replace("}", ""))):
         try:
             return (Number(Fraction(int(found[1], int(found[2])))),)
         except ValueError:  # a digit beyond the base
             return ()
-    spellings = dict.fromkeys((join_comma_groups(text), text))
+    joined = join_comma_groups(text)
+    spellings = dict.fromkeys((joined, joined if _ZERO_GROUP.search(text) else text))
     if _LOG.search(text):
         spellings |= dict.fromkeys(_LOG.sub(r"\\log_{10}", spelling) for spelling in list(spellings))
     if label := _split_label(text):

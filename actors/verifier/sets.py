@@ -74,7 +74,7 @@ def _as_set(node: Node) -> list[Interval] | None:
                 return None
             return [Interval(item, item, True, True) for item in node.items]
         case Sequence(items=(low, high)) if node.brackets in _BRACKETS:
-            if not _is_endpoint(low) or not _is_endpoint(high):
+            if not _is_endpoint(low) or not _is_endpoint(high) or not _is_interval(low, high, node.brackets):
                 return None
             return [Interval(low, high, *_BRACKETS[node.brackets])]
         case Apply(function="in"):
@@ -133,6 +133,12 @@ def _as_intersection(parts: list[list[Interval] | None]) -> list[Interval] | Non
 
 def _is_endpoint(node: Node) -> bool:
     return is_scalar(node) and not symbols(node)
+
+
+def _is_interval(low: Node, high: Node, brackets: str) -> bool:
+    """Whether the ends enclose something: (5, 3) is a point of the plane, and no spelling of the empty set."""
+    order = _compare(low, high)
+    return order < 0 or (order == 0 and brackets == "[]")
 
 
 def _is_infinite(node: Node) -> int:
