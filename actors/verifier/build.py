@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token
-from actors.verifier.tree import INFINITY, TWO, Apply, Matrix, Node, Number, Sequence, Symbol, negate
+from actors.verifier.tree import INFINITY, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol, negate
 from actors.verifier.vocabulary import MAGNITUDES, NOT_UNITS, UNITS
 
 
@@ -23,6 +23,14 @@ def _flat_parts(token: Token) -> str:
 
 def product(left: Node, right: Node) -> Node:
     return Apply("*", (*left.arguments, right) if isinstance(left, Apply) and left.function == "*" else (left, right))
+
+
+def named_point(node: Node) -> Node:
+    """A(1, 2) names the point (1, 2)."""
+    match node:
+        case Apply(function="*", arguments=(Symbol(name=name) as point, Sequence(brackets="()") as place)):
+            return Relation(("=",), (point, place)) if name[0].isupper() else node
+    return node
 
 
 def apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:

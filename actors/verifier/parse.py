@@ -15,7 +15,8 @@ Whatever is not in this grammar raises ParseError; the caller then compares it a
 
 from fractions import Fraction
 
-from actors.verifier.build import apply_function, flat, in_base, magnitude_and_unit, product, structured
+from actors.verifier.build import apply_function, flat, in_base, magnitude_and_unit, named_point, product, structured
+from actors.verifier.conditions import described, joined
 from actors.verifier.cursor import Cursor
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token, repeating_decimal, tokenize
@@ -36,7 +37,6 @@ from actors.verifier.tree import (
     negate,
     replace,
     symbols,
-    variables,
 )
 from actors.verifier.vocabulary import CONSTANT_NAMES, NUMBER_SETS
 
@@ -105,49 +105,6 @@ def _number_set(node: Node) -> Node:
     return node
 
 
-def _named_point(node: Node) -> Node:
-    """A(1, 2) names the point (1, 2)."""
-    match node:
-        case Apply(function="*", arguments=(Symbol(name=name) as point, Sequence(brackets="()") as place)):
-            return Relation(("=",), (point, place)) if name[0].isupper() else node
-    return node
-
-
-def _is_condition(node: Node) -> bool:
-    """Whether an item restricts one variable: inequalities, or membership of a set."""
-    if isinstance(node, Relation):
-        return not set(node.operators) & set("=≈≡")
-    return isinstance(node, Apply) and node.function in ("in", "union", "intersection", "conditions")
-
-
-def _joined(items: list[Node], connectors: set[str]) -> list[Node]:
-    """x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another; commas leave open which of the two is meant."""
-    name = variables(items[0])
-    if (
-        len(items) < 2
-        or len(name) != 1
-        or any(variables(item) != name for item in items)
-        or connectors == {"and", "or"}
-    ):
-        return items
-    is_point = [isinstance(item, Relation) and item.operators == ("=",) and is_scalar(item.sides[-1]) for item in items]
-    conditions = [_is_condition(item) for item in items]
-    if not any(conditions) or not all(a or b for a, b in zip(is_point, conditions, strict=True)):
-        return items
-    function = {"and": "intersection", "or": "union"}.get("".join(connectors), "conditions")
-    return [Apply(function, tuple(items))]
-
-
-def _described(items: list[Node], conditions: list[Node]) -> Node:
-    """{x | x > 3} says the same as x > 3, {x in S | x > 3} also that x is in S; {2k | k in S} lists 2k and k in S."""
-    head = items[0]
-    if isinstance(head, Apply) and head.function == "in":
-        head, conditions = head.arguments[0], [head, *conditions]
-    if len(items) == 1 and isinstance(head, Symbol) and all(map(_is_condition, conditions)):
-        return conditions[0] if len(conditions) == 1 else Apply("intersection", tuple(conditions))
-    return Sequence("", (*items, *conditions))
-
-
 class _Parser(Cursor):
     """A cursor over one token list; nested lists (arguments, groups) get a parser of their own."""
 
@@ -177,7 +134,7 @@ class _Parser(Cursor):
             items.append(self._item())
         if is_formula and any(isinstance(item, Symbol) for item in items):
             raise ParseError("a formula of logic")
-        return _joined(items, connectors)
+        return joined(items, connectors)
 
     def _at_membership(self) -> bool:
         """Whether (k in Z) follows, which is no factor."""
@@ -193,7 +150,7 @@ class _Parser(Cursor):
             operators.append("∈" if token.kind == "word" else token.text)
             sides.append(self._side())
         if not operators:
-            return _named_point(sides[0])
+            return named_point(sides[0])
         match sides[-1]:
             case Apply(function="residue") if set(operators) == {"="}:
                 operators = ["≡"] * len(operators)
@@ -474,7 +431,7 @@ class _Parser(Cursor):
         if closing.kind != "close":
             raise ParseError(f"{closing.text} within {opening}")
         if conditions:
-            return _described(items, conditions)
+            return described(items, conditions)
         pair = opening + closing.text
         if len(items) == 1 and pair in ("()", "[]"):
             return items[0]
