@@ -44,7 +44,7 @@ _CURRENCY_NAMES = {"$": "dollar", "U": "dollar", "€": "euro", "E": "euro", "£
 
 _OVER_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z{}$%,;!()\[\]])")
 _SINGLE_ESCAPE = re.compile(r"(?<!\\)\\(?!\\|n\b)")
-_DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\begin\{(?:equation|align|gather|math)\*?\}")
+_DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\(?:begin|end)\{(?:equation|align|gather|math)\*?\}")
 _EMPHASIS = re.compile(r"^(\*\*|__|\*|_|`+|\")(?!\s)(.+?)(?<!\s)\1$", re.DOTALL)
 _THIN_JOIN = re.compile(r"(?<=\d)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\u202f|\u00a0)(?=\d{3}(?!\d))")
 _SPACE_GROUPS = re.compile(r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d]| *[/\\])")
@@ -85,6 +85,7 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("</", re.compile(r"</?(?:b|i|u|em|strong|p|span)>"), ""),
     ("color", re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]+\}"), ""),
     ("\\checkmark", re.compile(r"\\checkmark(?![a-zA-Z])"), ""),
+    ("\\not", re.compile(r"\\not\s*="), r"\\ne "),
     ("\\mid", re.compile(r"\\mid(?![a-zA-Z])"), "|"),
     ("+/", re.compile(r"\+\s*/\s*-"), r"\\pm "),
     ("<", re.compile(r"^\s*<([^<>=]*,[^<>=]*)>\s*$"), r"\\langle \1\\rangle "),

@@ -197,11 +197,18 @@ SEGMENTS = "arcsin|arccos|arctan|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|and|
 
 MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MAGNITUDES |= {f"{name}s": value for name, value in MAGNITUDES.items()}
-# Words after a number that are no unit: they change its value, or leave open which number is meant.
+# What parts are called, by the number of them that make a whole.
+ORDINAL_WORDS = {
+    **{"half": 2, "halve": 2, "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7},
+    **{"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100, "thousandth": 1000},
+}
 _MONTHS = "january february march april june july august september october november december"
+# Words after a number that are no unit: they change its value, or leave open which number is meant.
 NOT_UNITS = frozenset(
     [
         *_MONTHS.split(),
+        *ORDINAL_WORDS,
+        *(f"{word}s" for word in ORDINAL_WORDS),
         "about",
         "above",
         "approximately",
@@ -218,12 +225,8 @@ NOT_UNITS = frozenset(
         "either",
         "except",
         "factorial",
-        "fifths",
-        "fourths",
         "from",
         "greater",
-        "half",
-        "halves",
         "hardly",
         "if",
         "incorrect",
@@ -248,14 +251,12 @@ NOT_UNITS = frozenset(
         "plus",
         "possibly",
         "probably",
-        "quarters",
         "remainder",
         "root",
         "roughly",
         "squared",
         "than",
         "then",
-        "thirds",
         "through",
         "times",
         "to",
@@ -316,11 +317,6 @@ TENS = {
         ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
         strict=True,
     )
-}
-# What parts are called, by the number of them that make a whole.
-ORDINAL_WORDS = {
-    **{"half": 2, "halve": 2, "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7},
-    **{"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100},
 }
 
 # Spellings of units -> one spelling each. Other words after a number count as a unit in the spelling given.
