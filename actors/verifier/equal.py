@@ -262,6 +262,8 @@ def value_of(relation: Relation) -> Node | None:
     if len(sides) == 1:
         return sides[0] if is_scalar(sides[0]) and not symbols(sides[0]) else None
     first, last = sides[0], sides[-1]
+    if isinstance(last, Matrix) and isinstance(first, Apply) and first.function == "^":  # A^{-1} = ..., A^T = ...
+        return last if isinstance(first.arguments[0], Symbol) else None
     if is_name(first):
         own = symbols(first) if isinstance(first, Symbol) else set()
         return last if not own & symbols(last) else None
@@ -282,8 +284,6 @@ def is_name(node: Node) -> bool:
             return all(is_name(entry) for row in node.rows for entry in row)
         case Apply(function="sin" | "cos" | "tan" | "cot", arguments=(angle,)):
             return isinstance(angle, Symbol)
-        case Apply(function="^", arguments=(Symbol(name=name), Number(value=power))):
-            return name.isupper() and power == -1  # the inverse of a matrix
         case Apply(function="*" | "ratio" | "abs" | "/" | "overline" | "union" | "intersection"):
             return all(is_name(argument) for argument in node.arguments)
         case Apply():

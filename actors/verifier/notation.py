@@ -56,6 +56,7 @@ _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
 _HEAD = re.compile(r"[:=~]|\\[,;!: ]")
 _DEGREES_OF = r"\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\(?:text|mathrm|textrm|rm)\s*)?\{{?\s*{}\s*\}}?$"
+_DEGREES_MINUTES = r"(?<![\w.])(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(\d+(?:\.\d+)?)'"
 _IN_BASE = r"\s*(?:\\text\s*\{\s*)?\(?(?:in\s+)?base[\s-]*\}?\s*(\w+)\s*\}?\)?\}?$"
 _SPEED = r"(?<=\d)(?:\s+|\\[, ;]\s*|~)((?:[kc]?m|mi|ft)/(?:s|h|hr|min|sec))(\^\{?2\}?)?$"
 _BALANCED = r"(?:[^{}]|\{[^{}]*\})*"
@@ -85,6 +86,8 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("</", re.compile(r"</?(?:b|i|u|em|strong|p|span)>"), ""),
     ("color", re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]+\}"), ""),
     ("\\checkmark", re.compile(r"\\checkmark(?![a-zA-Z])"), ""),
+    ("'", re.compile(_DEGREES_MINUTES + r"\s*(\d+(?:\.\d+)?)''$"), r"(\1+\\frac{\2}{60}+\\frac{\3}{3600})^{\\circ}"),
+    ("'", re.compile(_DEGREES_MINUTES + "$"), r"(\1+\\frac{\2}{60})^{\\circ}"),
     ("\\not", re.compile(r"\\not\s*="), r"\\ne "),
     ("\\mid", re.compile(r"\\mid(?![a-zA-Z])"), "|"),
     ("+/", re.compile(r"\+\s*/\s*-"), r"\\pm "),

@@ -267,8 +267,9 @@ class _Parser(Cursor):
             return token.text in CONSTANT_NAMES or bool(symbols(left))
         if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
             return not isinstance(left, Number | Sequence)
-        if token.kind == "num":  # n2^{n-1}, while x2 is open to doubt
-            return not isinstance(left, Number | Sequence) and self.peek(1) == Token("op", "^")
+        if token.kind == "num" and not isinstance(left, Number | Sequence):  # n2^{n-1}, 2!3!; x2 is open to doubt
+            is_factorial = isinstance(left, Apply) and left.function == "!"
+            return is_factorial or self.peek(1) in (Token("op", "^"), Token("op", "!"))
         return token.kind in _PRIMARY
 
     def _signed_factor(self) -> Node:
