@@ -7,7 +7,7 @@ from fractions import Fraction
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token
 from actors.verifier.tree import INFINITY, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol, negate
-from actors.verifier.vocabulary import MAGNITUDES, NOT_UNITS, UNITS
+from actors.verifier.vocabulary import ADJECTIVES, MAGNITUDES, NOT_UNITS, UNITS
 
 
 def flat(tokens: tuple[Token, ...]) -> str:
@@ -77,6 +77,8 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
     """
     factor, unit, power = Fraction(1), "", ""
     words = re.findall(r"[a-z']+|-?\d+|\S", " ".join(pieces).lower())
+    if words[-1:] and words[-1] in ADJECTIVES:
+        raise ParseError(f"{words[-1]} after a number")
     for word in words:
         if word in NOT_UNITS and words != ["times"]:
             raise ParseError(f"{word} after a number")

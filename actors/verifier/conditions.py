@@ -1,6 +1,6 @@
 """What several conditions on one variable say together: "x < 1 or x > 3", "x > 1, x < 3", {x | x > 1}."""
 
-from actors.verifier.tree import Apply, Node, Relation, Sequence, Symbol, is_scalar, variables
+from actors.verifier.tree import Apply, Node, Relation, Sequence, Symbol, is_constant, is_scalar, variables
 
 
 def _is_condition(node: Node) -> bool:
@@ -11,7 +11,16 @@ def _is_condition(node: Node) -> bool:
 
 
 def joined(items: list[Node], connectors: set[str]) -> list[Node]:
-    """x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another; commas leave open which of the two is meant."""
+    """x < 1 or x > 3 is one set of numbers, x > 1 and x < 3 another; commas leave open which of the two is meant.
+
+    x != 1, 2 excludes both.
+    """
+    match items:
+        case [Relation(operators=("≠",), sides=(Symbol(), _)) as first, *points] if points and all(
+            map(is_constant, points)
+        ):
+            others = (Relation(first.operators, (first.sides[0], point)) for point in points)
+            return [Apply("intersection", (first, *others))]
     name = variables(items[0])
     is_of_one = len(name) == 1 and all(variables(item) == name for item in items)
     if len(items) < 2 or not is_of_one or connectors == {"and", "or"}:

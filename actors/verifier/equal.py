@@ -62,7 +62,14 @@ def _expand_signs(node: Node) -> Node:
             is_pair = isinstance(expanded, Sequence) and expanded.brackets == "" and _has_sign(item)
             items.extend(expanded.items if is_pair and isinstance(expanded, Sequence) else [item])
         return Sequence(node.brackets, tuple(items)) if node.brackets in ("", "{}") else node
-    return Sequence("", (_choose_sign(node, True), _choose_sign(node, False))) if _has_sign(node) else node
+    if not _has_sign(node):
+        return node
+    if isinstance(node, Apply) and node.function in ("union", "intersection", "setminus", "in"):
+        return Apply(node.function, tuple(map(_expand_signs, node.arguments)))
+    both = _choose_sign(node, True), _choose_sign(node, False)
+    if isinstance(node, Relation) and node.operators == ("≠",):
+        return Apply("intersection", both)
+    return Sequence("", both)
 
 
 def _has_sign(node: Node) -> bool:

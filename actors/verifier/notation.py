@@ -57,6 +57,7 @@ _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
 _HEAD = re.compile(r"[:=~]|\\[,;!: ]")
 _DEGREES_OF = r"\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\(?:text|mathrm|textrm|rm)\s*)?\{{?\s*{}\s*\}}?$"
 _DEGREES_MINUTES = r"(?<![\w.])(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(\d+(?:\.\d+)?)'"
+_REALS = r"\\mathbb\s*\{?R\}?\s*"
 _IN_BASE = r"\s*(?:\\text\s*\{\s*)?\(?(?:in\s+)?base[\s-]*\}?\s*(\w+)\s*\}?\)?\}?$"
 _SPEED = r"(?<=\d)(?:\s+|\\[, ;]\s*|~)((?:[kc]?m|mi|ft)/(?:s|h|hr|min|sec))(\^\{?2\}?)?$"
 _BALANCED = r"(?:[^{}]|\{[^{}]*\})*"
@@ -88,6 +89,14 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("\\checkmark", re.compile(r"\\checkmark(?![a-zA-Z])"), ""),
     ("'", re.compile(_DEGREES_MINUTES + r"\s*(\d+(?:\.\d+)?)''$"), r"(\1+\\frac{\2}{60}+\\frac{\3}{3600})^{\\circ}"),
     ("'", re.compile(_DEGREES_MINUTES + "$"), r"(\1+\\frac{\2}{60})^{\\circ}"),
+    ("\\mathbb", re.compile(_REALS + r"(?:\^\s*\{?\+\}?|_\s*\{?(?:\+|>\s*0)\}?)"), r"(0,\\infty)"),
+    ("\\mathbb", re.compile(_REALS + r"(?:\^\s*\{?-\}?|_\s*\{?(?:-|<\s*0)\}?)"), r"(-\\infty,0)"),
+    ("\\mathbb", re.compile(_REALS + r"_\s*\{?\\geq?\s*0\}?"), r"[0,\\infty)"),
+    (
+        "\\mathbb",
+        re.compile(r"\\mathbb\s*\{?[ZN]\}?\s*(?:[\^_]\s*\{?\+\}?|\^\s*\{?\*\}?|_\s*\{?>\s*0\}?)"),
+        r"\\mathbb{Z+}",
+    ),
     ("\\not", re.compile(r"\\not\s*="), r"\\ne "),
     ("\\mid", re.compile(r"\\mid(?![a-zA-Z])"), "|"),
     ("+/", re.compile(r"\+\s*/\s*-"), r"\\pm "),

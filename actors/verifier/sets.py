@@ -17,6 +17,7 @@ from actors.verifier.tree import (
     Relation,
     Sequence,
     Symbol,
+    is_constant,
     is_scalar,
     negate,
     subtract,
@@ -74,7 +75,7 @@ def _as_set(node: Node) -> list[Interval] | None:
                 return None
             return [Interval(item, item, True, True) for item in node.items]
         case Sequence(items=(low, high)) if node.brackets in _BRACKETS:
-            if not _is_endpoint(low) or not _is_endpoint(high) or not _is_interval(low, high, node.brackets):
+            if not is_constant(low) or not is_constant(high) or not _is_interval(low, high, node.brackets):
                 return None
             return [Interval(low, high, *_BRACKETS[node.brackets])]
         case Apply(function="in"):
@@ -91,8 +92,8 @@ def _as_set(node: Node) -> list[Interval] | None:
             return _as_set(Apply("union", node.items))  # (-oo, 1) and (3, oo), as a list
         case Apply(function="setminus"):
             whole, removed = (_as_set(argument) for argument in node.arguments)
-            return None if whole is None or removed is None else _remove(_merge(whole), removed)
-        case Relation(operators=("=",), sides=(Symbol(), value)) if _is_endpoint(value):
+            return None if whole is None or removed is None else _remove(whole, removed)
+        case Relation(operators=("=",), sides=(Symbol(), value)) if is_constant(value):
             return [Interval(value, value, True, True)]
         case Relation():
             return _solve(node)
@@ -129,10 +130,6 @@ def _as_intersection(parts: list[list[Interval] | None]) -> list[Interval] | Non
             return None
         result = part if result is None else _intersect(result, part)
     return result
-
-
-def _is_endpoint(node: Node) -> bool:
-    return is_scalar(node) and not symbols(node)
 
 
 def _is_interval(low: Node, high: Node, brackets: str) -> bool:
@@ -188,20 +185,12 @@ def _merge(intervals: list[Interval]) -> list[Interval]:
     return merged
 
 
-def _remove(whole: list[Interval], points: list[Interval]) -> list[Interval] | None:
-    """`whole` without single points."""
-    for point in points:
-        if point.low != point.high:
-            return None
-        rest: list[Interval] = []
-        for interval in whole:
-            left, right = _compare(interval.low, point.low), _compare(point.low, interval.high)
-            if left > 0 or right > 0:
-                rest.append(interval)
-            else:
-                rest.append(Interval(interval.low, point.low, interval.has_low, False))
-                rest.append(Interval(point.low, interval.high, False, interval.has_high))
-        whole = _merge(rest)
+def _remove(whole: list[Interval], removed: list[Interval]) -> list[Interval]:
+    """What of `whole` is in none of the intervals removed."""
+    for interval in removed:
+        below = Interval(_MINUS_INFINITY, interval.low, False, not interval.has_low)
+        above = Interval(interval.high, INFINITY, not interval.has_high, False)
+        whole = _intersect(whole, [below, above])
     return whole
 
 

@@ -149,6 +149,11 @@ def is_scalar(node: Node) -> bool:
     )
 
 
+def is_constant(node: Node) -> bool:
+    """Whether the tree is one number."""
+    return is_scalar(node) and not symbols(node)
+
+
 def negate(node: Node) -> Node:
     if isinstance(node, Number):
         return Number(-node.value, node.digits)

@@ -175,7 +175,7 @@ MACROS: dict[str, tuple[str, str]] = {
         "int": ("opaque", "int"),
     },
 }
-NUMBER_SETS = frozenset("RZNQC")
+NUMBER_SETS = frozenset({*"RZNQC", "Z+"})
 _BOTH = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln")},
     **{f"arc{name}": f"arc{name}" for name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh")},
@@ -204,6 +204,8 @@ ORDINAL_WORDS = {
 }
 _MONTHS = "january february march april june july august september october november december"
 # Words after a number that are no unit: they change its value, or leave open which number is meant.
+# Such a word restricts what stands before it, unless a noun follows: n > 3 even, but 3 even numbers.
+ADJECTIVES = frozenset({"odd", "even", "prime", "composite", "positive", "real", "rational"})
 NOT_UNITS = frozenset(
     [
         *_MONTHS.split(),
