@@ -61,6 +61,8 @@ def _expand_signs(node: Node) -> Node:
             expanded = _expand_signs(item)
             is_pair = isinstance(expanded, Sequence) and expanded.brackets == "" and _has_sign(item)
             items.extend(expanded.items if is_pair and isinstance(expanded, Sequence) else [item])
+        if node.brackets == "()" and _is_one_choice(node):
+            return Sequence("", (_choose_sign(node, True), _choose_sign(node, False)))
         return Sequence(node.brackets, tuple(items)) if node.brackets in ("", "{}") else node
     if not _has_sign(node):
         return node
@@ -74,6 +76,12 @@ def _expand_signs(node: Node) -> Node:
 
 def _has_sign(node: Node) -> bool:
     return any(isinstance(n, Apply) and n.function in ("pm", "mp") for n in walk(node))
+
+
+def _is_one_choice(point: Sequence) -> bool:
+    """Whether (±1, 0) or (±1, ∓2) stands for two points; (±1, ±2) may be two or four."""
+    signs = [n.function for n in walk(point) if isinstance(n, Apply) and n.function in ("pm", "mp")]
+    return len(signs) == 1 or set(signs) == {"pm", "mp"}
 
 
 def _choose_sign(node: Node, is_upper: bool) -> Node:

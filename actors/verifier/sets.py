@@ -48,8 +48,12 @@ def flip(operator: str) -> str:
 
 
 def sets_equal(a: list[Interval], b: list[Interval]) -> bool:
-    a, b = _merge(a), _merge(b)
-    return len(a) == len(b) and all(_intervals_equal(x, y) for x, y in zip(a, b, strict=True))
+    """Whether two sets are the same; not where an end has no value."""
+    try:
+        a, b = _merge(a), _merge(b)
+        return len(a) == len(b) and all(_intervals_equal(x, y) for x, y in zip(a, b, strict=True))
+    except Undefined:
+        return False
 
 
 def _intervals_equal(a: Interval, b: Interval) -> bool:
@@ -87,9 +91,9 @@ def _as_set(node: Node) -> list[Interval] | None:
             return _as_intersection([_as_set(argument) for argument in node.arguments])
         case Apply(function="conditions"):
             both = _as_intersection([_as_set(argument) for argument in node.arguments])
-            return both or _as_set(Apply("union", node.arguments))
+            return both or _disjoint_union(node.arguments)
         case Sequence(brackets="") if _is_union(node.items):
-            return _as_set(Apply("union", node.items))  # (-oo, 1) and (3, oo), as a list
+            return _disjoint_union(node.items)  # (-oo, 1) and (3, oo), as a list
         case Apply(function="setminus"):
             whole, removed = (_as_set(argument) for argument in node.arguments)
             return None if whole is None or removed is None else _remove(whole, removed)
@@ -98,6 +102,12 @@ def _as_set(node: Node) -> list[Interval] | None:
         case Relation():
             return _solve(node)
     return None
+
+
+def _disjoint_union(nodes: tuple[Node, ...]) -> list[Interval] | None:
+    """The union of sets that are listed. Where they overlap, as a domain and a range may, no union is meant."""
+    union = _as_set(Apply("union", nodes))
+    return union if union is not None and len(_merge(union)) == len(union) else None
 
 
 def is_clearly_a_set(node: Node) -> bool:
