@@ -23,9 +23,9 @@ _CHOICE_NAME = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*(?:[.)]|:(?![A-Z]))\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
-# What makes of "(A) or (C)" and of "A. 3 B. 4" more than one choice.
+# What makes of "(A) or (C)" and of "A. 3 B. 4" more than one choice, and of "(A) + 1" a formula.
 _MORE_CHOICES = re.compile(
-    r"(?:and|or)\b|[,;&/]|\(?[A-J]\)?$|.*(?:(?<!\w)\([A-J]\)|(?<![\w(])[A-J][.):](?=\s|$))"
+    r"(?:and|or)\b|[,;&/!+*^=<>_|]|\\(?:cup|cap|cdot|times|to)\b|\W*$|\(?[A-J]\)?$|.*(?:(?<!\w)\([A-J]\)|(?<![\w(])[A-J][.):](?=\s|$))"
     r"|.*\b(?i:maybe|perhaps|possibly|guess|wrong)\b",
     re.DOTALL,
 )

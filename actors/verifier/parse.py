@@ -130,6 +130,8 @@ class _Parser(Cursor):
                 connectors.add(_CONNECTIVES.get(token.text, token.text))
                 is_formula = is_formula or token.text in "∧∨"
             if self.peek() is None or self.at("close") or self.at("semi"):
+                if connectors & {"and", "or"}:
+                    raise ParseError("nothing after a connector")
                 break
             items.append(self._item())
         if is_formula and any(isinstance(item, Symbol) for item in items):
@@ -477,12 +479,19 @@ class _Parser(Cursor):
             if self.take().text == "_":
                 base = self._primary()
             else:
-                power = self._raised(Symbol("")).arguments[1]  # type: ignore[union-attr]
+                power = self._power()
         arguments = self._arguments()
         if power == Number(Fraction(-1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
             name, power = f"arc{name}", None
         node = apply_function(name, base, arguments)
         return Apply("^", (node, power)) if power is not None else node
+
+    def _power(self) -> Node:
+        """The exponent of \\sin^2."""
+        raised = self._raised(Symbol(""))
+        if not isinstance(raised, Apply) or raised.function != "^":
+            raise ParseError("a function to the power of a sign")
+        return raised.arguments[1]
 
     def _arguments(self) -> list[Node]:
         if self.at("open", "("):
