@@ -74,7 +74,9 @@ def texts_equal(a: str, b: str) -> bool:
     return any(nodes_equal(x, y) for x in _readings(a) for y in _readings(b))
 
 
+@lru_cache(maxsize=256)
 def _clean(text: str) -> str:
+    """The text in normal notation, without what only introduces it. A reference comes again with every sample of it."""
     normal = normalize(_PREFIX.sub("", text))
     if _PREFIX.match(normal):
         normal = normalize(_PREFIX.sub("", _PREFIX.sub("", normal)))
