@@ -151,7 +151,7 @@ def _readings(text: str) -> tuple[Node, ...]:
     More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; (A) 5 is
     a choice with its label.
     """
-    if _DATE.fullmatch(_literal(text)):  # no difference or quotient
+    if _DATE.fullmatch(_TEXT_MACRO.sub("", text).strip("{} ")):  # no difference or quotient
         return ()
     if "_" in text and (found := _HEX.fullmatch(_TEXT_MACRO.sub("", text).replace("{", "").replace("}", ""))):
         try:

@@ -23,7 +23,7 @@ def joined(items: list[Node], connectors: set[str]) -> list[Node]:
             return [Apply("intersection", (first, *others))]
     name = variables(items[0])
     is_of_one = len(name) == 1 and all(variables(item) == name for item in items)
-    if len(items) < 2 or not is_of_one or connectors == {"and", "or"}:
+    if not is_of_one or connectors == {"and", "or"}:
         return items
     is_point = [isinstance(item, Relation) and item.operators == ("=",) and is_scalar(item.sides[-1]) for item in items]
     conditions = [_is_condition(item) for item in items]

@@ -33,7 +33,7 @@ from actors.verifier.tree import (
     Symbol,
     Text,
     depth,
-    is_scalar,
+    is_constant,
     negate,
     replace,
     symbols,
@@ -136,12 +136,14 @@ class _Parser(Cursor):
             items.append(self._item())
         if is_formula and any(isinstance(item, Symbol) for item in items):
             raise ParseError("a formula of logic")
-        return joined(items, connectors)
+        return joined(items, connectors) if len(items) > 1 else items
 
     def _at_membership(self) -> bool:
         """Whether (k in Z) follows, which is no factor."""
+        if not self.at("open", "("):
+            return False
         name, relation = self.peek(1), self.peek(2)
-        return self.at("open", "(") and name is not None and name.kind == "sym" and relation == Token("rel", "∈")
+        return name is not None and name.kind == "sym" and relation == Token("rel", "∈")
 
     def _item(self) -> Node:
         if self.at("word"):
@@ -184,7 +186,7 @@ class _Parser(Cursor):
 
     def _side(self) -> Node:
         node = self._ratio()
-        if is_scalar(node) and not symbols(node) and self.at("op", "∪"):  # between x < 1 and x > 3: "or"
+        if self.at("op", "∪") and is_constant(node):  # between x < 1 and x > 3: "or"
             return node
         while self.at("op", "∪", "∩", "∖") or (isinstance(node, Sequence) and self.at("sym", "U")):
             sign = self.take().text
