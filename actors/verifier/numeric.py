@@ -181,7 +181,8 @@ class _Evaluator:
         raise Undefined(type(node).__name__)
 
     def _fraction(self, value: Fraction) -> Value:
-        return self._mp.mpf(value.numerator) / value.denominator
+        numerator = self._mp.mpf(value.numerator)
+        return numerator if value.denominator == 1 else numerator / value.denominator
 
     def _apply(self, function: str, x: list[Value]) -> Value:
         mp = self._mp
@@ -249,9 +250,9 @@ class _Evaluator:
             raise Undefined("0^0")
         if abs(exponent) > mp.ldexp(1, MAX_ARGUMENT_BITS):
             raise Undefined("exponent too large")
-        if base != 0:
+        if base != 0 and abs(exponent) * max(1, abs(mp.mag(base))) > MAX_MAGNITUDE:  # |log2| is at most that
             self._check_size(exponent * mp.log(abs(base), 2))
-        exact = rational(exponent_node)
+        exact = exponent_node.value if isinstance(exponent_node, Number) else rational(exponent_node)
         if exact is not None and 1 < exact.denominator <= 64:
             return self._root(base, mp.mpf(exact.denominator)) ** exact.numerator
         is_negative = not isinstance(base, mp.mpc) and base < 0

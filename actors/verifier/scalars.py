@@ -13,6 +13,7 @@ The points are drawn from a fixed seed: the same question always gets the same a
 """
 
 import random
+from collections.abc import Iterator
 from fractions import Fraction
 from math import log10
 
@@ -205,22 +206,20 @@ def _alternates(node: Apply) -> bool:
     return base is not None and base < 0
 
 
-def _points(names: list[str], with_integers: bool, largest: int) -> list[dict[str, Fraction]]:
+def _points(names: list[str], with_integers: bool, largest: int) -> Iterator[dict[str, Fraction]]:
     """Probe points: all variables in (0, 1), above 1, negative, of mixed sign, and integers where it matters.
 
     There k, m and n are integers at all points, of up to `largest` where others are negative or large.
     """
     generator = random.Random(20250407)
     ranges = [(0.2, 0.95), (1.1, 4.0), (-3.0, -0.2), (-2.5, 2.5), (5.0, 20.0), (100.0, 2000.0)]
-    points = []
     for attempt in range(_MAX_ATTEMPTS):
         if with_integers and attempt % 2:
-            points.append({name: Fraction(generator.randint(2 if attempt % 4 == 1 else 6, 15)) for name in names})
+            yield {name: Fraction(generator.randint(2 if attempt % 4 == 1 else 6, 15)) for name in names}
             continue
         low, high = ranges[(attempt // 2 if with_integers else attempt) % len(ranges)]
         point = {name: Fraction(round(generator.uniform(low, high) * 2**40) * 2 + 1, 2**41) for name in names}
         if with_integers:
             first, last = (largest // 10, largest) if low > 50 or high < 0 else (2, 15)
             point |= {name: Fraction(generator.randint(first, last)) for name in names if name in _INTEGER_NAMES}
-        points.append(point)
-    return points
+        yield point
