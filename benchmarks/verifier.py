@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from actors.grade import grade_row
+from actors.verifier import math as mathematical
 from actors.verifier.extract import Extraction, extract
 from actors.verifier.math import verify, warm_up  # noqa: F401  (the pool warms up the verifier named below)
 from actors.verifier.pool import VerifierPool
@@ -44,6 +45,7 @@ for line in sys.stdin:
         print(0, flush=True)
 """
 
+INTERRUPTIBLE = (*mathematical.INTERRUPTIBLE, __name__)
 HANG, SLEEP = "hang", "sleep"
 OFFERED_PER_S = {"integers": 2000.0, "mixed, 70% integers": 1000.0, "symbolic": 500.0, "labelled cases": 1000.0}
 IN_FLIGHT = 512  # answers that wait for their verdicts; those that hang are among them for the whole limit

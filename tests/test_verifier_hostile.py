@@ -11,9 +11,9 @@ from common.types import Verdict
 
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT_S = 3.0
-LONG_SIMPLIFICATION = r"\arcsin(x^2+2)" + "".join(
-    rf"+\sin(x^{{{k}}}+\arcsin(x^2+{k}))\cos(\sqrt{{x^{k}+{k}}})^{{{k}}}" for k in range(3, 12)
-)
+# No real number has a value here, so only sympy could prove equality, and works on it for minutes.
+LONG_SIMPLIFICATION = r"\arcsin(x^2+2)+(\sin x+\cos x)^{40}"
+ITS_REFERENCE = r"\arcsin(x^2+2)+(\sin x-\cos x)^{40}"
 HOSTILE = {
     "power tower": "9^{9^{9^9}}",
     "nested braces": "{" * 10_000,
@@ -56,9 +56,7 @@ def test_the_pool_gives_every_hostile_answer_a_verdict_and_is_whole_afterwards()
     async def body() -> tuple[dict[str, Verdict], list[Verdict], float]:
         async with VerifierPool("actors.verifier.math:verify", 2, TIMEOUT_S, 1024) as pool:
             started_s = time.monotonic()
-            answers = [
-                pool.verify("\\boxed{" + text + "}", LONG_SIMPLIFICATION + "+1", {}) for text in HOSTILE.values()
-            ]
+            answers = [pool.verify("\\boxed{" + text + "}", ITS_REFERENCE, {}) for text in HOSTILE.values()]
             verdicts = dict(zip(HOSTILE, await asyncio.gather(*answers), strict=True))
             elapsed_s = time.monotonic() - started_s
             after = [await pool.verify(r"\boxed{\sqrt8}", r"2\sqrt2", {}) for _ in range(4)]
@@ -66,7 +64,7 @@ def test_the_pool_gives_every_hostile_answer_a_verdict_and_is_whole_afterwards()
 
     verdicts, after, elapsed_s = asyncio.run(body())
     assert Verdict.CORRECT not in verdicts.values()
-    assert verdicts["simplification"] in (Verdict.TIMED_OUT, Verdict.WRONG)
+    assert verdicts["simplification"] is Verdict.TIMED_OUT
     assert after == [Verdict.CORRECT] * 4
     assert elapsed_s < 30
 

@@ -44,3 +44,9 @@ def test_at_most_one_in_two_hundred_and_those_since_renewal_exceed_the_limit(tim
 @given(st.lists(st.floats(min_value=1.0, max_value=1.4), min_size=10, max_size=300))
 def test_no_answer_of_a_steady_verifier_takes_longer_than_usual(times_s: list[float]) -> None:
     assert max(times_s) <= usual(*times_s).limit_s
+
+
+@given(st.lists(seconds, min_size=1, max_size=1500))
+def test_the_mean_is_that_of_the_last_thousand(times_s: list[float]) -> None:
+    last = times_s[-1000:]
+    assert usual(*times_s).mean_s == pytest.approx(sum(last) / len(last), abs=1e-9)

@@ -7,15 +7,22 @@ single-threaded, so a worker is a fork of a few milliseconds with everything loa
 itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
 reaped, its answer is `timed_out`, and another takes its place.
 
-A worker that others wait for becomes *slow* when an answer takes it longer than usual (actors/verifier/usual.py), in
-processor time, or asleep in wall-clock time: another worker stands in for it, and it goes on until its limit in what
-time is left. At most MAX_SLOW are slow. Those that compute take turns, num_workers at a time, while requests wait only
-one turn in SLOW_SHARE, and otherwise they are stopped: first those that have done least. While the usual time is not
-known, every other turn is theirs and those that have done most come first, so that it becomes known.
+What others wait for has to make way when it takes longer than usual (actors/verifier/usual.py), in processor time, or
+asleep in wall-clock time. How depends on the verifier:
 
-While some are slow a spare worker is kept, and it takes the next request as soon as a busy one is *overdue*, a quarter
-of the way to being slow. A new worker starts with the caches of the template, which the verifier's optional `warm_up`
-fills.
+* One that may be interrupted (its module has INTERRUPTIBLE) gets several answers at once, each with the usual time. The
+  worker itself interrupts what takes longer and goes on to the next. An interrupted answer is tried again from its
+  beginning by one of num_workers slow workers, with more time at each attempt, until its limit has passed; those that
+  have had least come first.
+* Any other answer goes on where it is, in what is now a slow worker, while another worker stands in for it. At most
+  MAX_SLOW are slow.
+
+Slow workers take turns, num_workers at a time, while answers wait only one turn in SLOW_SHARE, and otherwise they are
+stopped: first those that have done least. While the usual time is not known, every other turn is theirs and those that
+have done most come first, so that it becomes known. While some are slow a spare worker is kept, and it takes the next
+answers as soon as a busy one is *overdue*, a quarter of the way to being slow.
+
+A new worker starts with the caches of the template, which the verifier's optional `warm_up` fills.
 
 Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
 <why>`.
@@ -33,86 +40,56 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+from actors.verifier.handle import Answer, Handle
+from actors.verifier.plugin import Verifier, load_verifier
+from actors.verifier.retries import Retries
 from actors.verifier.usual import UsualTime
-from actors.verifier.worker import COLD, FAILED, VerifyFunction, run_worker
+from actors.verifier.worker import AGAIN, COLD, SPOILT, run_worker
 from common.types import Verdict
 
 FASTEST_S = 0.004  # no answer is slow before
+FASTEST_INTERRUPTED_S = 0.001  # nor interrupted: another attempt is cheap
 FIRST_SHARE = 0.1  # of the time limit: an answer is slow after it as long as the usual time is not known
 OVERDUE_SHARE = 0.25  # of the time after which an answer is slow
 MAX_SLOW = 100
-SLOW_SHARE = 12
+SLOW_SHARE = 6
 FIRST_SLOW_SHARE = 2  # in place of SLOW_SHARE as long as the usual time is not known
+MORE_TIME = 2  # each attempt may take this many times what the one before has had
+_ASLEEP = 3  # wall-clock time that an answer may take, in its processor time: what takes more is asleep
+_ASLEEP_STOPPED = 20  # the same for a slow worker, which is stopped most of the time
+MAX_BATCH = 64  # answers that a worker gets at once
+_BATCH_S = 0.004  # that they usually take
+_BATCH_BYTES = 1 << 16
+_DEAF_S = 0.02  # processor time beyond its limit after which a worker is not going to interrupt its answer
 _TURN_S = 0.005
 _READ_BYTES = 1 << 20
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A forked worker. Idle when `request` is None; `started_s` is when the request was sent."""
-
-    pid: int
-    channel: socket.socket
-    modules: frozenset[str]  # heavy modules that the template held when it forked this worker
-    request: bytes | None = None
-    started_s: float = 0.0
-    started_cpu_s: float = 0.0  # processor time of the worker when the request was sent
-    seen_s: float = 0.0  # used_s() at the last look
-    is_computing: bool = False  # at the last look; asleep it takes nobody's time
-    is_stopped: bool = False
-    was_stopped: bool = False  # at any time since the request was sent
-    is_overdue: bool = False  # a spare, if there is one, may take the next request already
-
-    def cpu_s(self) -> float:
-        """Processor time that the worker has used so far. Raises OSError when it is gone."""
-        return time.clock_gettime((~self.pid << 3) | 2)  # Linux: the clock of another process's processor time
-
-    def used_s(self) -> float:
-        """Processor time that the present answer has taken so far."""
-        return self.cpu_s() - self.started_cpu_s
-
-    def look(self) -> None:
-        """Sees whether it has computed since the last look."""
-        used_s = self.used_s()
-        self.is_computing = used_s - self.seen_s >= _TURN_S / 5
-        self.seen_s = used_s
-
-    def is_asleep(self) -> bool:
-        """Whether it waits for something other than a processor."""
-        stat = Path(f"/proc/{self.pid}/stat").read_bytes()
-        return stat.rpartition(b")")[2].split()[0] != b"R"
+_VERDICTS = frozenset(verdict.value.encode() for verdict in Verdict)
 
 
 class Template:
-    """Requests wait in `queue` until a worker is idle; each is answered exactly once.
+    """Answers wait in `queue` until a worker is idle; each gets exactly one verdict.
 
     Invariant: busy workers that are not slow number at most num_workers, and one more while one of them is overdue;
-    slow ones number at most MAX_SLOW.
+    slow ones number at most MAX_SLOW, and num_workers where the verifier may be interrupted.
     """
 
-    def __init__(
-        self,
-        verify: VerifyFunction,
-        warm_up: Callable[[str], None],
-        num_workers: int,
-        timeout_s: float,
-        memory_mb: int,
-    ) -> None:
-        self._verify, self._warm_up_function = verify, warm_up
+    def __init__(self, verifier: Verifier, num_workers: int, timeout_s: float, memory_mb: int) -> None:
+        self._verifier, self._is_interruptible = verifier, bool(verifier.interruptible)
         self._num_workers, self._timeout_s, self._memory_mb = num_workers, timeout_s, memory_mb
-        self._queue: deque[bytes] = deque()
-        self._workers: dict[int, _Worker] = {}  # idle, or busy and not slow; by file descriptor of the channel
-        self._slow: dict[int, _Worker] = {}
-        self._usual_cpu = UsualTime(FASTEST_S, FIRST_SHARE * timeout_s)
-        self._usual_wall = UsualTime(FASTEST_S, FIRST_SHARE * timeout_s)
+        self._max_slow = num_workers if self._is_interruptible else MAX_SLOW
+        self._queue: deque[Answer] = deque()
+        self._retries = Retries()
+        self._workers: dict[int, Handle] = {}  # idle, or busy and not slow; by file descriptor of the channel
+        self._slow: dict[int, Handle] = {}  # likewise; idle only where the verifier may be interrupted
+        fastest_s = FASTEST_INTERRUPTED_S if self._is_interruptible else FASTEST_S
+        self._usual_cpu = UsualTime(fastest_s, FIRST_SHARE * timeout_s)
+        self._usual_wall = UsualTime(fastest_s, FIRST_SHARE * timeout_s)
         self._modules: set[str] = set()  # heavy modules loaded so far
         self._killed: list[int] = []  # not yet reaped: a process takes milliseconds to give its memory back
         self._poll = select.poll()
         self._turned_s = time.monotonic()  # when the slow workers last changed turns
+        self._replies = bytearray()
 
     def run(self, requests_fd: int, replies_fd: int) -> None:
         """Serves until `requests_fd` is closed by the other side, then kills the workers."""
@@ -121,121 +98,163 @@ class Template:
         partial = b""
         while True:
             self._dispatch()
+            self._flush()
             for fd, _ in self._poll.poll(self._next_wake_ms()):
                 if fd != requests_fd:
-                    worker = self._workers.get(fd) or self._slow.get(fd)
-                    if worker is not None:  # not removed by an event before this one
-                        self._receive(worker)
+                    self._receive(fd)
                     continue
                 data = os.read(requests_fd, _READ_BYTES)
                 if not data:
                     self._stop()
                     return
                 *lines, partial = (partial + data).split(b"\n")
-                self._queue.extend(lines)
+                self._queue.extend(Answer(*line.split(b" ", 1)) for line in lines)
             self._check_clocks()
 
     def _dispatch(self) -> None:
-        """Hands queued requests to idle workers, forking up to the allowed number, and a spare while some are slow."""
+        """Hands queued answers to idle workers, forking up to the allowed number, and retries to slow ones."""
         while self._queue:
-            busy = [w for w in self._workers.values() if w.request is not None]
+            busy = [w for w in self._workers.values() if w.answers]
             num_overdue = min(1, sum(w.is_overdue for w in busy))
-            idle = next((w for w in self._workers.values() if w.request is None), None)
+            idle = next((w for w in self._workers.values() if not w.answers), None)
             if len(busy) - num_overdue >= self._num_workers or (idle is None and len(busy) >= self._num_workers):
                 break
-            self._send(idle or self._fork(), self._queue.popleft())
+            self._send_batch(idle or self._fork(self._workers))
         if self._queue and self._slow and len(self._workers) <= self._num_workers:
-            self._fork()
+            self._fork(self._workers)
+        while self._retries:
+            idle = next((w for w in self._slow.values() if not w.answers), None)
+            if idle is None and len(self._slow) >= self._max_slow:
+                break
+            answer = self._retries.pop()
+            limit_s = MORE_TIME * max(answer.spent_s, self._usual_cpu.limit_s)
+            self._send(idle or self._fork(self._slow), [answer], limit_s, _ASLEEP_STOPPED * limit_s)
 
-    def _send(self, worker: _Worker, request: bytes) -> None:
-        worker.request, worker.started_s, worker.seen_s = request, time.monotonic(), 0.0
-        worker.is_overdue = worker.was_stopped = False
+    def _send_batch(self, worker: Handle) -> None:
+        """Sends the next answer, or several where the worker can leave one of them for the next."""
+        size = 1
+        if self._is_interruptible and self._usual_cpu.is_known:
+            size = min(MAX_BATCH, int(_BATCH_S / max(self._usual_wall.mean_s, 1e-6)))
+            size = min(size, -(-len(self._queue) // self._num_workers))
+        batch = [self._queue.popleft()]
+        num_bytes = len(batch[0].body)
+        while len(batch) < size and (num_bytes := num_bytes + len(self._queue[0].body)) <= _BATCH_BYTES:
+            batch.append(self._queue.popleft())
+        if self._is_interruptible and (self._queue or len(batch) > 1):
+            limit_s = self._usual_cpu.limit_s
+            self._send(worker, batch, limit_s, max(_ASLEEP * limit_s, self._usual_wall.limit_s))
+        else:
+            self._send(worker, batch, 0.0, 0.0)
+
+    def _send(self, worker: Handle, answers: list[Answer], cpu_limit_s: float, wall_limit_s: float) -> None:
         try:
-            worker.started_cpu_s = worker.cpu_s()
-            worker.channel.sendall(request.split(b" ", 1)[1] + b"\n")
+            worker.send(answers, cpu_limit_s, wall_limit_s)
         except OSError:
             self._lose(worker)
 
-    def _fork(self) -> _Worker:
+    def _fork(self, crew: dict[int, Handle]) -> Handle:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            run_worker(self._verify, theirs, self._memory_mb)
+            run_worker(self._verifier, theirs, self._memory_mb)
         theirs.close()
-        worker = _Worker(pid=pid, channel=ours, modules=frozenset(self._modules))
-        self._workers[ours.fileno()] = worker
-        self._poll.register(ours.fileno(), select.POLLIN)
+        worker = crew[ours.fileno()] = Handle(pid, ours, frozenset(self._modules))
+        self._poll.register(worker.fd, select.POLLIN)
         return worker
 
-    def _receive(self, worker: _Worker) -> None:
-        try:
-            line = worker.channel.recv(64)
-        except OSError:
-            line = b""
-        module = line.removeprefix(COLD).decode().strip() if line.startswith(COLD) else None
-        if module is not None and module not in worker.modules:
-            self._load(module, worker)
-        elif module is not None or line in (b"", FAILED):
-            self._lose(worker)
-        else:
-            self._usual_cpu.add(worker.used_s())
-            if not worker.was_stopped:
-                self._usual_wall.add(time.monotonic() - worker.started_s)
-            self._reply(worker, line)
-            self._welcome_back(worker)
-
-    def _welcome_back(self, worker: _Worker) -> None:
-        """A slow worker that came to an end after all is the next spare, unless there is one."""
-        if self._slow.pop(worker.channel.fileno(), None) is None:
+    def _receive(self, fd: int) -> None:
+        worker = self._workers.get(fd) or self._slow.get(fd)
+        if worker is None:  # removed by an event before this one
             return
-        self._workers[worker.channel.fileno()] = worker
-        if worker.is_stopped:  # after it had replied
-            os.kill(worker.pid, signal.SIGCONT)
-            worker.is_stopped = False
+        lines = worker.receive()
+        if lines is None:
+            self._lose(worker)
+            return
+        for line in lines:
+            self._take_reply(worker, line)
+            if fd not in self._workers and fd not in self._slow:
+                return
+
+    def _take_reply(self, worker: Handle, line: bytes) -> None:
+        match line.split(b" "):
+            case [verdict, cpu_s, wall_s] if verdict in _VERDICTS and worker.answers:
+                self._usual_cpu.add(float(cpu_s))
+                if not worker.was_stopped:
+                    self._usual_wall.add(float(wall_s))
+                self._reply(worker.finish_first(float(cpu_s)), verdict)
+                if worker.fd in self._slow and not self._is_interruptible:
+                    self._welcome_back(worker)
+            case [kind, cpu_s] if kind in (AGAIN, SPOILT) and worker.answers:
+                self._put_off(worker.finish_first(float(cpu_s)), float(cpu_s))
+                if kind == SPOILT:
+                    self._remove(worker)
+            case [kind, module] if kind == COLD and module.decode() not in worker.modules:
+                self._load(module.decode(), worker)
+            case _:
+                self._lose(worker)
+
+    def _welcome_back(self, worker: Handle) -> None:
+        """A slow worker that came to an end after all is the next spare, unless there is one."""
+        self._workers[worker.fd] = self._slow.pop(worker.fd)
         if len(self._workers) > self._num_workers + 1:
             self._remove(worker)
         self._share_turns(time.monotonic())
 
-    def _reply(self, worker: _Worker, verdict_line: bytes) -> None:
-        assert worker.request is not None
-        _write_all(self._replies_fd, worker.request.split(b" ", 1)[0] + b" " + verdict_line)
-        worker.request = None
+    def _reply(self, answer: Answer, verdict: bytes) -> None:
+        self._replies += b"%s %s\n" % (answer.id, verdict)
 
-    def _lose(self, worker: _Worker) -> None:
+    def _flush(self) -> None:
+        data, self._replies = bytes(self._replies), bytearray()
+        _write_all(self._replies_fd, data)
+
+    def _time_out(self, answer: Answer) -> None:
+        self._reply(answer, Verdict.TIMED_OUT.value.encode())
+
+    def _put_off(self, answer: Answer, spent_s: float) -> None:
+        """The answer has had its time in this attempt; another follows unless its limit has passed."""
+        answer.spent_s = max(answer.spent_s, spent_s)
+        self._retries.push(answer)
+
+    def _lose(self, worker: Handle) -> None:
         """The worker died, failed or ran out of time: no verdict, and another worker in its place."""
-        if worker.request is not None:
-            self._reply(worker, f"{Verdict.TIMED_OUT.value}\n".encode())
+        if worker.answers:
+            self._time_out(worker.answers.popleft())
         self._remove(worker)
 
-    def _remove(self, worker: _Worker) -> None:
-        fd = worker.channel.fileno()
-        (self._slow if fd in self._slow else self._workers).pop(fd)
-        self._poll.unregister(fd)
-        worker.channel.close()
-        os.kill(worker.pid, signal.SIGKILL)
+    def _remove(self, worker: Handle) -> None:
+        """Ends the worker; answers that it had not begun go back to the front of the queue."""
+        self._queue.extendleft(reversed(worker.answers))
+        (self._slow if worker.fd in self._slow else self._workers).pop(worker.fd)
+        self._poll.unregister(worker.fd)
+        worker.kill()
         self._killed.append(worker.pid)
 
-    def _load(self, module: str, worker: _Worker) -> None:
-        """Loads a heavy module here, once; the request goes to the front and idle workers are forked anew."""
-        assert worker.request is not None
-        self._queue.appendleft(worker.request)
-        worker.request = None
+    def _load(self, module: str, worker: Handle) -> None:
+        """Loads a heavy module here, once; workers without it are forked anew, and their answers judged again."""
         if module not in self._modules:
+            self._flush()
             started_s = time.monotonic()
             importlib.import_module(module)
             self._modules.add(module)
             self._warm_up(module)
-            for other in [*self._workers.values(), *self._slow.values()]:
-                other.started_s += time.monotonic() - started_s  # limits do not run while nobody listens
-        for idle in [w for w in self._workers.values() if w.request is None and module not in w.modules]:
+            self._postpone(time.monotonic() - started_s)
+        for idle in [w for w in self._workers.values() if not w.answers and module not in w.modules]:
             self._remove(idle)
-        if worker.channel.fileno() in self._slow:
-            self._remove(worker)
+        self._remove(worker)
+
+    def _postpone(self, loading_s: float) -> None:
+        """Limits do not run while nobody listens."""
+        begun = [*self._retries]
+        for worker in [*self._workers.values(), *self._slow.values()]:
+            worker.started_s += loading_s
+            begun += [*worker.answers][:1]
+        for answer in begun:
+            answer.started_s = (answer.started_s or 0.0) + loading_s
 
     def _warm_up(self, module: str) -> None:
         """Lets the verifier fill its caches, where every worker forked from now on finds them."""
         try:
-            self._warm_up_function(module)
+            self._verifier.warm_up(module)
         except Exception:  # the verifier's own; it is slower without, and judges all the same
             traceback.print_exc()
         gc.collect()
@@ -246,30 +265,56 @@ class Template:
         now_s = time.monotonic()
         if self._killed:
             self._killed = [pid for pid in self._killed if os.waitpid(pid, os.WNOHANG)[0] == 0]
-        for fd, worker in list(self._workers.items()):
-            if worker.request is None:
-                continue
-            if now_s - worker.started_s >= self._timeout_s:
+        for worker in [w for w in self._workers.values() if w.answers]:
+            if self._is_over_time(worker, now_s):
                 self._lose(worker)
-            elif self._queue and len(self._slow) < MAX_SLOW:
-                worker.is_overdue = worker.is_overdue or self._has_taken(worker, OVERDUE_SHARE, now_s)
-                if worker.is_overdue and self._has_taken(worker, 1.0, now_s):
-                    worker.look()
-                    self._slow[fd] = self._workers.pop(fd)
-                    self._share_turns(now_s)
-        if self._slow and now_s - self._turned_s >= _TURN_S:
-            for worker in list(self._slow.values()):
-                if now_s - worker.started_s >= self._timeout_s:
-                    self._lose(worker)
-                elif not worker.is_stopped:
-                    worker.look()
-            self._share_turns(now_s)
+            elif self._queue:
+                self._make_way(worker, now_s)
+        if (self._slow or self._retries) and now_s - self._turned_s >= _TURN_S:
+            self._look_after_slow(now_s)
 
-    def _has_taken(self, worker: _Worker, share: float, now_s: float) -> bool:
+    def _is_over_time(self, worker: Handle, now_s: float) -> bool:
+        return now_s - (worker.answers[0].started_s or now_s) >= self._timeout_s
+
+    def _make_way(self, worker: Handle, now_s: float) -> None:
+        """Others wait for this worker: if its answer takes long, it goes elsewhere."""
+        worker.is_overdue = worker.is_overdue or self._has_taken(worker, OVERDUE_SHARE, now_s)
+        if worker.cpu_limit_s:
+            if self._is_deaf(worker):
+                self._try_again_later(worker)
+        elif worker.is_overdue and self._has_taken(worker, 1.0, now_s):
+            if len(self._slow) < self._max_slow:
+                worker.look()
+                self._slow[worker.fd] = self._workers.pop(worker.fd)
+                self._share_turns(now_s)
+            elif self._is_interruptible:
+                self._try_again_later(worker)
+
+    def _try_again_later(self, worker: Handle) -> None:
+        """Ends a worker that does not interrupt its answer, which will have another attempt."""
+        self._put_off(worker.answers.popleft(), worker.used_s())
+        self._remove(worker)
+
+    def _is_deaf(self, worker: Handle) -> bool:
+        """Whether it should have interrupted its answer and has not: it may be within C code."""
+        return worker.cpu_limit_s > 0 and worker.used_s() > 2 * worker.cpu_limit_s + _DEAF_S
+
+    def _look_after_slow(self, now_s: float) -> None:
+        for worker in [w for w in self._slow.values() if w.answers]:
+            if self._is_over_time(worker, now_s):
+                self._lose(worker)
+            elif self._retries and self._is_deaf(worker):
+                self._try_again_later(worker)
+            elif not worker.is_stopped:
+                worker.look()
+        for answer in self._retries.started_before(now_s - self._timeout_s):
+            self._time_out(answer)
+        self._share_turns(now_s)
+
+    def _has_taken(self, worker: Handle, share: float, now_s: float) -> bool:
         """Whether the present answer has taken that share of what is usual, at work or asleep."""
-        waited_s = now_s - worker.started_s
         return worker.used_s() >= share * self._usual_cpu.limit_s or (
-            waited_s >= share * self._usual_wall.limit_s and worker.is_asleep()
+            now_s - worker.started_s >= share * self._usual_wall.limit_s and worker.is_asleep()
         )
 
     def _share_turns(self, now_s: float) -> None:
@@ -278,25 +323,24 @@ class Template:
         is_known = self._usual_cpu.is_known
         share, sign = (SLOW_SHARE, 1) if is_known else (FIRST_SLOW_SHARE, -1)
         is_their_turn = not self._queue or int(now_s / _TURN_S) % share == 0
-        computing = [w for w in self._slow.values() if w.is_computing]
+        computing = [w for w in self._slow.values() if w.is_computing and w.answers]
         chosen = heapq.nsmallest(self._num_workers if is_their_turn else 0, computing, key=lambda w: sign * w.seen_s)
         for worker in computing:
-            is_stopped = worker not in chosen
-            if is_stopped != worker.is_stopped:
-                os.kill(worker.pid, signal.SIGSTOP if is_stopped else signal.SIGCONT)
-                worker.is_stopped = is_stopped
-                worker.was_stopped = worker.was_stopped or is_stopped
+            worker.stop(worker not in chosen)
 
     def _next_wake_ms(self) -> float | None:
         """Milliseconds to the next look at the clocks of the workers; None: none is busy."""
         now_s = time.monotonic()
-        busy = [w for w in self._workers.values() if w.request is not None]
-        moments = [w.started_s + self._timeout_s for w in busy]
-        if self._queue and len(self._slow) < MAX_SLOW:
+        busy = [w for w in self._workers.values() if w.answers]
+        moments = [(w.answers[0].started_s or now_s) + self._timeout_s for w in busy]
+        if self._queue and len(self._slow) < self._max_slow:
             for worker in busy:
+                if worker.cpu_limit_s and (worker.is_overdue or len(self._workers) <= self._num_workers):
+                    moments.append(now_s + _DEAF_S)
+                    continue
                 limit_s = self._usual_cpu.limit_s * (1.0 if worker.is_overdue else OVERDUE_SHARE)
                 moments.append(now_s + max(limit_s - worker.used_s(), limit_s / 20))
-        if self._slow:
+        if self._retries or any(w.answers for w in self._slow.values()):
             moments.append(self._turned_s + _TURN_S)
         return max(0.0, 1000 * (min(moments) - now_s)) if moments else None
 
@@ -305,25 +349,6 @@ class Template:
             self._remove(worker)
         for pid in self._killed:
             os.waitpid(pid, 0)
-
-
-def load_verifier(function: str) -> tuple[VerifyFunction, Callable[[str], None]]:
-    """Returns the function named by "module:function", and the module's `warm_up`, or one that does nothing.
-
-    Raises ValueError with one sentence when there is no such function.
-    """
-    module_name, _, name = function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-        verify: VerifyFunction = getattr(module, name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'verifier.function "{function}" cannot be loaded ({error}); write "module:function" of a '
-            "module on the Python path"
-        ) from error
-    if not callable(verify):
-        raise ValueError(f'verifier.function "{function}" is a {type(verify).__name__}, not a function')
-    return verify, getattr(module, "warm_up", lambda _: None)
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -343,12 +368,12 @@ def main() -> int:
     replies_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        verify, warm_up = load_verifier(args.function)
+        verifier = load_verifier(args.function)
     except ValueError as error:
         _write_all(replies_fd, f"error {error}\n".encode())
         return 2
     _write_all(replies_fd, b"ready\n")
-    template = Template(verify, warm_up, args.num_workers, args.timeout_s, args.memory_mb)
+    template = Template(verifier, args.num_workers, args.timeout_s, args.memory_mb)
     try:
         template.run(0, replies_fd)
     except BrokenPipeError:  # the pool is gone, and with it whoever waited for the verdicts

@@ -22,11 +22,20 @@ class UsualTime:
         self.is_known = False
         self._floor_s = floor_s
         self._times_s: deque[float] = deque(maxlen=_WINDOW)
+        self._sum_s = 0.0
         self._num_new = 0  # since the limit was last taken from the times
+
+    @property
+    def mean_s(self) -> float:
+        """The mean of the last thousand."""
+        return self._sum_s / max(1, len(self._times_s))
 
     def add(self, time_s: float) -> None:
         """Takes note of how long an answer took that came to an end by itself."""
+        if len(self._times_s) == _WINDOW:
+            self._sum_s -= self._times_s[0]
         self._times_s.append(time_s)
+        self._sum_s += time_s
         self._num_new += 1
         if len(self._times_s) < _FEW or (self.is_known and time_s <= self.limit_s and self._num_new < _RENEW_EVERY):
             return
