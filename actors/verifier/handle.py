@@ -44,12 +44,12 @@ class Handle:
     def fd(self) -> int:
         return self.channel.fileno()
 
-    def send(self, answers: list[Answer], cpu_limit_s: float, wall_limit_s: float) -> None:
-        """Hands over answers, each of which may take that long (0: as long as it likes). Raises OSError when the worker
-        is gone."""
+    def send(self, answers: list[Answer], cpu_limit_s: float, wall_limit_s: float, is_hurried: bool) -> None:
+        """Hands over answers, each of which may take that long (0: as long as it likes); in a hurry none of them begins
+        what takes long. Raises OSError when the worker is gone."""
         self.answers.extend(answers)
         self.cpu_limit_s = cpu_limit_s
-        limits = b"%d %d" % (round(1e6 * cpu_limit_s), round(1e6 * wall_limit_s))
+        limits = b"%d %d %d" % (round(1e6 * cpu_limit_s), round(1e6 * wall_limit_s), is_hurried)
         self._begin(self._cpu_s())
         self.channel.sendall(b"".join(b"%s %s\n" % (limits, answer.body) for answer in answers))
 

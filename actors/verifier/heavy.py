@@ -24,6 +24,8 @@ def defer() -> None:
 
 def load(name: str) -> ModuleType:
     """Returns the module, imported now if need be. Raises HeavyImportNeeded in a worker that was forked without it."""
-    if name not in sys.modules and _is_deferred:
+    if (module := sys.modules.get(name)) is not None:
+        return module
+    if _is_deferred:
         raise HeavyImportNeeded(name)
     return importlib.import_module(name)

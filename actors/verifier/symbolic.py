@@ -3,8 +3,9 @@
 from typing import Any
 
 from actors.verifier.heavy import load
+from actors.verifier.limits import take_time
 from actors.verifier.numeric import MAX_BITS, MAX_FACTORIAL
-from actors.verifier.tree import Apply, Constant, Node, Number, Symbol
+from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, walk
 
 # sympy objects are not typed here: sympy's annotations are partial.
 _SYMPY_NAMES = {
@@ -13,6 +14,7 @@ _SYMPY_NAMES = {
     **{"abs": "Abs", "ceil": "ceiling", "ln": "log", "!": "factorial", "min": "Min", "max": "Max"},
     **{"binomial": "binomial", "gcd": "gcd", "lcm": "lcm"},
 }
+_CONVERTED = frozenset({"+", "*", "/", "neg", "^", "root", "log", "percent", "degree", "mod", *_SYMPY_NAMES})
 
 
 def proves_zero(node: Node) -> bool:
@@ -20,11 +22,19 @@ def proves_zero(node: Node) -> bool:
 
     May take arbitrarily long: callers outside the pool have no time limit.
     """
+    if not _has_counterpart(node):
+        return False
+    take_time()
     sympy = load("sympy")
     try:
         return bool(sympy.simplify(to_sympy(node)) == 0)
     except (NotImplementedError, ValueError, TypeError, ZeroDivisionError, RecursionError, OverflowError):
         return False  # outside what sympy can simplify: not proven
+
+
+def _has_counterpart(node: Node) -> bool:
+    """Whether all functions in the tree have one in sympy; without loading it."""
+    return all(n.function in _CONVERTED or n.function.startswith("call:") for n in walk(node) if isinstance(n, Apply))
 
 
 def to_sympy(node: Node) -> Any:

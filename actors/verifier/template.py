@@ -45,7 +45,7 @@ from actors.verifier.handle import Answer, Handle
 from actors.verifier.plugin import Verifier, load_verifier
 from actors.verifier.retries import Retries
 from actors.verifier.usual import UsualTime
-from actors.verifier.worker import AGAIN, COLD, SPOILT, run_worker
+from actors.verifier.worker import AGAIN, COLD, LATER, SPOILT, run_worker
 from common.types import Verdict
 
 FASTEST_S = 0.004  # no answer is slow before
@@ -56,6 +56,7 @@ MAX_SLOW = 100
 SLOW_SHARE = 6
 FIRST_SLOW_SHARE = 2  # in place of SLOW_SHARE as long as the usual time is not known
 MORE_TIME = 2  # each attempt may take this many times what the one before has had
+_LONG_S = 0.1  # taken to have been spent on an answer that was put off before what takes long
 _ASLEEP = 3  # wall-clock time that an answer may take, in its processor time: what takes more is asleep
 _ASLEEP_STOPPED = 20  # the same for a slow worker, which is stopped most of the time
 MAX_BATCH = 64  # answers that a worker gets at once
@@ -128,7 +129,7 @@ class Template:
                 break
             answer = self._retries.pop()
             limit_s = MORE_TIME * max(answer.spent_s, self._usual_cpu.limit_s)
-            self._send(idle or self._fork(self._slow), [answer], limit_s, _ASLEEP_STOPPED * limit_s)
+            self._send(idle or self._fork(self._slow), [answer], limit_s, _ASLEEP_STOPPED * limit_s, False)
 
     def _send_batch(self, worker: Handle) -> None:
         """Sends the next answer, or several where the worker can leave one of them for the next."""
@@ -142,13 +143,13 @@ class Template:
             batch.append(self._queue.popleft())
         if self._is_interruptible and (self._queue or len(batch) > 1):
             limit_s = self._usual_cpu.limit_s
-            self._send(worker, batch, limit_s, max(_ASLEEP * limit_s, self._usual_wall.limit_s))
+            self._send(worker, batch, limit_s, max(_ASLEEP * limit_s, self._usual_wall.limit_s), True)
         else:
-            self._send(worker, batch, 0.0, 0.0)
+            self._send(worker, batch, 0.0, 0.0, False)
 
-    def _send(self, worker: Handle, answers: list[Answer], cpu_limit_s: float, wall_limit_s: float) -> None:
+    def _send(self, worker: Handle, batch: list[Answer], cpu_limit_s: float, wall_limit_s: float, hurry: bool) -> None:
         try:
-            worker.send(answers, cpu_limit_s, wall_limit_s)
+            worker.send(batch, cpu_limit_s, wall_limit_s, hurry)
         except OSError:
             self._lose(worker)
 
@@ -184,8 +185,9 @@ class Template:
                 self._reply(worker.finish_first(float(cpu_s)), verdict)
                 if worker.fd in self._slow and not self._is_interruptible:
                     self._welcome_back(worker)
-            case [kind, cpu_s] if kind in (AGAIN, SPOILT) and worker.answers:
-                self._put_off(worker.finish_first(float(cpu_s)), float(cpu_s))
+            case [kind, cpu_s] if kind in (AGAIN, SPOILT, LATER) and worker.answers:
+                spent_s = _LONG_S if kind == LATER else float(cpu_s)
+                self._put_off(worker.finish_first(float(cpu_s)), spent_s)
                 if kind == SPOILT:
                     self._remove(worker)
             case [kind, module] if kind == COLD and module.decode() not in worker.modules:

@@ -1,18 +1,19 @@
 """One verifier worker: answers requests from its template process, one at a time, until the channel closes.
 
-A request is a line `<processor us> <wall us> <json>`; the JSON has `response`, `reference` and `row`, the numbers say
-how much time the answer may take (0: as long as it likes). The reply is one line:
+A request is a line `<processor us> <wall us> <is hurried> <json>`; the JSON has `response`, `reference` and `row`, the
+numbers say how much time the answer may take (0: as long as it likes) and whether (1) it may not begin what takes long.
+The reply is one line:
 
     <verdict> <processor s> <wall s>   what the answer took
     again <processor s>                it had its time, was interrupted, and may be tried again
     spoilt <processor s>               the same, but this worker must not be used any more
+    later <processor s>                it was about to begin what takes long
     cold <module>                      the verifier raised HeavyImportNeeded
     failed                             it raised anything else (the traceback goes to stderr)
 """
 
 import ctypes
 import json
-import math
 import os
 import resource
 import signal
@@ -20,18 +21,16 @@ import socket
 import sys
 import time
 import traceback
-from types import FrameType
 from typing import NoReturn
 
 from actors.verifier import heavy
+from actors.verifier.limits import Interrupted, Limits, TakesTime
 from actors.verifier.plugin import Verifier, VerifyFunction
 from common.types import Verdict
 
-COLD, FAILED, AGAIN, SPOILT = b"cold", b"failed", b"again", b"spoilt"
+AGAIN, SPOILT, LATER, COLD, FAILED = b"again", b"spoilt", b"later", b"cold", b"failed"
 _CHANNEL_FD = 3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_INSIST_S = 0.001  # processor time after which an interruption that was swallowed is repeated
-_SHORTEST_PAUSE_S = 1e-4
 _LIBC = ctypes.CDLL(None)  # loaded here, in the template: after the fork it would cost each worker 0.3 ms
 
 
@@ -74,20 +73,20 @@ def _serve(verifier: Verifier, channel: socket.socket) -> None:
             channel.sendall(_answer(verifier, limits, line))
 
 
-def _answer(verifier: Verifier, limits: "Limits | None", line: bytes) -> bytes:
-    cpu_us, wall_us, body = line.split(b" ", 2)
+def _answer(verifier: Verifier, limits: Limits | None, line: bytes) -> bytes:
+    cpu_us, wall_us, is_hurried, body = line.split(b" ", 3)
+    if limits is None:
+        return _judge(verifier.verify, body)
     started_cpu_s = time.process_time()
     try:
-        if limits is not None:
-            limits.start(int(cpu_us) / 1e6, int(wall_us) / 1e6)
+        limits.start(int(cpu_us) / 1e6, int(wall_us) / 1e6, is_hurried == b"1")
         reply = _judge(verifier.verify, body)
-        if limits is not None and limits.stop():
-            # The verifier swallowed the interruption: its verdict is one of a computation cut short.
-            return _cut_short(SPOILT, started_cpu_s)
-        return reply
+        # After an interruption that the verifier swallowed, its verdict is one of a computation cut short.
+        return _cut_short(SPOILT, started_cpu_s) if limits.stop() else reply
     except Interrupted as interruption:
-        assert limits is not None
-        limits.stop()
+        limits.is_judging = False  # by no call, at whose beginning there could be a second one
+        if isinstance(interruption, TakesTime):
+            return _cut_short(LATER, started_cpu_s)
         return _cut_short(AGAIN if verifier.survives(interruption.__traceback__, __name__) else SPOILT, started_cpu_s)
 
 
@@ -109,54 +108,3 @@ def _judge(verify: VerifyFunction, body: bytes) -> bytes:
         # because what a MemoryError left behind cannot be trusted.
         traceback.print_exc()
         return FAILED + b"\n"
-
-
-class Interrupted(BaseException):
-    """The answer has had its time. No Exception: a verifier that catches those does not catch this."""
-
-
-class Limits:
-    """Raises Interrupted in the answer that is being judged once it has had its time, and again if that is swallowed.
-
-    Only between `start` and `stop`. Uses SIGALRM and the real-time timer: the kernel looks at timers of processor time
-    only every few milliseconds.
-    """
-
-    def __init__(self) -> None:
-        self._is_judging = self._has_interrupted = False
-        self._end_cpu_s = self._end_s = math.inf
-        self._looked_cpu_s = self._pause_s = 0.0  # processor time at the last look, and wall-clock time to the next
-        signal.signal(signal.SIGALRM, self._check)
-
-    def start(self, cpu_s: float, wall_s: float) -> None:
-        """From now on the process may use that much processor time and time in all; both 0: as much as it likes."""
-        self._has_interrupted = False
-        self._end_cpu_s = time.process_time() + (cpu_s or math.inf)
-        self._end_s = time.monotonic() + (wall_s or math.inf)
-        self._is_judging = True
-        if cpu_s:
-            self._look_again(cpu_s)
-
-    def stop(self) -> bool:
-        """No more interruptions; returns whether there was one since the start."""
-        self._is_judging = False
-        return self._has_interrupted
-
-    def _look_again(self, after_s: float) -> None:
-        self._looked_cpu_s, self._pause_s = time.process_time(), max(after_s, _SHORTEST_PAUSE_S)
-        signal.setitimer(signal.ITIMER_REAL, min(self._pause_s, max(self._end_s - time.monotonic(), _SHORTEST_PAUSE_S)))
-
-    def _check(self, signum: int, frame: FrameType | None) -> None:
-        if not self._is_judging or self._end_cpu_s == math.inf:  # an alarm of the answer before
-            return
-        now_cpu_s = time.process_time()
-        if now_cpu_s < self._end_cpu_s and time.monotonic() < self._end_s:
-            # Looking takes time as well: at an answer that is asleep, less and less often.
-            is_asleep = now_cpu_s - self._looked_cpu_s < self._pause_s / 2
-            self._look_again(2 * self._pause_s if is_asleep else self._end_cpu_s - now_cpu_s)
-            return
-        # Again, but not at once: the first is on its way to where it is caught, and a second must not overtake it.
-        self._end_cpu_s, self._end_s = now_cpu_s + _INSIST_S, math.inf
-        self._has_interrupted = True
-        self._look_again(_INSIST_S)
-        raise Interrupted
