@@ -182,10 +182,11 @@ def test_once_the_usual_time_is_known_others_hardly_wait_for_what_hangs(function
 @pytest.mark.parametrize(("behaviour", "is_kept"), [("hang", True), ("hang elsewhere", False), ("hang in C", False)])
 def test_a_worker_is_kept_when_its_answer_was_interrupted_in_code_that_may_be(behaviour: str, is_kept: bool) -> None:
     async def body(pool: VerifierPool) -> tuple[set[Verdict], Verdict, Verdict]:
-        others = await asyncio.gather(*[pool.verify(*ECHO) for _ in range(20)])
-        hanging = asyncio.create_task(pool.verify(behaviour, "", {}))
-        others += await asyncio.gather(*[pool.verify(*ECHO) for _ in range(200)])
-        return set(others), await hanging, await pool.verify("interrupted before", "", {})
+        await asyncio.gather(*[pool.verify(*ECHO) for _ in range(20)])
+        answers = [(behaviour, "", {}) if k == 100 else ECHO for k in range(200)]
+        verdicts = await asyncio.gather(*[pool.verify(*answer) for answer in answers])
+        hanging = verdicts.pop(100)
+        return set(verdicts), hanging, await pool.verify("interrupted before", "", {})
 
     after = Verdict.CORRECT if is_kept else Verdict.WRONG
     assert in_pool(body, INTERRUPTIBLE, timeout_s=2.0) == ({Verdict.CORRECT}, Verdict.TIMED_OUT, after)

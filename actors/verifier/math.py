@@ -18,7 +18,7 @@ _MAX_COMPARED = 100_000  # characters of an answer that is looked at at all
 # Code in which an answer may be interrupted anywhere: what outlives the answer there, caches of finished results, is
 # written in one step. Not sympy: its objects would remember facts that were being found out as unknown.
 INTERRUPTIBLE = (
-    *("actors.verifier", "mpmath", "pylatexenc"),
+    *("mpmath", "pylatexenc"),
     *("abc", "collections", "contextlib", "dataclasses", "enum", "fractions", "json", "numbers", "random", "re"),
 )
 # Typical answers by the heavy module that they need, for warm_up.

@@ -19,15 +19,12 @@ class Verifier:
     warm_up: Callable[[str], None]  # called in the template with a heavy module that it has just loaded
     interruptible: tuple[str, ...]  # INTERRUPTIBLE: packages whose code may be interrupted anywhere and used again
 
-    def may_be_interrupted_in(self, module: str) -> bool:
-        return any(module == name or module.startswith(name + ".") for name in self.interruptible)
-
-    def survives(self, trace: TracebackType | None, outside: str) -> bool:
-        """Whether an exception that came up through `trace` passed only through code that may be interrupted, and
-        through the module `outside`."""
+    def survives(self, trace: TracebackType | None) -> bool:
+        """Whether an exception that came up through `trace` passed only through code that may be interrupted."""
+        packages = (__package__, *self.interruptible)
         while trace is not None:
             module = str(trace.tb_frame.f_globals.get("__name__", ""))
-            if module != outside and not self.may_be_interrupted_in(module):
+            if not any(module == package or module.startswith(f"{package}.") for package in packages):
                 return False
             trace = trace.tb_next
         return True
