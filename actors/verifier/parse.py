@@ -10,21 +10,16 @@
     term    factor (("*" | "/" | "mod" | nothing) factor)*
     factor  primary ("^" exponent | "!" | "%" | degree | prime | subscript)*
 
-Whatever is not in this grammar raises ParseError; the caller then compares it as text.
+From `ratio` on the module terms reads. Whatever is not in this grammar raises ParseError; the caller then compares it
+as text.
 """
 
-from fractions import Fraction
-
-from actors.verifier.build import apply_function, flat, in_base, magnitude_and_unit, named_point, product, structured
-from actors.verifier.conditions import described, joined
-from actors.verifier.cursor import Cursor
-from actors.verifier.matrices import determinant
-from actors.verifier.tokens import ParseError, Token, repeating_decimal, tokenize
+from actors.verifier.build import flat, magnitude_and_unit, named_point, product, structured
+from actors.verifier.conditions import joined
+from actors.verifier.terms import SEPARATORS, ExpressionParser
+from actors.verifier.tokens import ParseError, Token, tokenize
 from actors.verifier.tree import (
-    ZERO,
     Apply,
-    Constant,
-    Matrix,
     Node,
     Number,
     Quantity,
@@ -34,38 +29,12 @@ from actors.verifier.tree import (
     Text,
     depth,
     is_constant,
-    negate,
-    replace,
     symbols,
 )
-from actors.verifier.vocabulary import CONSTANT_NAMES, NUMBER_SETS
+from actors.verifier.vocabulary import NUMBER_SETS
 
 MAX_DEPTH = 100  # of the tree
-_CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
-_CLOSING = {"|": "|", "⌊": "⌋", "⌈": "⌉", "<": ">"}
-_PRIMARY = frozenset(
-    [
-        "sym",
-        "const",
-        "letter",
-        "func",
-        "group",
-        "frac",
-        "root",
-        "binom",
-        "overline",
-        "matrix",
-        "series",
-        "numbers",
-        "mark",
-        "lim",
-        "empty",
-    ]
-)
-_ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
 _CONNECTIVES = {"∪": "or", "∨": "or", "∧": "and"}
-_CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
-_SEPARATORS = frozenset({"comma", "and"})
 
 
 def parse(latex: str) -> Node:
@@ -87,17 +56,6 @@ def _parse_all(tokens: tuple[Token, ...]) -> Node:
     return node
 
 
-def _signed(sign: str, node: Node) -> Node:
-    match sign:
-        case "-":
-            return negate(node)
-        case "±":
-            return Apply("pm", (node,))
-        case "∓":
-            return Apply("mp", (node,))
-    return node
-
-
 def _number_set(node: Node) -> Node:
     """After "in" a plain R or Z is the set of numbers."""
     if isinstance(node, Symbol) and node.name in NUMBER_SETS:
@@ -105,27 +63,25 @@ def _number_set(node: Node) -> Node:
     return node
 
 
-class _Parser(Cursor):
-    """A cursor over one token list; nested lists (arguments, groups) get a parser of their own."""
+class _Parser(ExpressionParser):
+    """Reads lists, relations and units; nested lists (arguments, groups) get a parser of their own."""
 
-    def __init__(self, tokens: tuple[Token, ...]) -> None:
-        super().__init__(tokens)
-        self._open_bars = 0
-        self._is_describing = False
+    def nested(self, tokens: tuple[Token, ...]) -> Node:
+        return _parse_all(tokens)
 
     def answer(self) -> Node:
-        groups = [self._list()]
+        groups = [self.items()]
         while self.accept("semi"):
             if self.peek() is not None:
-                groups.append(self._list())
+                groups.append(self.items())
         if len(groups) == 1:
             items = groups[0]
             return items[0] if len(items) == 1 else Sequence("", tuple(items))
         return Sequence("", tuple(g[0] if len(g) == 1 else Sequence("", tuple(g)) for g in groups))
 
-    def _list(self) -> list[Node]:
+    def items(self) -> list[Node]:
         items, connectors, is_formula = [self._item()], set[str](), False
-        while self.at("comma") or self.at("and") or self.at("op", "∪") or self._at_membership():
+        while self.at("comma") or self.at("and") or self.at("op", "∪") or self.at_membership():
             while (token := self.accept("comma") or self.accept("and") or self.accept("op", "∪")) is not None:
                 connectors.add(_CONNECTIVES.get(token.text, token.text))
                 is_formula = is_formula or token.text in "∧∨"
@@ -138,21 +94,14 @@ class _Parser(Cursor):
             raise ParseError("a formula of logic")
         return joined(items, connectors) if len(items) > 1 else items
 
-    def _at_membership(self) -> bool:
-        """Whether (k in Z) follows, which is no factor."""
-        if not self.at("open", "("):
-            return False
-        name, relation = self.peek(1), self.peek(2)
-        return name is not None and name.kind == "sym" and relation == Token("rel", "∈")
-
     def _item(self) -> Node:
         if self.at("word"):
             return self._worded_item()
-        sides, operators = [self._side()], []
+        sides, operators = [self.side()], []
         while self.at("rel") or (self.at("word", "in") and self._is_bracket(self.peek(1))):
             token = self.take()
             operators.append("∈" if token.kind == "word" else token.text)
-            sides.append(self._side())
+            sides.append(self.side())
         if not operators:
             return named_point(sides[0])
         match sides[-1]:
@@ -177,21 +126,21 @@ class _Parser(Cursor):
             words.append(token.text)
         if self.at("rel", "=", "≈") or self.at("op", ":"):
             self.take()
-            return Relation(("=",), (Symbol(" ".join(words)), self._side()))
-        while (token := self.peek()) is not None and token.kind not in (*_SEPARATORS, "semi", "close"):
+            return Relation(("=",), (Symbol(" ".join(words)), self.side()))
+        while (token := self.peek()) is not None and token.kind not in (*SEPARATORS, "semi", "close"):
             if token.kind not in ("word", "letter", "num", "sym", "const"):
                 raise ParseError("a formula among words")
             words.append(self.take().text)
         return Text(" ".join(words))
 
-    def _side(self) -> Node:
-        node = self._ratio()
+    def side(self) -> Node:
+        node = self.ratio()
         if self.at("op", "∪") and is_constant(node):  # between x < 1 and x > 3: "or"
             return node
         while self.at("op", "∪", "∩", "∖") or (isinstance(node, Sequence) and self.at("sym", "U")):
             sign = self.take().text
             function = {"∩": "intersection", "∖": "setminus"}.get(sign, "union")
-            node = Apply(function, (node, self._ratio()))
+            node = Apply(function, (node, self.ratio()))
         if self.at("word") or self.at("letter") or self.at("degree"):
             node = self._with_unit(node)
         modulus = self.accept("pmod")
@@ -213,296 +162,3 @@ class _Parser(Cursor):
         if factor != 1:
             node = product(Number(factor), node)
         return Quantity(node, unit) if unit else node
-
-    def _ratio(self) -> Node:
-        parts = [self._sum()]
-        while not self._is_describing and self.accept("op", ":"):
-            parts.append(self._sum())
-        return parts[0] if len(parts) == 1 else Apply("ratio", tuple(parts))
-
-    def _sum(self) -> Node:
-        terms: list[Node] = []
-        while True:
-            if terms and not self.at("op", "+", "-", "±", "∓"):
-                break
-            signs: list[str] = []
-            while (sign := self.accept("op", "+", "-", "±", "∓")) is not None:
-                signs.append(sign.text)
-            node = self._term()
-            if terms and signs == ["-"] and isinstance(node, Sequence) and node.brackets == "{}":
-                terms = [Apply("setminus", (terms[0] if len(terms) == 1 else Apply("+", tuple(terms)), node))]
-                continue
-            for text in reversed(signs):
-                node = _signed(text, node)
-            terms.append(node)
-        return terms[0] if len(terms) == 1 else Apply("+", tuple(terms))
-
-    def _term(self) -> Node:
-        node = self._factor()
-        while True:
-            if self.accept("op", "*"):
-                node = product(node, self._signed_factor())
-            elif self.at("op", "/") and not self._is_unit(self.peek(1)):
-                self.take()
-                node = Apply("/", (node, self._signed_factor()))
-            elif self.accept("op", "mod"):
-                node = Apply("mod", (node, self._signed_factor()))
-            elif self.accept("op", "choose"):
-                node = Apply("binomial", (node, self._factor()))
-            elif self._starts_factor(node):
-                node = product(node, self._factor())
-            else:
-                return node
-
-    @staticmethod
-    def _is_unit(token: Token | None) -> bool:
-        return token is not None and token.kind in ("word", "letter")
-
-    def _starts_factor(self, left: Node) -> bool:
-        """Whether the next token continues a product without a sign."""
-        token = self.peek()
-        if token is None:
-            return False
-        if token.kind == "open":
-            return token.text in "([⌊⌈|" and not isinstance(left, Sequence) and not self._at_membership()
-        if token.kind == "bar":
-            return self._open_bars == 0
-        if token.kind == "letter" and not isinstance(left, Sequence):  # after a number a letter of a text is its unit
-            return token.text in CONSTANT_NAMES or bool(symbols(left))
-        if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
-            return not isinstance(left, Number | Sequence)
-        if token.kind == "num" and not isinstance(left, Number | Sequence):  # n2^{n-1}, 2!3!; x2 is open to doubt
-            is_factorial = isinstance(left, Apply) and left.function == "!"
-            return is_factorial or self.peek(1) in (Token("op", "^"), Token("op", "!"))
-        return token.kind in _PRIMARY
-
-    def _signed_factor(self) -> Node:
-        if self.accept("op", "-"):
-            return negate(self._signed_factor())
-        self.accept("op", "+")
-        return self._factor()
-
-    def _factor(self) -> Node:
-        node = self._primary()
-        while True:
-            if self.accept("op", "!"):
-                if self.at("op", "!"):
-                    raise ParseError("double factorial")
-                node = Apply("!", (node,))
-            elif self.accept("op", "%"):
-                node = Apply("percent", (node,))
-            elif self.accept("degree"):
-                node = Apply("degree", (node,))
-            elif self.at("op", "'") and isinstance(node, Symbol):
-                node = Symbol(node.name + self.take().text)
-            elif self.accept("op", "_"):
-                node = self._subscripted(node)
-            elif self.accept("op", "^"):
-                node = self._raised(node)
-            else:
-                return self._called(node)
-
-    def _subscripted(self, node: Node) -> Node:
-        subscript = flat((self.take(),)).strip("()")
-        if isinstance(node, Symbol):
-            return Symbol(f"{node.name}_{subscript}")
-        before = self.tokens[self.position - 3]
-        if isinstance(node, Number) and before.kind == "num" and before.text.isdigit():
-            return in_base(before.text, subscript.removeprefix("base"))
-        raise ParseError("subscript")
-
-    def _raised(self, node: Node) -> Node:
-        token = self.take()
-        if token.kind == "group":
-            inside = token.parts[0]
-            if inside and all(t.kind == "op" and t.text == "'" for t in inside) and isinstance(node, Symbol):
-                return Symbol(node.name + "'" * len(inside))
-            if isinstance(node, Symbol) and node.name in _CALLABLE and flat(inside) == "-1" and self.at("open", "("):
-                return Symbol(node.name + "^-1")
-            if len(inside) == 1 and inside[0] == Token("op", "°"):
-                return Apply("degree", (node,))
-            return Apply("^", (node, _parse_all(inside)))
-        if token == Token("op", "°"):
-            return Apply("degree", (node,))
-        if token.kind == "op" and token.text in "+-":
-            exponent = self._signed_factor()
-            return Apply("^", (node, negate(exponent) if token.text == "-" else exponent))
-        if token.kind == "op" and token.text == "*" and isinstance(node, Symbol):
-            return Symbol(node.name + "*")
-        self.position -= 1
-        exponent = self._primary()
-        if self.accept("op", "^"):
-            exponent = self._raised(exponent)
-        return Apply("^", (node, exponent))
-
-    def _called(self, node: Node) -> Node:
-        """f(x+1), and y(t) for any letter before a single letter in brackets."""
-        if not isinstance(node, Symbol) or not self.at("open", "("):
-            return node
-        inner, after = self.peek(1), self.peek(2)
-        if node.name == "P" and [t.kind for t in self.tokens[self.position :][:5]] == _CONDITIONAL:
-            inside = [self.take().text for _ in _CONDITIONAL]
-            return Symbol(node.name + "".join(inside))
-        is_single = inner is not None and inner.kind == "sym" and after == Token("close", ")")
-        if node.name[0] not in _CALLABLE and not is_single:
-            return node
-        self.take()
-        arguments = self._list()
-        if not self.accept("close", ")"):
-            raise ParseError("unclosed call")
-        return Apply(f"call:{node.name}", tuple(arguments))
-
-    def _primary(self) -> Node:
-        token = self.take()
-        match token.kind:
-            case "num":
-                return self._number(token)
-            case "sym":
-                return Symbol(token.text)
-            case "letter":
-                name = token.text
-                return Constant(CONSTANT_NAMES[name]) if name in CONSTANT_NAMES else Symbol(name)
-            case "const":
-                return Constant(token.text)
-            case "func":
-                return self._function(token.text, _parse_all(token.parts[0]) if token.parts else None)
-            case "group":
-                return _parse_all(token.parts[0])
-            case "open":
-                return self._bracketed(token.text)
-            case "bar":
-                return self._absolute()
-            case "series":
-                return self._series(token.text)
-            case "lim":
-                self.accept("op", "_")
-                return Apply(f"call:lim {flat((self.take(),))}", (self._term(),))
-            case "opaque":
-                return self._opaque(token.text)
-            case "mark":
-                return self._marked(token.text)
-        return structured(token, _parse_all)
-
-    def _marked(self, mark: str) -> Node:
-        """An angle or a triangle; of an angle the middle letter counts, not the direction."""
-        named = self._term()
-        if mark == "angle" and isinstance(named, Symbol):
-            named = Symbol(min(named.name, named.name[::-1]))
-        return Apply(f"call:{mark}", (named,))
-
-    def _opaque(self, name: str) -> Node:
-        """An integral: not worked out, but equal to itself and the name of its value in an equation."""
-        consumed = []
-        while (token := self.peek()) is not None and token.kind not in ("rel", "semi", "close", *_SEPARATORS):
-            consumed.append(self.take())
-        return Apply(f"call:{name} {flat(tuple(consumed))}", (ZERO,))
-
-    def _number(self, token: Token) -> Node:
-        assert token.value is not None
-        after = self.peek()
-        is_integer = token.text.isdigit()
-        if after is not None and after.kind == "overline" and "." in token.text:
-            period = flat(after.parts[0])
-            if not period.isdigit():
-                raise ParseError("repeating digits")
-            self.take()
-            return Number(repeating_decimal(token.text, period))
-        if is_integer and after is not None and after.kind == "frac":
-            top, bottom = (flat(part) for part in after.parts)
-            if top.isdigit() and bottom.isdigit() and int(top) < int(bottom):
-                self.take()
-                return Number(token.value + Fraction(int(top), int(bottom)))
-        return Number(token.value, token.digits)
-
-    def _bracketed(self, opening: str) -> Node:
-        if opening == "|":
-            return self._absolute()
-        if opening == "{" and self.accept("close", "}"):
-            return Sequence("{}", ())
-        # Within \\{x | x > 0\\} a bar is no absolute value, and within \\{x : x > 0\\} a colon no ratio.
-        saved = self._open_bars, self._is_describing
-        self._open_bars = int(opening == "{")
-        self._is_describing = opening == "{" and any(token.kind == "rel" for token in self.tokens[self.position :])
-        groups = [self._list()]
-        while self.accept("semi"):
-            groups.append(self._list())
-        if len(groups) > 1 and any(len(group) > 1 for group in groups):
-            raise ParseError("commas and semicolons")
-        items = [item for group in groups for item in group]
-        is_described = opening == "{" and (self.accept("bar") or self.accept("op", ":")) is not None
-        conditions = self._list() if is_described else []
-        self._open_bars, self._is_describing = saved
-        closing = self.take()
-        if closing.kind != "close":
-            raise ParseError(f"{closing.text} within {opening}")
-        if conditions:
-            return described(items, conditions)
-        pair = opening + closing.text
-        if len(items) == 1 and pair in ("()", "[]"):
-            return items[0]
-        match pair:
-            case "⌊⌋" | "⌈⌉" if len(items) == 1:
-                return Apply("floor" if opening == "⌊" else "ceil", (items[0],))
-            case "<>":
-                return Sequence("()", tuple(items))
-            case "()" | "[]" | "{}":
-                return Sequence(pair, tuple(items))
-            case "[)" | "(]" if len(items) == 2:
-                return Sequence(pair, tuple(items))
-        raise ParseError(f"brackets {pair} around {len(items)} items")
-
-    def _absolute(self) -> Node:
-        self._open_bars += 1
-        node = self._side()
-        self._open_bars -= 1
-        if not self.accept("bar") and not self.accept("close", "|"):
-            raise ParseError("unclosed |")
-        return determinant(node) if isinstance(node, Matrix) else Apply("abs", (node,))
-
-    def _series(self, function: str) -> Node:
-        if not self.accept("op", "_"):
-            raise ParseError("series without bounds")
-        start = _parse_all(self.take().parts[0])
-        if not self.accept("op", "^") or not isinstance(start, Relation) or start.operators != ("=",):
-            raise ParseError("series without bounds")
-        end = self._primary()
-        variable, term = start.sides[0], self._term()
-        if isinstance(variable, Constant):  # i as an index is not the imaginary unit
-            index = Symbol(f"index {variable.name}")
-            variable, term = index, replace(term, variable, index)
-        return Apply(function, (variable, start.sides[1], end, term))
-
-    def _function(self, name: str, base: Node | None) -> Node:
-        """`base`: the index of a root, which stands before its argument as the base of a logarithm does."""
-        if name in ("max", "min") and self.at("rel"):
-            return Symbol(name)
-        power: Node | None = None
-        while self.at("op", "^", "_"):
-            if self.take().text == "_":
-                base = self._primary()
-            else:
-                power = self._power()
-        arguments = self._arguments()
-        if power == Number(Fraction(-1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
-            name, power = f"arc{name}", None
-        node = apply_function(name, base, arguments)
-        return Apply("^", (node, power)) if power is not None else node
-
-    def _power(self) -> Node:
-        """The exponent of \\sin^2."""
-        raised = self._raised(Symbol(""))
-        if not isinstance(raised, Apply) or raised.function != "^":
-            raise ParseError("a function to the power of a sign")
-        return raised.arguments[1]
-
-    def _arguments(self) -> list[Node]:
-        if self.at("open", "("):
-            node = self._primary()
-            return list(node.items) if isinstance(node, Sequence) and node.brackets == "()" else [node]
-        if self.at("open"):
-            node = self._primary()
-            return list(node.items) if isinstance(node, Sequence) else [node]
-        node = negate(self._factor()) if self.accept("op", "-") else self._factor()
-        while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
-            node = product(node, self._factor())
-        return [node]
