@@ -415,7 +415,16 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     (r"-2 \le x \le 5", "[-2,5]", r"x\in[-2,5]", r"-2 \leq x \leq 5"),
     (r"1 \le |z| \le \frac32", r"\left[-\frac32,-1\right]\cup\left[1,\frac32\right]"),
     ("f(2) < f(1) < f(4)", "f(4) > f(1) > f(2)"),
-    (r"\mathbb{R}", "ℝ", r"(-\infty,\infty)", "all real numbers", r"x \in \mathbb{R}", r"\text{all real numbers}"),
+    (
+        r"\mathbb{R}",
+        "ℝ",
+        r"-\infty < x < \infty",
+        r"x < \infty",
+        r"(-\infty,\infty)",
+        "all real numbers",
+        r"x \in \mathbb{R}",
+        r"\text{all real numbers}",
+    ),
     (r"\emptyset", "∅", r"\varnothing", r"\{\}", "no solution", r"\text{No solution}", "There are no real solutions."),
     ("F_n = \\sum_{k=0}^{n-1} F_k F_{n-k-1}", r"F_{n}=\sum_{k=0}^{n-1}F_{n-k-1}F_{k}"),
     # intervals and unions
@@ -635,6 +644,25 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     ("y = 5x^2", "f(x) = 5x^2", "y=5x^2"),
     (r"\int_0^1 x\,dx = \frac{1}{17}", r"\frac{1}{17}", "1/17"),
     (r"\mathrm{lcm}(4,15)", "60.0", r"\operatorname{lcm}(4,15)"),
+    (r"\frac{mg}{17k}", r"\frac{gm}{17k}", r"\frac{1}{17}\frac{mg}{k}"),
+    (r"\frac{2mg}{17}", r"\frac{2}{17} mg", r"\frac{2 m g}{17}"),
+    (r"\frac{GMm}{17}", r"G\frac{mM}{17}"),
+    (r"\text{(B) } 871", "871", r"\text{B. } 871", r"\text{B}. 871", r"\approx 871", "≈871"),
+    ("|x-1| < 17", "-16 < x < 18", "(-16,18)", "|1-x| < 17"),
+    (r"|1-2x| \ge 17", r"(-\infty,-8]\cup[9,\infty)"),
+    (r"17 < x < \infty", r"(17,\infty)", r"\infty > x > 17", "for all x > 17", r"\text{all } x > 17"),
+    (r"\cosh x - \sinh x", "e^{-x}", r"\cosh^2 x - \sinh^2 x - 1 + e^{-x}"),
+    (r"(x+1)^6-x^6-6x^5-15x^4-20x^3-15x^2-6x+874", "875"),
+    (r"\operatorname{sech}^2 x", r"\frac{1}{\cosh^2 x}", r"\text{sech}^2(x)", r"1-\tanh^2 x"),
+    (r"\sec^{-1} 2", r"\frac{\pi}{3}", r"\operatorname{arcsec} 2"),
+    (r"\csc^{-1} 2", r"\frac{\pi}{6}"),
+    (r"\coth^{-1} 2", r"\frac{\ln 3}{2}"),
+    (r"\sin x e^{17x}", r"e^{17x}\sin x"),
+    ("u(x,t) = 17xt", "17xt", "u(x,t)=17tx"),
+    ("(17,2)^T", r"\begin{pmatrix}17\\2\end{pmatrix}", r"\begin{pmatrix}17&2\end{pmatrix}^\top", "(17,2)"),
+    (r"874 \mathrm{~kg} \cdot \mathrm{m}^2", "874", r"874\text{ kg m}^2"),
+    (r"872 \mathrm{J}", "872", r"872\text{ J}"),
+    (r"873 \text{ N m}^2/\text{kg}^2", "873"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
@@ -943,6 +971,18 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     ("5m", "5n"),
     ("1,2,3", "1,2,4"),
     (r"\sum_{k=1}^n k", r"\sum_{k=1}^{n} k^2"),
+    (r"\sec^{-1} 2", r"\cos 2"),
+    (r"\coth^{-1} x", r"\tanh x"),
+    (r"\cosh x - \sinh x", "e^{x}"),
+    (r"\cosh x - \sinh x", "0"),
+    ("|x-1| < 2", "(-3,1)"),
+    (r"\infty < x", r"\mathbb{R}"),
+    ("5 mg", "5 kg"),
+    (r"5\mathrm{J}", "5 N"),
+    (r"2\mathrm{x}", "2"),
+    ("(1,2)^T", "(2,1)"),
+    (r"\text{B} 12", "B"),
+    (r"\text{(B) } + 12", "B"),
 )
 
 RESPONSES: tuple[tuple[str, str, str | None], ...] = (
@@ -993,4 +1033,5 @@ RESPONSES: tuple[tuple[str, str, str | None], ...] = (
     ("The value is at least 5", "anywhere", None),
     ("Final Answer: The final answer is $(0, 1)$. I hope it is correct.", "anywhere", "$(0, 1)$"),
     ("$3+2$", "anywhere", "$3+2$"),
+    ("The correct option is C.", "anywhere", "C"),
 )

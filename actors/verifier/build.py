@@ -6,8 +6,16 @@ from fractions import Fraction
 
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token
-from actors.verifier.tree import INFINITY, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol, negate
+from actors.verifier.tree import INFINITY, ONE, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol, negate
 from actors.verifier.vocabulary import ADJECTIVES, MAGNITUDES, NOT_UNITS, UNITS
+
+# Functions that are 1 over another one, and those that are another one of 1/x.
+_RECIPROCALS = {"coth": "tanh", "sech": "cosh", "csch": "sinh"}
+_AT_RECIPROCALS = {
+    **{"arcsec": "arccos", "arccsc": "arcsin"},
+    **{"arccoth": "arctanh", "arcsech": "arccosh", "arccsch": "arcsinh"},
+}
+INVERTIBLE = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", *_RECIPROCALS})
 
 
 def flat(tokens: tuple[Token, ...]) -> str:
@@ -45,8 +53,10 @@ def apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:
             return Apply("root", (x, base or Number(Fraction(2 if name == "sqrt" else 3))))
         case "factorial", [x]:
             return Apply("!", (x,))
-        case "coth", [x]:
-            return Apply("/", (Number(Fraction(1)), Apply("tanh", (x,))))
+        case _, [x] if name in _RECIPROCALS:
+            return Apply("/", (ONE, Apply(_RECIPROCALS[name], (x,))))
+        case _, [x] if name in _AT_RECIPROCALS:
+            return Apply(_AT_RECIPROCALS[name], (Apply("/", (ONE, x)),))
         case "det", [Matrix() as matrix]:
             return determinant(matrix)
         case (("max" | "min" | "gcd" | "lcm"), [_, *_]):
@@ -92,7 +102,9 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
             spelled = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
             unit += ("" if not unit or unit.endswith("/") else " ") + spelled + power
             power = ""
-        elif word in ("^", "/", "*", "2", "3", "-1", "-2"):
+        elif word == "*":  # kg m^2 and kg \cdot m^2
+            continue
+        elif word in ("^", "/", "2", "3", "-1", "-2"):
             unit += word
         else:
             raise ParseError(f"{word} in a unit")

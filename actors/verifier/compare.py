@@ -14,6 +14,7 @@ from actors.verifier.tree import Node, Number
 # "The answer is", "Therefore,": what comes before the answer itself.
 _PREFIX = re.compile(
     r"^[\s*_#>]*(?:\\text\{\s*)?(?:(?:the\s+)?(?:final\s+)?(?:answer|ans\.?)(?![a-z])[\s*_]*(?:is|:|=)?[*_]*"
+    r"|(?:for\s+)?all(?=[\s}~]*[a-z]\s*(?:[<>]|\\(?:[gl]eq?|neq?|[gl]t)(?![a-z])))"  # "all x > 3"
     r"|(?:therefore|thus|hence|so)(?:,|\b(?=\s))|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-z]))"
     r"\s*(?:\}\s*)?(?=[^\s}])",
     re.IGNORECASE,
@@ -23,6 +24,8 @@ _CHOICE_NAME = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?\s*([A-J])\s*\)?\s*(?:[.)]|:(?![A-Z]))\s*(\S.*)$|^\(([A-J])\)\s*(\S.*)$", re.DOTALL)
+# A label alone in braces, as \text{(B) } 12 leaves it once the macro is gone.
+_BRACED_LABEL = re.compile(r"^\{\s*(\(?[A-J]\)?[.):]?)\s*\}")
 # What makes of "(A) or (C)" and of "A. 3 B. 4" more than one choice, and of "(A) + 1" a formula.
 _MORE_CHOICES = re.compile(
     r"(?:and|or)\b|[,;&/!+*^=<>_|]|\\(?:cup|cap|cdot|times|to)\b|\W*$|\(?[A-J]\)?$|.*(?:(?<!\w)\([A-J]\)|(?<![\w(])[A-J][.):](?=\s|$))"
@@ -39,6 +42,12 @@ _WORDY = re.compile(r"[A-Za-z',.;-]*[A-Za-z]{3}[A-Za-z',.;-]*")
 _HEX = re.compile(r"([0-9A-F]+)_\{?(1[1-6])\}?", re.IGNORECASE)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}([/-])\d{1,2}\1\d{4}")
 _ZERO_GROUP = re.compile(r"\d,0\d\d(?!\d)")  # 1,000 is no list of 1 and 0
+# Runs like mg that are products of variables where no number stands before them, or more of a formula after them.
+_LETTERS_OF_UNIT = re.compile(
+    r"(?<![A-Za-z\\])(?<!\\text\{)(?<!\\mathrm\{)(?:(?<!\d)(?<!\d\s)|(?!..$))"
+    r"(?:[mkc]m|[mk]g|ml|hr|ft|lb|yr)(?![A-Za-z])",
+    re.IGNORECASE,
+)
 _LOG = re.compile(r"\\?log(?!\s*_)(?![a-z])")
 _LAST_CLAUSE = re.compile(r"([A-Za-z',\s\d.]*)\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
 _DENIED_NUMBER = re.compile(r"\bnot\s+(?:it's\s+not\s+)?-?[\d.]+")
@@ -135,7 +144,8 @@ def _choice_equal(a: str, b: str) -> bool | None:
 
 def _split_label(text: str) -> tuple[str, str] | None:
     """(letter, content) of one choice that is given with its content."""
-    plain = _TEXT_MACRO.sub("", text).replace("{(", "(").replace(")}", ")")
+    plain = _BRACED_LABEL.sub(r"\1 ", _TEXT_MACRO.sub("", text))
+    plain = plain.replace("{(", "(").replace(")}", ")")
     grouped = _GROUPED.fullmatch(plain)
     found = _CHOICE.match(grouped.group(1) if grouped else plain)
     if found is None:
@@ -148,8 +158,8 @@ def _split_label(text: str) -> tuple[str, str] | None:
 def _readings(text: str) -> tuple[Node, ...]:
     """The trees that a text can stand for.
 
-    More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; (A) 5 is
-    a choice with its label.
+    More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; mg is a
+    unit or m times g; (A) 5 is a choice with its label.
     """
     if _DATE.fullmatch(_TEXT_MACRO.sub("", text).strip("{} ")):  # no difference or quotient
         return ()
@@ -162,6 +172,8 @@ def _readings(text: str) -> tuple[Node, ...]:
     spellings = dict.fromkeys((joined, joined if _ZERO_GROUP.search(text) else text))
     if _LOG.search(text):
         spellings |= dict.fromkeys(_LOG.sub(r"\\log_{10}", spelling) for spelling in list(spellings))
+    if _LETTERS_OF_UNIT.search(joined):
+        spellings[_LETTERS_OF_UNIT.sub(lambda run: " ".join(run.group()), joined)] = None
     if label := _split_label(text):
         spellings[label[1]] = None
     trees = [tree for spelling in spellings if (tree := _try_parse(spelling)) is not None]

@@ -14,7 +14,7 @@ _CONNECTING_GAP = re.compile(
 _ANSWER_LINE = re.compile(r"^[ \t*#>_]*(?:final[ \t]+)?answer[ \t*_]*[:=][ \t*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _PHRASE = re.compile(
-    r"\b(?:final\s+answer|answer)\**\s*(?:(?:is|are|equals|:|=)\s*)+(?:indeed|thus|therefore|simply)?\s*"
+    r"\b(?:final\s+answer|answer|correct\s+(?:option|choice))\**\s*(?:(?:is|are|equals|:|=)\s*)+(?:indeed|thus|therefore|simply)?\s*"
     r"|\banswer\s+(?=\$|\\\(|\\\[)|\bfinal:\s*",
     re.IGNORECASE,
 )

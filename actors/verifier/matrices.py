@@ -1,9 +1,9 @@
-"""Arithmetic of matrices of trees: sums, products and small determinants are worked out entry by entry."""
+"""Arithmetic of matrices of trees: sums, products, transposes and small determinants are worked out entry by entry."""
 
 from fractions import Fraction
 from itertools import permutations
 
-from actors.verifier.tree import Apply, Matrix, Node, Number, Sequence, negate
+from actors.verifier.tree import Apply, Matrix, Node, Number, Sequence, Symbol, negate
 
 _MAX_ORDER = 5
 
@@ -24,7 +24,7 @@ def determinant(matrix: Node) -> Node:
 
 
 def simplify_matrices(node: Node) -> Node:
-    """The tree with sums and products of matrices (and of numbers with matrices) carried out."""
+    """The tree with sums, products and transposes of matrices (and products of numbers with matrices) carried out."""
     match node:
         case Apply():
             arguments = tuple(simplify_matrices(argument) for argument in node.arguments)
@@ -35,6 +35,11 @@ def simplify_matrices(node: Node) -> Node:
 
 
 def _apply(node: Apply) -> Node:
+    match node:
+        case Apply(function="^", arguments=(Matrix(rows=rows), Symbol(name="T"))):
+            return Matrix(tuple(zip(*rows, strict=True)))
+        case Apply(function="^", arguments=(Sequence(brackets="()", items=items), Symbol(name="T"))):
+            return Matrix(tuple((item,) for item in items))
     matrices = [a for a in node.arguments if isinstance(a, Matrix)]
     if not matrices:
         return node

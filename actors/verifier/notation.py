@@ -54,7 +54,7 @@ _LAST_WORD = re.compile(r"(?<=[\d}])\s+([a-z]{3,})$")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
-_HEAD = re.compile(r"[:=~]|\\[,;!: ]")
+_HEAD = re.compile(r"[:=~]|\\[,;!: ]|\\approx(?![a-zA-Z])")
 _DEGREES_OF = r"\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\(?:text|mathrm|textrm|rm)\s*)?\{{?\s*{}\s*\}}?$"
 _DEGREES_MINUTES = r"(?<![\w.])(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(\d+(?:\.\d+)?)'"
 _REALS = r"\\mathbb\s*\{?R\}?\s*"

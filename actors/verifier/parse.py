@@ -153,7 +153,8 @@ class _Parser(ExpressionParser):
             raise ParseError("words after an expression")
         pieces: list[str] = []
         while (token := self.peek()) is not None and (
-            token.kind in ("word", "letter", "op", "group", "num") or (token.kind == "sym" and pieces[-1:] == ["/"])
+            token.kind in ("word", "letter", "op", "group", "num")
+            or (token.kind == "sym" and pieces[-1:] in (["/"], ["*"]))
         ):
             if token.kind in ("op", "num") and (token.text == ":" or (token.kind == "num" and pieces[-1] != "^")):
                 raise ParseError("a number after a unit")

@@ -30,6 +30,7 @@ _MAX_DIGITS = 5_000
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.
 _MIN_DIGITS_OF_APPROXIMATION = 10
 _INTEGER_NAMES = frozenset({"k", "m", "n"})
+_LARGE = 5  # from here on differences of exponentials may have lost most of their digits
 _FUNCTIONS_OF_INTEGERS = frozenset({"sum", "product", "!", "binomial", "mod", "gcd", "lcm", "floor", "ceil"})
 
 
@@ -171,13 +172,13 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
         if must_be_one:
             is_same = _close(x, y)
         else:
-            if x == 0 or y == 0:
-                if _close(x, y):
-                    continue
-                return None
-            ratio = x / y if ratio is None else ratio
-            is_same = _close(x / y, ratio)
+            if x == 0 and y == 0:
+                continue
+            ratio = x / y if ratio is None and x != 0 and y != 0 else ratio
+            is_same = x != 0 and y != 0 and _close(x / y, ratio)
         if not is_same:
+            if _cancels(a, point) or _cancels(b, point):
+                continue
             return None
         agreeing += 1
         if agreeing == NUM_POINTS:
@@ -187,6 +188,22 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
 
 def _close(x: Value, y: Value) -> bool:
     return bool(abs(x - y) <= max(abs(x), abs(y)) * load("mpmath").mpf("1e-35") or x == y)
+
+
+def _cancels(node: Node, point: dict[str, Fraction]) -> bool:
+    """Whether variables are so large that few digits of a sum are left, as of cosh x - sinh x."""
+    if all(abs(value) < _LARGE for value in point.values()):
+        return False
+    for part in walk(node):
+        if not isinstance(part, Apply) or part.function != "+":
+            continue
+        try:
+            largest = max(abs(evaluate(term, DIGITS, point)) for term in part.arguments)
+            if abs(evaluate(part, DIGITS, point)) < largest * 1e-15:
+                return True
+        except Undefined:  # a term with the variable of a sum
+            continue
+    return False
 
 
 def _needs_integers(node: Node) -> bool:

@@ -219,28 +219,64 @@ def _solve(relation: Relation) -> list[Interval] | None:
     (atom,) = candidates
     result: list[Interval] | None = None
     for operator, left, right in zip(relation.operators, relation.sides, relation.sides[1:], strict=False):
-        part = _solve_linear(subtract(left, right), operator, atom)
+        is_bound = _is_infinite(left) or _is_infinite(right)
+        part = _bounded_by_infinity(left, operator, right) if is_bound else _solve_linear(left, operator, right, atom)
         if part is None:
             return None
         result = part if result is None else _intersect(result, part)
     if result is not None and isinstance(atom, Apply) and atom.function == "abs":
-        if not isinstance(atom.arguments[0], Symbol):
-            return None
-        return _without_absolute(result)
+        return _preimage(_without_absolute(result), atom.arguments[0])
     return result
 
 
-def _solve_linear(difference: Node, operator: str, atom: Node) -> list[Interval] | None:
-    """Solves difference <operator> 0, where difference is linear in `atom` with constant coefficients."""
-    at = [substitute(difference, atom, Number(Fraction(k))) for k in range(4)]
-    if any(symbols(value) for value in at) or operator not in _FLIPPED:
+def _bounded_by_infinity(left: Node, operator: str, right: Node) -> list[Interval] | None:
+    """-oo < x and x < oo hold for all reals."""
+    low, high = (left, right) if operator in "<≤" else (right, left)
+    is_true = operator in "<≤>≥" and (_is_infinite(low) < 0 or _is_infinite(high) > 0)
+    return [Interval(_MINUS_INFINITY, INFINITY, False, False)] if is_true else None
+
+
+def _line(node: Node, atom: Node) -> tuple[Node, Node] | None:
+    """(slope, value at 0) of what is linear in `atom` with constant coefficients, and not constant."""
+    at = [substitute(node, atom, Number(Fraction(k))) for k in range(4)]
+    if any(symbols(value) for value in at):
         return None
     slope = subtract(at[1], at[0])
     if not scalars_equal(subtract(at[2], at[1]), slope) or not scalars_equal(subtract(at[3], at[2]), slope):
         return None
-    if scalars_equal(slope, ZERO):
+    return None if scalars_equal(slope, ZERO) else (slope, at[0])
+
+
+def _preimage(values: list[Interval], line: Node) -> list[Interval] | None:
+    """The x for which a x + b is in `values`."""
+    names = [n for n in walk(line) if isinstance(n, Symbol)]
+    found = _line(line, names[0]) if is_scalar(line) and len(set(names)) == 1 else None
+    if found is None:
         return None
-    root = Apply("/", (negate(at[0]), slope))
+    slope, offset = found
+    is_rising = is_positive(slope)
+    parts = []
+    for interval in values:
+        low, high = (_root_at(end, slope, offset, is_rising) for end in (interval.low, interval.high))
+        rising = Interval(low, high, interval.has_low, interval.has_high)
+        parts.append(rising if is_rising else Interval(high, low, interval.has_high, interval.has_low))
+    return parts
+
+
+def _root_at(value: Node, slope: Node, offset: Node, is_rising: bool) -> Node:
+    """The x with slope x + offset = value."""
+    if _is_infinite(value):
+        return value if is_rising else _minus(value)
+    return Apply("/", (subtract(value, offset), slope))
+
+
+def _solve_linear(left: Node, operator: str, right: Node, atom: Node) -> list[Interval] | None:
+    """Solves left <operator> right, where the difference is linear in `atom` with constant coefficients."""
+    found = _line(subtract(left, right), atom)
+    if found is None or operator not in _FLIPPED:
+        return None
+    slope, offset = found
+    root = Apply("/", (negate(offset), slope))
     if not is_positive(slope):
         operator = _FLIPPED[operator]
     below = Interval(_MINUS_INFINITY, root, False, operator == "≤")

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from fractions import Fraction
 
-from actors.verifier.build import apply_function, flat, in_base, product, structured
+from actors.verifier.build import INVERTIBLE, apply_function, flat, in_base, product, structured
 from actors.verifier.conditions import described
 from actors.verifier.cursor import Cursor
 from actors.verifier.matrices import determinant
@@ -46,6 +46,7 @@ _PRIMARY = frozenset(
     ]
 )
 _ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
+_EXPONENTIAL = (Token("const", "e"), Token("op", "^"))
 _CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
 
 
@@ -217,13 +218,20 @@ class ExpressionParser(Cursor, ABC):
             inside = [self.take().text for _ in _CONDITIONAL]
             return Symbol(node.name + "".join(inside))
         is_single = inner is not None and inner.kind == "sym" and after == Token("close", ")")
-        if node.name[0] not in _CALLABLE and not is_single:
+        if node.name[0] not in _CALLABLE and not is_single and not self._defines_function():
             return node
         self.take()
         arguments = self.items()
         if not self.accept("close", ")"):
             raise ParseError("unclosed call")
         return Apply(f"call:{node.name}", tuple(arguments))
+
+    def _defines_function(self) -> bool:
+        """Whether (x, t) = follows: u(x, t) = 2xt defines a function and A(1, 2) names a point."""
+        ahead = 1
+        while (token := self.peek(ahead)) is not None and token.kind in ("sym", "comma"):
+            ahead += 1
+        return ahead > 1 and self.peek(ahead) == Token("close", ")") and self.peek(ahead + 1) == Token("rel", "=")
 
     def _primary(self) -> Node:
         token = self.take()
@@ -356,7 +364,7 @@ class ExpressionParser(Cursor, ABC):
             else:
                 power = self._power()
         arguments = self._arguments()
-        if power == Number(Fraction(-1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
+        if power == Number(Fraction(-1)) and name in INVERTIBLE:
             name, power = f"arc{name}", None
         node = apply_function(name, base, arguments)
         return Apply("^", (node, power)) if power is not None else node
@@ -377,5 +385,7 @@ class ExpressionParser(Cursor, ABC):
             return list(node.items) if isinstance(node, Sequence) else [node]
         node = negate(self._factor()) if self.accept("op", "-") else self._factor()
         while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
+            if not isinstance(node, Number) and (token, self.peek(1)) == _EXPONENTIAL:  # sin x e^t is sin(x) e^t
+                break
             node = product(node, self._factor())
         return [node]

@@ -173,7 +173,7 @@ def _from_macro(node: LatexMacroNode) -> tuple[Token, ...]:
 def _from_wrapper(name: str, argument: LatexNode) -> tuple[Token, ...]:
     """\\mathbf{5}, \\mathrm{e}, \\mathbb{R}: the content as it is, except that words stay whole."""
     plain = _plain(argument).replace("~", " ")
-    if re.fullmatch(r"\s+[A-Za-z]", plain):  # 5\mathrm{~m}
+    if re.fullmatch(r"\s+[A-Za-z]", plain) or (name == "mathrm" and plain in words.UNIT_LETTERS):  # 5\mathrm{~m}
         return (Token("letter", plain.strip()),)
     if name == "mathbb" and plain.strip() in words.NUMBER_SETS:
         return (Token("numbers", plain.strip()),)
@@ -197,6 +197,8 @@ def _from_text(content: str) -> tuple[Token, ...]:
         return (Token("comma", ","),) if "," in content else ()
     if re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z]+)+(?:\^?\d)?", stripped):  # \text{m/s}
         return (Token("word", stripped.lower()),)
+    if re.fullmatch(r"[A-Za-z](?:\s+[A-Za-z])+", stripped):  # \text{ N m}
+        return tuple(Token("letter", letter) for letter in stripped.split())
     if re.search("[A-Za-z]{2}", stripped) is None and re.search(r"\d|[A-Za-z]", stripped):
         return _from_chars(stripped) if not re.fullmatch("[A-Za-z]", stripped) else (Token("letter", stripped),)
     tokens: list[Token] = []

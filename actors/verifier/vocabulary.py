@@ -171,6 +171,8 @@ MACROS: dict[str, tuple[str, str]] = {
         "triangle": ("mark", "triangle"),
         "R": ("numbers", "R"),
         "Pr": ("sym", "P"),
+        "top": ("sym", "T"),
+        "intercal": ("sym", "T"),
         "lim": ("lim", "lim"),
         "int": ("opaque", "int"),
     },
@@ -178,10 +180,11 @@ MACROS: dict[str, tuple[str, str]] = {
 NUMBER_SETS = frozenset({*"RZNQC", "Z+"})
 _BOTH = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln")},
-    **{f"arc{name}": f"arc{name}" for name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh")},
+    **{f"arc{name}": f"arc{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")},
+    **{name: name for name in ("coth", "sech", "csch", "arccoth", "arcsech", "arccsch")},
     **{"log": "log", "lg": "lg", "gcd": "gcd", "max": "max", "min": "min", "lcm": "lcm", "det": "det"},
 }
-FUNCTION_NAMES = {**_BOTH, "tg": "tan", "ctg": "cot", "coth": "coth"}
+FUNCTION_NAMES = {**_BOTH, "tg": "tan", "ctg": "cot"}
 PLAIN_FUNCTIONS = {
     **_BOTH,
     **{"sqrt": "sqrt", "abs": "abs", "floor": "floor", "ceil": "ceil", "ceiling": "ceil", "cbrt": "cbrt"},
@@ -321,6 +324,8 @@ TENS = {
     )
 }
 
+# Upright letters that are units after a number; others, as \mathrm{x}, may be variables.
+UNIT_LETTERS = frozenset("gmsJKNVW")
 # Spellings of units -> one spelling each. Other words after a number count as a unit in the spelling given.
 UNITS = {
     **dict.fromkeys(("%", "percent", "pct", "percentage", "percents"), "%"),
