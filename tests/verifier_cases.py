@@ -663,6 +663,15 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     (r"874 \mathrm{~kg} \cdot \mathrm{m}^2", "874", r"874\text{ kg m}^2"),
     (r"872 \mathrm{J}", "872", r"872\text{ J}"),
     (r"873 \text{ N m}^2/\text{kg}^2", "873"),
+    (r"\sum_{n=0}^{\infty} \frac{x^n}{n!}", r"\sum_{k=0}^{\infty} \frac{x^k}{k!}"),
+    (r"\sum_{i=1}^n\sum_{j=1}^n \frac{1}{i+j}", r"\sum_{a=1}^n\sum_{b=1}^n \frac{1}{a+b}"),
+    (r"\det A = 876", "876", r"\det(A) = 876"),
+    (r"\|v\| = 878", "878", "|v| = 878"),
+    (r"\text{Var}(X) = 879", "879", r"\operatorname{Var}(X)=879"),
+    (r"x = 2 \qquad y = 880", "x = 2, y = 880", "(2, 880)"),
+    (r"\text{6:30 p.m.}", "6:30 pm", "6:30 PM"),
+    (r"B, D", r"\text{B and D}", r"\text{D, B}"),
+    ("877 Kg", "877 kg", "877", r"877\text{ kilograms}"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
@@ -983,6 +992,16 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     ("(1,2)^T", "(2,1)"),
     (r"\text{B} 12", "B"),
     (r"\text{(B) } + 12", "B"),
+    (r"\sum_{i=1}^{n} a_i", r"\sum_{i=0}^{n-1} a_i"),
+    (r"\sum_{i=1}^{n} a_i", "n a_i"),
+    (r"\sum_{k=1}^{n} f_k(x)", "n f_k(x)"),
+    (r"\sum_{k=1}^{\infty} x^k", r"\sum_{x=1}^{\infty} x^k"),
+    (r"\frac{Mg}{2}", r"\frac{mg}{2}"),
+    ("Mg", "mg"),
+    (r"x = 2 \qquad y = 3", "3"),
+    (r"\text{Var}(X) = 5", r"\text{Var}(Y) = 5"),
+    (r"10 \text{ m}", r"10 \text{ M}"),
+    (r"\text{A and B}", "B"),
 )
 
 RESPONSES: tuple[tuple[str, str, str | None], ...] = (

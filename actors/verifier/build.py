@@ -59,6 +59,8 @@ def apply_function(name: str, base: Node | None, arguments: list[Node]) -> Node:
             return Apply(_AT_RECIPROCALS[name], (Apply("/", (ONE, x)),))
         case "det", [Matrix() as matrix]:
             return determinant(matrix)
+        case "det", [Symbol() as matrix]:
+            return Apply("call:det", (matrix,))
         case (("max" | "min" | "gcd" | "lcm"), [_, *_]):
             return Apply(name, tuple(arguments))
         case "binomial", [n, k]:
@@ -86,7 +88,8 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
     or the meaning of the number before them.
     """
     factor, unit, power = Fraction(1), "", ""
-    words = re.findall(r"[a-z']+|-?\d+|\S", " ".join(pieces).lower())
+    spelled = re.sub(r"[A-Za-z]{2,}", lambda run: run.group().lower(), " ".join(pieces))  # but M is no m
+    words = re.findall(r"[A-Za-z']+|-?\d+|\S", spelled)
     if words[-1:] and words[-1] in ADJECTIVES:
         raise ParseError(f"{words[-1]} after a number")
     for word in words:
@@ -98,9 +101,9 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
             power = "^2" if word[0] == "s" else "^3"
         elif word == "per":
             unit += "/"
-        elif re.fullmatch("[a-z]+|%", word):
-            spelled = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
-            unit += ("" if not unit or unit.endswith("/") else " ") + spelled + power
+        elif re.fullmatch("[A-Za-z]+|%", word):
+            name = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
+            unit += ("" if not unit or unit.endswith("/") else " ") + name + power
             power = ""
         elif word == "*":  # kg m^2 and kg \cdot m^2
             continue

@@ -36,8 +36,8 @@ def simplify_matrices(node: Node) -> Node:
 
 def _apply(node: Apply) -> Node:
     match node:
-        case Apply(function="^", arguments=(Matrix(rows=rows), Symbol(name="T"))):
-            return Matrix(tuple(zip(*rows, strict=True)))
+        case Apply(function="^", arguments=(Matrix() as matrix, Symbol(name="T"))):
+            return Matrix(tuple(zip(*matrix.rows, strict=True)))
         case Apply(function="^", arguments=(Sequence(brackets="()", items=items), Symbol(name="T"))):
             return Matrix(tuple((item,) for item in items))
     matrices = [a for a in node.arguments if isinstance(a, Matrix)]

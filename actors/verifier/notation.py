@@ -52,7 +52,7 @@ _COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _MIXED = re.compile(r"(?<![\w.}^/)])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _LAST_WORD = re.compile(r"(?<=[\d}])\s+([a-z]{3,})$")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
-_METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh])$")
+_METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh]|K[gGmM])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
 _HEAD = re.compile(r"[:=~]|\\[,;!: ]|\\approx(?![a-zA-Z])")
 _DEGREES_OF = r"\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\(?:text|mathrm|textrm|rm)\s*)?\{{?\s*{}\s*\}}?$"
@@ -106,6 +106,8 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("circ", re.compile(_DEGREES_OF.format("C")), r"\\text{ degrees Celsius}"),
     ("circ", re.compile(_DEGREES_OF.format("F")), r"\\text{ degrees Fahrenheit}"),
     (")", re.compile(r"^\(\s*(\d[0-9A-F]*)\s*\)\s*_(?=[({]*\d)"), r"\1_"),
+    (":", re.compile(r"^\\text\s*\{\s*(\d{1,2}:\d\d[^{}]*)\}$"), r"\1"),
+    ("quad", re.compile(r"(?<=[\w})])\s*\\q?quad\s*(?=[a-zA-Z](?:_\{?\w+\}?)?\s*=)"), ", "),
     ("base", re.compile(r"^\(?(\d[0-9A-F]*)\)?" + _IN_BASE), r"\1_{\2}"),
     (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?a\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ am}"),
     (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?p\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ pm}"),

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from actors.verifier.heavy import load
-from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, symbols, walk
+from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, names_terms, walk
 
 Value: TypeAlias = Any  # mpmath's mpf or mpc, which carry no type stubs
 
@@ -283,9 +283,8 @@ class _Evaluator:
 
     def _series(self, node: Apply) -> Value:
         variable, first_node, last_node, term = node.arguments
-        index = variable.name if isinstance(variable, Symbol) else ""
-        if any(index in name.partition("_")[2] for name in symbols(term)):
-            raise Undefined("terms of a sequence")  # a_k, of which only the name is known
+        if isinstance(variable, Symbol) and names_terms(term, variable.name.removeprefix("index ")):
+            raise Undefined("terms of a sequence")
         first, last = self.value(first_node), self.value(last_node)
         if abs(first) > 1e6 or abs(last) > 1e6:
             raise Undefined("series")

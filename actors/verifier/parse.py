@@ -120,10 +120,12 @@ class _Parser(ExpressionParser):
         return token is not None and token.kind in ("open", "numbers")
 
     def _worded_item(self) -> Node:
-        """`area = 5` names a value; other items that begin with words are text."""
+        """`area = 5` and `Var(X) = 5` name a value; other items that begin with words are text."""
         words = []
         while (token := self.accept("word")) is not None:
             words.append(token.text)
+        if self.at("open", "("):
+            words.append(self._argument_of_name())
         if self.at("rel", "=", "≈") or self.at("op", ":"):
             self.take()
             return Relation(("=",), (Symbol(" ".join(words)), self.side()))
@@ -132,6 +134,15 @@ class _Parser(ExpressionParser):
                 raise ParseError("a formula among words")
             words.append(self.take().text)
         return Text(" ".join(words))
+
+    def _argument_of_name(self) -> str:
+        """(X) before an equals sign."""
+        argument = []
+        while not argument or argument[-1] != Token("close", ")"):
+            argument.append(self.take())
+        if not self.at("rel", "="):
+            raise ParseError("words before brackets")
+        return flat(tuple(argument))
 
     def side(self) -> Node:
         node = self.ratio()

@@ -18,9 +18,11 @@ from actors.verifier.tree import (
     Relation,
     Sequence,
     Symbol,
+    names_terms,
     negate,
     replace,
     symbols,
+    walk,
 )
 from actors.verifier.vocabulary import CONSTANT_NAMES
 
@@ -348,8 +350,9 @@ class ExpressionParser(Cursor, ABC):
             raise ParseError("series without bounds")
         end = self._primary()
         variable, term = start.sides[0], self._term()
-        if isinstance(variable, Constant):  # i as an index is not the imaginary unit
-            index = Symbol(f"index {variable.name}")
+        if isinstance(variable, Symbol | Constant):  # its name does not matter; and i is not the imaginary unit here
+            depth = sum(isinstance(n, Apply) and n.function in ("sum", "product") for n in walk(term))
+            index = Symbol(f"index {variable.name if names_terms(term, variable.name) else f'#{depth}'}")
             variable, term = index, replace(term, variable, index)
         return Apply(function, (variable, start.sides[1], end, term))
 

@@ -197,6 +197,8 @@ def _from_text(content: str) -> tuple[Token, ...]:
         return (Token("comma", ","),) if "," in content else ()
     if re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z]+)+(?:\^?\d)?", stripped):  # \text{m/s}
         return (Token("word", stripped.lower()),)
+    if re.fullmatch(r"[A-J](?:\s*(?:,|,?\s*\band\b|,?\s*\bor\b)\s*[A-J])+", stripped):  # \text{A, B and D}
+        return _from_chars(stripped)
     if re.fullmatch(r"[A-Za-z](?:\s+[A-Za-z])+", stripped):  # \text{ N m}
         return tuple(Token("letter", letter) for letter in stripped.split())
     if re.search("[A-Za-z]{2}", stripped) is None and re.search(r"\d|[A-Za-z]", stripped):
@@ -331,7 +333,8 @@ def _from_letters(run: str) -> list[Token]:
         return [Token("word", lower)]
     if lower == "mod":
         return [Token("op", "mod")]
-    if (lower in words.UNITS and len(run) > 1) or lower in words.SHORT_WORDS:
+    is_unit = len(run) > 1 and lower in words.UNITS and (run == lower or len(run) > 3)  # but Mg is no mg
+    if is_unit or lower in words.SHORT_WORDS:
         return [Token("word", lower)]
     if run.isupper() and 3 <= len(run) <= 6:  # points, or an order: ABC is not ACB
         return [Token("sym", run)]

@@ -136,6 +136,12 @@ def symbols(node: Node) -> set[str]:
     return found
 
 
+def names_terms(node: Node, index: str) -> bool:
+    """Whether the tree holds terms of a sequence such as a_k or f_k(x), of which only the name is known."""
+    names = symbols(node) | {n.function for n in walk(node) if isinstance(n, Apply) and n.function.startswith("call:")}
+    return any(index in name.partition("_")[2] for name in names)
+
+
 def variables(node: Node) -> set[str]:
     """Names of the free variables, without those of sets of numbers."""
     return {name for name in symbols(node) if not name.startswith("set ")}

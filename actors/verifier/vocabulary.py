@@ -164,7 +164,7 @@ MACROS: dict[str, tuple[str, str]] = {
     **{"lbrace": ("open", "{"), "rbrace": ("close", "}"), "lbrack": ("open", "["), "rbrack": ("close", "]")},
     **{"langle": ("open", "<"), "rangle": ("close", ">"), "lfloor": ("open", "⌊"), "rfloor": ("close", "⌋")},
     **{"lceil": ("open", "⌈"), "rceil": ("close", "⌉"), "lvert": ("open", "|"), "rvert": ("close", "|")},
-    **{"vert": ("bar", "|"), "mid": ("bar", "|"), "land": ("and", "∧"), "lor": ("and", "∨")},
+    **{"vert": ("bar", "|"), "|": ("bar", "|"), "mid": ("bar", "|"), "land": ("and", "∧"), "lor": ("and", "∨")},
     **{"wedge": ("and", "∧"), "vee": ("and", "∨"), "sum": ("series", "sum"), "prod": ("series", "product")},
     **{
         "angle": ("mark", "angle"),
@@ -345,7 +345,7 @@ UNITS = {
     **dict.fromkeys(("mg", "milligram", "milligrams"), "mg"),
     **dict.fromkeys(("lb", "lbs", "pound", "pounds"), "lb"),
     **dict.fromkeys(("oz", "ounce", "ounces"), "oz"),
-    **dict.fromkeys(("l", "liter", "liters", "litre", "litres"), "l"),
+    **dict.fromkeys(("l", "L", "liter", "liters", "litre", "litres"), "l"),
     **dict.fromkeys(("ml", "milliliter", "milliliters", "millilitre", "millilitres"), "ml"),
     **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
     **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
