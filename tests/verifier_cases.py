@@ -672,6 +672,9 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     (r"\text{6:30 p.m.}", "6:30 pm", "6:30 PM"),
     (r"B, D", r"\text{B and D}", r"\text{D, B}"),
     ("877 Kg", "877 kg", "877", r"877\text{ kilograms}"),
+    (r"\text{The answer is 881}", "881", r"\text{Answer: } 881"),
+    ("883 mL", "883 ml", "883", r"883\text{ milliliters}"),
+    (r"884\text{ MW}", "884", r"884 \mathrm{~MW}"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
@@ -1002,6 +1005,7 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     (r"\text{Var}(X) = 5", r"\text{Var}(Y) = 5"),
     (r"10 \text{ m}", r"10 \text{ M}"),
     (r"\text{A and B}", "B"),
+    (r"5\text{ MW}", r"5\text{ mW}"),
 )
 
 RESPONSES: tuple[tuple[str, str, str | None], ...] = (
@@ -1053,4 +1057,8 @@ RESPONSES: tuple[tuple[str, str, str | None], ...] = (
     ("Final Answer: The final answer is $(0, 1)$. I hope it is correct.", "anywhere", "$(0, 1)$"),
     ("$3+2$", "anywhere", "$3+2$"),
     ("The correct option is C.", "anywhere", "C"),
+    ("Hence $x=2$ or $x=3$.", "anywhere", "x=2, x=3"),
+    ("Thus $1$, $2$, and $3$.", "anywhere", "1, 2, 3"),
+    ("Since $x>0$, $x=3$.", "anywhere", "x=3"),
+    ("It takes 2 hours and 15 minutes.", "anywhere", "2 hours and 15"),
 )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from actors.verifier.matrices import determinant
-from actors.verifier.tokens import ParseError, Token
+from actors.verifier.tokens import ParseError, Token, lower_word
 from actors.verifier.tree import INFINITY, ONE, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol, negate
 from actors.verifier.vocabulary import ADJECTIVES, MAGNITUDES, NOT_UNITS, UNITS
 
@@ -88,7 +88,7 @@ def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
     or the meaning of the number before them.
     """
     factor, unit, power = Fraction(1), "", ""
-    spelled = re.sub(r"[A-Za-z]{2,}", lambda run: run.group().lower(), " ".join(pieces))  # but M is no m
+    spelled = re.sub(r"[A-Za-z]{2,}", lambda run: lower_word(run.group()), " ".join(pieces))  # but M is no m
     words = re.findall(r"[A-Za-z']+|-?\d+|\S", spelled)
     if words[-1:] and words[-1] in ADJECTIVES:
         raise ParseError(f"{words[-1]} after a number")

@@ -86,15 +86,22 @@ def texts_equal(a: str, b: str) -> bool:
 @lru_cache(maxsize=256)
 def _clean(text: str) -> str:
     """The text in normal notation, without what only introduces it. A reference comes again with every sample of it."""
-    normal = normalize(_PREFIX.sub("", text))
+    normal = normalize(_without_prefix(text))
     if _PREFIX.match(normal):
-        normal = normalize(_PREFIX.sub("", _PREFIX.sub("", normal)))
+        normal = normalize(_without_prefix(_without_prefix(normal)))
     normal = _CHOICE_NAME.sub(lambda found: found[1] or "", normal)
     clause = _LAST_CLAUSE.fullmatch(normal)
     is_only_number = clause and not re.search(r"\d", _DENIED_NUMBER.sub("", clause[1]))
     if clause and is_only_number and not _DOUBT.search(_DENIED_NUMBER.sub("", normal)):
         normal = normalize(clause[2])
     return _said(normal) or normal
+
+
+def _without_prefix(text: str) -> str:
+    """Without what introduces an answer, and without the brace that closes a \\text{} begun there."""
+    rest = _PREFIX.sub("", text)
+    is_open = len(rest) < len(text) and rest.endswith("}") and rest.count("}") > rest.count("{")
+    return rest[:-1] if is_open else rest
 
 
 def _said(text: str) -> str | None:

@@ -27,11 +27,13 @@ _NUMBER = re.compile(
     r"(?<![\w.,/^_{\\])-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+/\d+|\d+(?:\.\d+)?|\.\d+)(?![\w]*\d)"
     r"(?:\s*(?:\\?%|m²|m³|°))?"
 )
-# What makes a number of a sentence a part of a list, a point or a formula: 3, 4 and 5; (3, 5); 2*5; 5!; 5 million
+# What makes a number of a sentence a part of a list, a point or a formula: 3, 4 and 5; 2 hours and 15; (3, 5);
+# 2*5; 5!; 5 million
 _BEFORE = re.compile(
-    r"(?:\d[\d.]*[)\]]?\s*(?:,|and\b|or\b)\s*|(?:\d[\d.]*|\b[a-zA-Z]|[)\]])\s*[-+*/^]\s*|\d+:|\d+\s+(?=$)|sqrt|[(\[])*$"
+    r"(?:\d[\d.]*[)\]]?\s*(?:,|and\b|or\b)\s*|\d[\d.]*\s+[a-z]+\s+and\s+|(?:\d[\d.]*|\b[a-zA-Z]|[)\]])\s*[-+*/^]\s*|\d+:|\d+\s+(?=$)|sqrt|[(\[])*$"
 )
 _AFTER = re.compile(r"(?:[)\]!]|\s*[-+*/^]\s*(?:\d[\w.]*|[a-zA-Z]\b|[(])|\s+(?:hundred|thousand|million|billion)\b)*")
+_AND_OR, _LISTING = re.compile(r",?\s*(?:and|or)\s*"), re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
 _DENIED = re.compile(
     r"\b(?:not|never|cannot|can't|isn't|except|without|minus|negative|over|under|(?:more|less|greater|fewer|larger|smaller)"
     r"\s+than|at\s+(?:least|most)|up\s+to)(?:\s+be)?\s+$"
@@ -192,9 +194,8 @@ def _from_prose(text: str) -> str | None:
         last = formulas[-1]
         later = [n for n in numbers if n.start() >= last.end()]
         if not later:
-            content = next(group for group in last.groups() if group is not None)
             unit = re.match(r"\s*(%|\\%|percent|degrees)", text[last.end() :])
-            return content + (unit.group() if unit else "")
+            return _joined_formulas(text, formulas) + (unit.group() if unit else "")
     brackets = list(_SQUARE.finditer(text))
     if brackets and (not numbers or brackets[-1].end() >= numbers[-1].end()):
         return brackets[-1].group(1)
@@ -206,6 +207,19 @@ def _from_prose(text: str) -> str | None:
     if _DENIED.search(text, max(0, last_number.start() - 30), last_number.start()):
         return None
     return _whole_formula(text, last_number)
+
+
+def _joined_formulas(text: str, formulas: list[re.Match[str]]) -> str:
+    """The last formula, with those that "and" or "or" join to it: $1$, $2$ and $3$."""
+    contents: list[str] = []
+    start = 0
+    for formula in reversed(formulas):
+        gap = text[formula.end() : start] if contents else ""
+        if contents and not (_AND_OR if len(contents) == 1 else _LISTING).fullmatch(gap):
+            break
+        contents.append(next(group for group in formula.groups() if group is not None))
+        start = formula.start()
+    return ", ".join(reversed(contents))
 
 
 def _whole_formula(text: str, number: re.Match[str]) -> str:

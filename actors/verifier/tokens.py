@@ -205,7 +205,7 @@ def _from_text(content: str) -> tuple[Token, ...]:
         return _from_chars(stripped) if not re.fullmatch("[A-Za-z]", stripped) else (Token("letter", stripped),)
     tokens: list[Token] = []
     for word in stripped.replace("\\", " ").split():
-        clean = word.strip(",.;:()").lower()
+        clean = lower_word(word.strip(",.;:()"))
         if clean in words.CONNECTORS:
             tokens.append(Token("and", clean))
         elif re.fullmatch(r"[\d.]+", clean):
@@ -215,6 +215,11 @@ def _from_text(content: str) -> tuple[Token, ...]:
             if word.endswith(","):
                 tokens.append(Token("comma", ","))
     return tuple(tokens)
+
+
+def lower_word(word: str) -> str:
+    """The word in lower case, except units that would be others then."""
+    return word if word in words.MEGA_UNITS else word.lower()
 
 
 def _from_environment(node: LatexEnvironmentNode) -> tuple[Token, ...]:
@@ -333,7 +338,8 @@ def _from_letters(run: str) -> list[Token]:
         return [Token("word", lower)]
     if lower == "mod":
         return [Token("op", "mod")]
-    is_unit = len(run) > 1 and lower in words.UNITS and (run == lower or len(run) > 3)  # but Mg is no mg
+    is_spelled_so = run in words.UNITS or len(run) > 3  # but Mg is no mg
+    is_unit = len(run) > 1 and lower in words.UNITS and is_spelled_so
     if is_unit or lower in words.SHORT_WORDS:
         return [Token("word", lower)]
     if run.isupper() and 3 <= len(run) <= 6:  # points, or an order: ABC is not ACB

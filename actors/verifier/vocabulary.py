@@ -326,6 +326,7 @@ TENS = {
 
 # Upright letters that are units after a number; others, as \mathrm{x}, may be variables.
 UNIT_LETTERS = frozenset("gmsJKNVW")
+MEGA_UNITS = frozenset({"Mg", "MN", "MW", "MV", "MJ", "MHz", "MeV", "MPa"})  # in lower case they would be milli
 # Spellings of units -> one spelling each. Other words after a number count as a unit in the spelling given.
 UNITS = {
     **dict.fromkeys(("%", "percent", "pct", "percentage", "percents"), "%"),
@@ -346,7 +347,7 @@ UNITS = {
     **dict.fromkeys(("lb", "lbs", "pound", "pounds"), "lb"),
     **dict.fromkeys(("oz", "ounce", "ounces"), "oz"),
     **dict.fromkeys(("l", "L", "liter", "liters", "litre", "litres"), "l"),
-    **dict.fromkeys(("ml", "milliliter", "milliliters", "millilitre", "millilitres"), "ml"),
+    **dict.fromkeys(("ml", "mL", "milliliter", "milliliters", "millilitre", "millilitres"), "ml"),
     **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
     **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
     **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
