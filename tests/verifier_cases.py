@@ -675,6 +675,9 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     (r"\text{The answer is 881}", "881", r"\text{Answer: } 881"),
     ("883 mL", "883 ml", "883", r"883\text{ milliliters}"),
     (r"884\text{ MW}", "884", r"884 \mathrm{~MW}"),
+    (r"(f\circ g)(x) = 885x", "885x", r"(f \circ g)(x) = x \cdot 885"),
+    ("5:886", r"5\text{:}886", "5{:}886"),
+    ("all real x except x = 887", r"x \ne 887"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
@@ -1006,6 +1009,8 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     (r"10 \text{ m}", r"10 \text{ M}"),
     (r"\text{A and B}", "B"),
     (r"5\text{ MW}", r"5\text{ mW}"),
+    (r"f\circ g", r"g \circ f"),
+    (r"30\circ", "3"),
 )
 
 RESPONSES: tuple[tuple[str, str, str | None], ...] = (

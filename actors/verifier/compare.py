@@ -61,7 +61,7 @@ _SAYINGS = {
 }
 _NO_SOLUTION = re.compile(r"(?:there(?:is|are|exists?))?no(?:real)?solutions?(?:exists?)?")
 _ALL_REALS_BUT = re.compile(
-    r"\s*all\s+real(?:s|\s+numbers|\s+values)\s*(?:of\s+)?(?:[a-z]\b)?\s*,?\s*"
+    r"\s*all\s+real(?:s|\s+numbers|\s+values|(?=\s+[a-z]\b))\s*(?:of\s+)?(?:[a-z]\b)?\s*,?\s*"
     r"(?:(?:except|other\s+than|but|excluding)(?:\s+for)?\b|\\neq?\b)\s*(\S.*)",
     re.IGNORECASE,
 )

@@ -107,6 +107,7 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("circ", re.compile(_DEGREES_OF.format("F")), r"\\text{ degrees Fahrenheit}"),
     (")", re.compile(r"^\(\s*(\d[0-9A-F]*)\s*\)\s*_(?=[({]*\d)"), r"\1_"),
     (":", re.compile(r"^\\text\s*\{\s*(\d{1,2}:\d\d[^{}]*)\}$"), r"\1"),
+    (":", re.compile(r"(?:\\text\s*)?\{\s*:\s*\}"), ":"),
     ("quad", re.compile(r"(?<=[\w})])\s*\\q?quad\s*(?=[a-zA-Z](?:_\{?\w+\}?)?\s*=)"), ", "),
     ("base", re.compile(r"^\(?(\d[0-9A-F]*)\)?" + _IN_BASE), r"\1_{\2}"),
     (":", re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{\s*)?a\.?\s?m\b\.?\s*\}?$", re.IGNORECASE), r"\\text{ am}"),

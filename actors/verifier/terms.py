@@ -123,6 +123,8 @@ class ExpressionParser(Cursor, ABC):
                 node = Apply("/", (node, self._signed_factor()))
             elif self.accept("op", "mod"):
                 node = Apply("mod", (node, self._signed_factor()))
+            elif self.accept("op", "°"):  # f \circ g
+                node = Apply("call:compose", (node, self._factor()))
             elif self.accept("op", "choose"):
                 node = Apply("binomial", (node, self._factor()))
             elif self._starts_factor(node):

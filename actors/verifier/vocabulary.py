@@ -206,9 +206,9 @@ ORDINAL_WORDS = {
     **{"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100, "thousandth": 1000},
 }
 _MONTHS = "january february march april june july august september october november december"
-# Words after a number that are no unit: they change its value, or leave open which number is meant.
 # Such a word restricts what stands before it, unless a noun follows: n > 3 even, but 3 even numbers.
 ADJECTIVES = frozenset({"odd", "even", "prime", "composite", "positive", "real", "rational"})
+# Words after a number that are no unit: they change its value, or leave open which number is meant.
 NOT_UNITS = frozenset(
     [
         *_MONTHS.split(),
