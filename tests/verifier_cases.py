@@ -678,6 +678,11 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     (r"(f\circ g)(x) = 885x", "885x", r"(f \circ g)(x) = x \cdot 885"),
     ("5:886", r"5\text{:}886", "5{:}886"),
     ("all real x except x = 887", r"x \ne 887"),
+    (r"\frac{NRT}{889}", r"\frac{RTN}{889}"),
+    (r"\sqrt{889gL}", r"\sqrt{889 L g}"),
+    (r"\{(t, 889t) : t\in\mathbb{R}\}", r"\{(s, 889s) \mid s \in \mathbb{R}\}", r"(t,889t), t \in \mathbb{R}"),
+    (r"\phi(100) = 890", "890", r"\phi(100)=890"),
+    (r"\frac{\Delta x}{\Delta t}", r"\Delta x / \Delta t", r"\frac{\Delta{x}}{\Delta{t}}"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
@@ -1011,6 +1016,10 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     (r"5\text{ MW}", r"5\text{ mW}"),
     (r"f\circ g", r"g \circ f"),
     (r"30\circ", "3"),
+    (r"\frac{\Delta x}{\Delta t}", r"\frac{x}{t}"),
+    (r"x = 2k, k \in \mathbb{Z}", r"y = 2k, k \in \mathbb{Z}"),
+    ("x = 1, 2", "y = 1, 2"),
+    (r"(t,2t), t \in \mathbb{R}", r"(t,2t), t \in \mathbb{Z}"),
 )
 
 RESPONSES: tuple[tuple[str, str, str | None], ...] = (

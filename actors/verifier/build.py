@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token, lower_word
-from actors.verifier.tree import INFINITY, ONE, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol, negate
+from actors.verifier.tree import ONE, REALS, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol
 from actors.verifier.vocabulary import ADJECTIVES, MAGNITUDES, NOT_UNITS, UNITS
 
 # Functions that are 1 over another one, and those that are another one of 1/x.
@@ -127,8 +127,7 @@ def structured(token: Token, parse: Callable[[tuple[Token, ...]], Node]) -> Node
         case "overline":
             return Apply("overline", (parse(parts[0]),))
         case "numbers":
-            reals = Sequence("()", (negate(INFINITY), INFINITY))
-            return reals if token.text == "R" else Symbol(f"set {token.text}")
+            return REALS if token.text == "R" else Symbol(f"set {token.text}")
         case "empty":
             return Sequence("{}", ())
         case "matrix":

@@ -48,6 +48,8 @@ _LETTERS_OF_UNIT = re.compile(
     r"(?:[mkc]m|[mk]g|ml|hr|ft|lb|yr)(?![A-Za-z])",
     re.IGNORECASE,
 )
+_CAPITALS_OF_NAME = re.compile(r"(?<![A-Za-z\\])[A-Z]{3,6}(?![A-Za-z])")
+_NAMES = re.compile(r"\\(?:angle|triangle|text|overline)(?![a-z])|[(,;]")
 _LOG = re.compile(r"\\?log(?!\s*_)(?![a-z])")
 _LAST_CLAUSE = re.compile(r"([A-Za-z',\s\d.]*)\b(?:is|it's|equals)\s+([^\sA-Za-z]\S*)")
 _DENIED_NUMBER = re.compile(r"\bnot\s+(?:it's\s+not\s+)?-?[\d.]+")
@@ -166,7 +168,7 @@ def _readings(text: str) -> tuple[Node, ...]:
     """The trees that a text can stand for.
 
     More than one where notation is ambiguous: commas separate digits or items; log is natural or decimal; mg is a
-    unit or m times g; (A) 5 is a choice with its label.
+    unit or m times g; BIL is a name or, in fractions, a product; (A) 5 is a choice with its label.
     """
     if _DATE.fullmatch(_TEXT_MACRO.sub("", text).strip("{} ")):  # no difference or quotient
         return ()
@@ -181,6 +183,8 @@ def _readings(text: str) -> tuple[Node, ...]:
         spellings |= dict.fromkeys(_LOG.sub(r"\\log_{10}", spelling) for spelling in list(spellings))
     if _LETTERS_OF_UNIT.search(joined):
         spellings[_LETTERS_OF_UNIT.sub(lambda run: " ".join(run.group()), joined)] = None
+    if "\\frac" in joined and _CAPITALS_OF_NAME.search(joined) and not _NAMES.search(joined):
+        spellings[_CAPITALS_OF_NAME.sub(lambda run: " ".join(run.group()), joined)] = None
     if label := _split_label(text):
         spellings[label[1]] = None
     trees = [tree for spelling in spellings if (tree := _try_parse(spelling)) is not None]

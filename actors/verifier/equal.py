@@ -9,6 +9,7 @@ from actors.verifier.matrices import simplify_matrices
 from actors.verifier.scalars import ratio_sign, scalars_equal
 from actors.verifier.sets import as_set, flip, is_clearly_a_set, sets_equal
 from actors.verifier.tree import (
+    REALS,
     Apply,
     Matrix,
     Node,
@@ -18,6 +19,7 @@ from actors.verifier.tree import (
     Sequence,
     Symbol,
     Text,
+    is_number_set,
     is_scalar,
     key,
     negate,
@@ -43,8 +45,8 @@ def _prepare(node: Node) -> Node:
     """Matrix arithmetic carried out, ± written as the list of its two values, and the k of "k in Z" under one name."""
     node = _expand_signs(simplify_matrices(node))
     match node:
-        case Sequence(brackets="", items=(*_, Apply(function="in", arguments=(Symbol() as name, Symbol(name=domain))))):
-            return replace(node, name, Symbol("parameter")) if domain.startswith("set ") else node
+        case Sequence(brackets="", items=(*_, Apply(function="in", arguments=(Symbol() as name, domain)))):
+            return replace(node, name, Symbol("parameter")) if domain == REALS or is_number_set(domain) else node
         case Apply(function="percent", arguments=(value,)):
             return Quantity(value, "%")
         case Apply(function="degree", arguments=(value,)):
@@ -190,6 +192,9 @@ def _sequences_equal(a: Sequence, b: Sequence) -> bool:
     kinds = {a.brackets, b.brackets}
     left, right = _values(a), _values(b)
     if kinds <= {"", "{}"}:
+        names = _names_given(a), _names_given(b)
+        if all(names) and names[0].isdisjoint(names[1]):  # x = 2k, k in Z is not y = 2k, k in Z
+            return False
         if _is_assignments(a) and _is_assignments(b):
             return _items_equal(list(a.items), list(b.items), is_ordered=False)
         is_ordered = "{}" not in kinds and _is_ordered_list(a, b)
@@ -199,6 +204,12 @@ def _sequences_equal(a: Sequence, b: Sequence) -> bool:
     if len(kinds) == 1 or kinds == {"", "()"} or is_list_in_brackets:
         return _items_equal(left, right, is_ordered=True)
     return False
+
+
+def _names_given(sequence: Sequence) -> set[str]:
+    """The names on the left of the items' equations, without their indices."""
+    equations = [item for item in sequence.items if isinstance(item, Relation) and item.operators[0] == "="]
+    return {e.sides[0].name.partition("_")[0] for e in equations if isinstance(e.sides[0], Symbol)}
 
 
 def _is_ordered_list(a: Sequence, b: Sequence) -> bool:

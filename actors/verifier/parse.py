@@ -137,7 +137,7 @@ class _Parser(ExpressionParser):
 
     def _argument_of_name(self) -> str:
         """(X) before an equals sign."""
-        argument = []
+        argument: list[Token] = []
         while not argument or argument[-1] != Token("close", ")"):
             argument.append(self.take())
         if not self.at("rel", "="):

@@ -28,26 +28,8 @@ from actors.verifier.vocabulary import CONSTANT_NAMES
 
 SEPARATORS = frozenset({"comma", "and"})
 _CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
-_PRIMARY = frozenset(
-    [
-        "sym",
-        "const",
-        "letter",
-        "func",
-        "group",
-        "frac",
-        "root",
-        "binom",
-        "overline",
-        "matrix",
-        "series",
-        "numbers",
-        "mark",
-        "lim",
-        "empty",
-    ]
-)
-_ARGUMENT = frozenset(["num", "sym", "const", "frac", "root", "group", "binom", "overline"])
+_ARGUMENT = frozenset({"num", "sym", "const", "frac", "root", "group", "binom", "overline"})
+_PRIMARY = _ARGUMENT - {"num"} | {"letter", "func", "matrix", "series", "numbers", "mark", "lim", "empty"}
 _EXPONENTIAL = (Token("const", "e"), Token("op", "^"))
 _CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
 
@@ -231,9 +213,9 @@ class ExpressionParser(Cursor, ABC):
         return Apply(f"call:{node.name}", tuple(arguments))
 
     def _defines_function(self) -> bool:
-        """Whether (x, t) = follows: u(x, t) = 2xt defines a function and A(1, 2) names a point."""
+        """Whether (x, t) = or (100) = follows, as in u(x, t) = 2xt, where A(1, 2) alone names a point."""
         ahead = 1
-        while (token := self.peek(ahead)) is not None and token.kind in ("sym", "comma"):
+        while (token := self.peek(ahead)) is not None and token.kind in ("sym", "num", "comma"):
             ahead += 1
         return ahead > 1 and self.peek(ahead) == Token("close", ")") and self.peek(ahead + 1) == Token("rel", "=")
 
@@ -243,7 +225,7 @@ class ExpressionParser(Cursor, ABC):
             case "num":
                 return self._number(token)
             case "sym":
-                return Symbol(token.text)
+                return self._difference() if token.text == "Delta" else Symbol(token.text)
             case "letter":
                 name = token.text
                 return Constant(CONSTANT_NAMES[name]) if name in CONSTANT_NAMES else Symbol(name)
@@ -267,6 +249,15 @@ class ExpressionParser(Cursor, ABC):
             case "mark":
                 return self._marked(token.text)
         return structured(token, self.nested)
+
+    def _difference(self) -> Node:
+        """\\Delta x is one name: in \\Delta x / \\Delta t nothing cancels."""
+        after = self.peek()
+        named = after.parts[0] if after is not None and after.kind == "group" else (after,)
+        if len(named) != 1 or named[0] is None or named[0].kind != "sym":
+            return Symbol("Delta")
+        self.take()
+        return Symbol(f"Delta {named[0].text}")
 
     def _marked(self, mark: str) -> Node:
         """An angle or a triangle; of an angle the middle letter counts, not the direction."""

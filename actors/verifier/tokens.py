@@ -330,7 +330,7 @@ def _from_letters(run: str) -> list[Token]:
     lower = run.lower()
     if run in words.CONSTANT_NAMES or (len(run) > 1 and lower in words.CONSTANT_NAMES):
         return [Token("const", words.CONSTANT_NAMES.get(run) or words.CONSTANT_NAMES[lower])]
-    if lower in words.PLAIN_FUNCTIONS:
+    if lower in words.PLAIN_FUNCTIONS and (lower != "lg" or run == lower):  # Lg is L times g
         return [Token("func", words.PLAIN_FUNCTIONS[lower])]
     if lower in words.CONNECTORS:
         return [Token("and", lower)]

@@ -90,6 +90,7 @@ Node: TypeAlias = Number | Symbol | Constant | Apply | Relation | Sequence | Mat
 
 ZERO, ONE, TWO = Number(Fraction(0)), Number(Fraction(1)), Number(Fraction(2))
 INFINITY = Constant("oo")
+REALS = Sequence("()", (Apply("neg", (INFINITY,)), INFINITY))
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -145,6 +146,11 @@ def names_terms(node: Node, index: str) -> bool:
 def variables(node: Node) -> set[str]:
     """Names of the free variables, without those of sets of numbers."""
     return {name for name in symbols(node) if not name.startswith("set ")}
+
+
+def is_number_set(node: Node) -> bool:
+    """Whether a node is Z, Q or the like, which no interval describes."""
+    return isinstance(node, Symbol) and node.name.startswith("set ")
 
 
 def is_scalar(node: Node) -> bool:
