@@ -683,6 +683,8 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     (r"\{(t, 889t) : t\in\mathbb{R}\}", r"\{(s, 889s) \mid s \in \mathbb{R}\}", r"(t,889t), t \in \mathbb{R}"),
     (r"\phi(100) = 890", "890", r"\phi(100)=890"),
     (r"\frac{\Delta x}{\Delta t}", r"\Delta x / \Delta t", r"\frac{\Delta{x}}{\Delta{t}}"),
+    (r"x_1 = 891, x_2 = 3", "x = 891, x = 3", "891, 3", "x = 891 or x = 3"),
+    (r"\text{Range: } [0,892)", "[0,892)", r"\text{range: }[0, 892)"),
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
@@ -1020,6 +1022,9 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     (r"x = 2k, k \in \mathbb{Z}", r"y = 2k, k \in \mathbb{Z}"),
     ("x = 1, 2", "y = 1, 2"),
     (r"(t,2t), t \in \mathbb{R}", r"(t,2t), t \in \mathbb{Z}"),
+    ("x_1 = 1, x_2 = 3", "x_1 = 3, x_2 = 1"),
+    ("x_1 = 1, x_2 = 3", "x = 1, x = 2"),
+    (r"\text{Range: } [0,1)", r"\text{Domain: } [0,1)"),
 )
 
 RESPONSES: tuple[tuple[str, str, str | None], ...] = (

@@ -195,7 +195,7 @@ def _sequences_equal(a: Sequence, b: Sequence) -> bool:
         names = _names_given(a), _names_given(b)
         if all(names) and names[0].isdisjoint(names[1]):  # x = 2k, k in Z is not y = 2k, k in Z
             return False
-        if _is_assignments(a) and _is_assignments(b):
+        if _is_assignments(a) and _is_assignments(b) and not _name_one_unknown(a, b):
             return _items_equal(list(a.items), list(b.items), is_ordered=False)
         is_ordered = "{}" not in kinds and _is_ordered_list(a, b)
         as_sets = "{}" in kinds or any(isinstance(item, Sequence) for item in (*left, *right))
@@ -235,6 +235,12 @@ def _names_differ(sequence: Sequence) -> bool:
     indices = [name.partition("_")[2] for name in plain]
     is_numbered = len(heads) == 1 and indices == [str(k + 1) for k in range(len(names))]
     return len({key(n) for n in names}) > 1 and not is_numbered
+
+
+def _name_one_unknown(a: Sequence, b: Sequence) -> bool:
+    """x = 1, x = 3 against x_1 = 1, x_2 = 3."""
+    is_repeated = [len({key(item.sides[0]) for item in s.items if isinstance(item, Relation)}) == 1 for s in (a, b)]
+    return is_repeated[0] != is_repeated[1] and not _names_differ(a) and not _names_differ(b)
 
 
 def _values(sequence: Sequence) -> list[Node]:

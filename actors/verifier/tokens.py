@@ -214,6 +214,8 @@ def _from_text(content: str) -> tuple[Token, ...]:
             tokens.append(Token("word", clean))
             if word.endswith(","):
                 tokens.append(Token("comma", ","))
+            elif word.endswith(":"):
+                tokens.append(Token("op", ":"))
     return tuple(tokens)
 
 
