@@ -200,6 +200,7 @@ def saturated(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[st
 
     `lost` counts, over all rounds, what was timed out and did not hang.
     """
+    num_hanging = len(pairs) // 100
     kinds = {"compute": (HANG, "1"), "simplify": SIMPLIFY, "sleep": (SLEEP, "1")}
     rounds = []
     for _ in range(args.rounds):
@@ -209,10 +210,12 @@ def saturated(pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict[st
             some = asyncio.run(throughput_of_pool(with_hangs(pairs, hanging), args))
             one[f"1% {kind}"] = some["per second"]
             one[f"{kind} ratio"] = some["per second"] / none["per second"]
-            one["lost"] += some["timed out"] - len(pairs) // 100
+            one[f"{kind} lost"] = some["timed out"] - num_hanging
         rounds.append(one)
-    medians = {column: statistics.median(one[column] for one in rounds) for column in rounds[0]}
-    return {**medians, "lost": sum(one["lost"] for one in rounds)}
+    return {
+        column: (sum if column.endswith("lost") else statistics.median)(one[column] for one in rounds)
+        for column in rounds[0]
+    }
 
 
 def offered(pairs: list[tuple[str, str]], args: argparse.Namespace, per_s: float) -> dict[str, float]:

@@ -186,7 +186,7 @@ class Template:
                 if worker.fd in self._slow and not self._is_interruptible:
                     self._welcome_back(worker)
             case [kind, cpu_s] if kind in (AGAIN, SPOILT, LATER) and worker.answers:
-                spent_s = _LONG_S if kind == LATER else float(cpu_s)
+                spent_s = _LONG_S if kind == LATER else max(float(cpu_s), worker.cpu_limit_s)
                 self._put_off(worker.finish_first(float(cpu_s)), spent_s)
                 if kind == SPOILT:
                     self._remove(worker)
