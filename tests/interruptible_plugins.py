@@ -6,6 +6,7 @@ from typing import Any
 import verifier_plugins
 from verifier_plugins import warm_up as warm_up
 
+from actors.verifier.limits import take_time
 from common.types import Verdict
 
 INTERRUPTIBLE = (__name__, "verifier_plugins")
@@ -32,6 +33,9 @@ def behave(response: str, reference: str, row: dict[str, Any]) -> Verdict:
                     _hang()
                 except BaseException:
                     continue
+        case "work long":
+            take_time()
+            return verifier_plugins.behave("work", reference, row)
         case "hang in C":
             return Verdict.CORRECT if sum(range(10**13)) else Verdict.WRONG
     return verifier_plugins.behave(response, reference, row)

@@ -53,7 +53,9 @@ def test_the_plug_in_gets_response_reference_and_row_and_its_verdict_comes_back_
 
 
 @either
-@pytest.mark.parametrize("behaviour", ["hang", "die", "raise", "eat memory", "exit", "close descriptors"])
+@pytest.mark.parametrize(
+    "behaviour", ["hang", "die", "raise", "eat memory", "exit", "close descriptors", "load what is not there"]
+)
 def test_an_answer_that_ruins_its_worker_times_out_and_the_next_is_served(function: str, behaviour: str) -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         ruined = await pool.verify(behaviour, "", {})
@@ -225,6 +227,15 @@ def test_a_rare_answer_that_takes_long_is_judged_at_a_later_attempt_while_others
         return verdicts
 
     assert in_pool(body, INTERRUPTIBLE, timeout_s=4.0) == [Verdict.CORRECT] * 2
+
+
+def test_answers_that_are_put_off_because_they_take_long_are_all_judged_also_when_many_come_at_once() -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
+        answers = [("work long", "", {"cpu_s": 0.05}) if k % 20 == 5 else ECHO for k in range(400)]
+        return await asyncio.gather(*[pool.verify(*answer) for answer in answers])
+
+    assert in_pool(body, INTERRUPTIBLE, timeout_s=1.0) == [Verdict.CORRECT] * 400
 
 
 def test_a_cancelled_caller_leaves_the_pool_whole() -> None:

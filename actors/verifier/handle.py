@@ -1,5 +1,6 @@
 """A worker as its template process sees it: what was handed to it, and how long the first of that has taken."""
 
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ class Answer:
 
     id: bytes
     body: bytes  # JSON
-    started_s: float | None = None  # when a worker first took it up: its time limit counts from here
+    started_s: float = math.inf  # when a worker took it up: its time limit counts from here
     spent_s: float = 0.0  # processor time of the longest attempt so far
 
 
@@ -73,8 +74,8 @@ class Handle:
         self.started_s, self.started_cpu_s = time.monotonic(), cpu_s
         self.seen_s = 0.0
         self.is_overdue = self.was_stopped = False
-        if self.answers and self.answers[0].started_s is None:
-            self.answers[0].started_s = self.started_s
+        if self.answers:
+            self.answers[0].started_s = min(self.answers[0].started_s, self.started_s)
 
     def _cpu_s(self) -> float:
         return time.clock_gettime((~self.pid << 3) | 2)  # Linux: the clock of another process's processor time

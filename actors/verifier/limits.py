@@ -1,6 +1,7 @@
 """The time limits that a worker sets to its own answers, and how the code of a verifier takes part in them."""
 
 import math
+import resource
 import signal
 import time
 from types import FrameType
@@ -38,11 +39,12 @@ class Limits:
     def __init__(self) -> None:
         self.is_judging = self._has_interrupted = False
         self._end_cpu_s = self._end_s = math.inf
+        self._wall_s, self._num_sleeps = math.inf, 0
         self._looked_cpu_s = self._pause_s = 0.0  # processor time at the last look, and wall-clock time to the next
         signal.signal(signal.SIGALRM, self._check)
 
     def start(self, cpu_s: float, wall_s: float, is_hurried: bool) -> None:
-        """From now on the process may use that much processor time and time in all; both 0: as much as it likes.
+        """From now on the process may use that much processor time, or if it sleeps so much time in all; 0: any amount.
 
         Where `is_hurried`, `take_time` raises.
         """
@@ -50,7 +52,9 @@ class Limits:
         _is_hurried = is_hurried
         self._has_interrupted = False
         self._end_cpu_s = time.process_time() + (cpu_s or math.inf)
-        self._end_s = time.monotonic() + (wall_s or math.inf)
+        self._wall_s = wall_s or math.inf
+        self._end_s = time.monotonic() + self._wall_s
+        self._num_sleeps = _num_sleeps()
         self.is_judging = True
         if cpu_s:
             self._look_again(cpu_s)
@@ -67,8 +71,10 @@ class Limits:
     def _check(self, signum: int, frame: FrameType | None) -> None:
         if not self.is_judging or self._end_cpu_s == math.inf:  # an alarm of the answer before
             return
-        now_cpu_s = time.process_time()
-        if now_cpu_s < self._end_cpu_s and time.monotonic() < self._end_s:
+        now_cpu_s, now_s = time.process_time(), time.monotonic()
+        if now_s >= self._end_s and _num_sleeps() == self._num_sleeps:  # it was other processes that took the time
+            self._end_s = now_s + self._wall_s
+        if now_cpu_s < self._end_cpu_s and now_s < self._end_s:
             # Looking takes time as well: at an answer that is asleep, less and less often.
             is_asleep = now_cpu_s - self._looked_cpu_s < self._pause_s / 2
             self._look_again(2 * self._pause_s if is_asleep else self._end_cpu_s - now_cpu_s)
@@ -78,3 +84,8 @@ class Limits:
         self._has_interrupted = True
         self._look_again(_INSIST_S)
         raise Interrupted
+
+
+def _num_sleeps() -> int:
+    """How often this process has given up its processor."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw

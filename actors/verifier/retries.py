@@ -28,7 +28,7 @@ class Retries:
 
     def started_before(self, moment_s: float) -> list[Answer]:
         """Takes out the answers that a worker first took up before that moment."""
-        expired = [entry for entry in self._heap if (entry[-1].started_s or 0.0) < moment_s]
+        expired = [entry for entry in self._heap if entry[-1].started_s < moment_s]
         if expired:
             self._heap = [entry for entry in self._heap if entry not in expired]
             heapq.heapify(self._heap)

@@ -57,6 +57,7 @@ SLOW_SHARE = 6
 FIRST_SLOW_SHARE = 2  # in place of SLOW_SHARE as long as the usual time is not known
 MORE_TIME = 2  # each attempt may take this many times what the one before has had
 _LONG_S = 0.1  # taken to have been spent on an answer that was put off before what takes long
+_PATIENCE = 2  # time limits that such an answer may wait
 _ASLEEP = 3  # wall-clock time that an answer may take, in its processor time: what takes more is asleep
 _ASLEEP_STOPPED = 20  # the same for a slow worker, which is stopped most of the time
 MAX_BATCH = 64  # answers that a worker gets at once
@@ -143,7 +144,7 @@ class Template:
             batch.append(self._queue.popleft())
         if self._is_interruptible and (self._queue or len(batch) > 1):
             limit_s = self._usual_cpu.limit_s
-            self._send(worker, batch, limit_s, max(_ASLEEP * limit_s, self._usual_wall.limit_s), True)
+            self._send(worker, batch, limit_s, max(_ASLEEP * limit_s, self._usual_wall.limit_s), limit_s < _LONG_S)
         else:
             self._send(worker, batch, 0.0, 0.0, False)
 
@@ -187,7 +188,10 @@ class Template:
                     self._welcome_back(worker)
             case [kind, cpu_s] if kind in (AGAIN, SPOILT, LATER) and worker.answers:
                 spent_s = _LONG_S if kind == LATER else max(float(cpu_s), worker.cpu_limit_s)
-                self._put_off(worker.finish_first(float(cpu_s)), spent_s)
+                answer = worker.finish_first(float(cpu_s))
+                if kind == LATER:  # it has hardly begun: its limit runs from the next attempt, or else from then
+                    answer.started_s = time.monotonic() + _PATIENCE * self._timeout_s
+                self._put_off(answer, spent_s)
                 if kind == SPOILT:
                     self._remove(worker)
             case [kind, module] if kind == COLD and module.decode() not in worker.modules:
@@ -236,7 +240,12 @@ class Template:
         if module not in self._modules:
             self._flush()
             started_s = time.monotonic()
-            importlib.import_module(module)
+            try:
+                importlib.import_module(module)
+            except ImportError:  # a bug in the verifier, like any other exception that it raises
+                traceback.print_exc()
+                self._lose(worker)
+                return
             self._modules.add(module)
             self._warm_up(module)
             self._postpone(time.monotonic() - started_s)
@@ -251,7 +260,7 @@ class Template:
             worker.started_s += loading_s
             begun += [*worker.answers][:1]
         for answer in begun:
-            answer.started_s = (answer.started_s or 0.0) + loading_s
+            answer.started_s += loading_s
 
     def _warm_up(self, module: str) -> None:
         """Lets the verifier fill its caches, where every worker forked from now on finds them."""
@@ -276,7 +285,7 @@ class Template:
             self._look_after_slow(now_s)
 
     def _is_over_time(self, worker: Handle, now_s: float) -> bool:
-        return now_s - (worker.answers[0].started_s or now_s) >= self._timeout_s
+        return now_s - worker.answers[0].started_s >= self._timeout_s
 
     def _make_way(self, worker: Handle, now_s: float) -> None:
         """Others wait for this worker: if its answer takes long, it goes elsewhere."""
@@ -334,7 +343,7 @@ class Template:
         """Milliseconds to the next look at the clocks of the workers; None: none is busy."""
         now_s = time.monotonic()
         busy = [w for w in self._workers.values() if w.answers]
-        moments = [(w.answers[0].started_s or now_s) + self._timeout_s for w in busy]
+        moments = [w.answers[0].started_s + self._timeout_s for w in busy]
         if self._queue and len(self._slow) < self._max_slow:
             for worker in busy:
                 if worker.cpu_limit_s and (worker.is_overdue or len(self._workers) <= self._num_workers):
