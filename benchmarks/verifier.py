@@ -148,6 +148,7 @@ async def throughput_of_pool(
     times_ms: list[float] = []
     async with VerifierPool(f"{Path(__file__).stem}:hanging_verify", args.workers, args.timeout_s, 1024) as pool:
         await pool.verify(r"\boxed{\sqrt{8}+x}", r"x+2\sqrt{2}", {})  # loads what symbolic answers need
+        await pool.verify(r"\boxed{\sqrt{-x^2-1}+y}", r"y+\sqrt{-(1+x^2)}", {})  # and sympy
 
         async def one(response: str, reference: str) -> None:
             before_s = time.perf_counter()
