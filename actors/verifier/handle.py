@@ -20,7 +20,7 @@ class Answer:
     id: bytes
     body: bytes  # JSON
     started_s: float = math.inf  # when a worker took it up: its time limit counts from here
-    spent_s: float = 0.0  # processor time of the longest attempt so far
+    spent_s: float = 0.0  # processor time that its longest attempt could use
 
 
 @dataclass(eq=False)

@@ -37,7 +37,7 @@ class Limits:
     """
 
     def __init__(self) -> None:
-        self.is_judging = self._has_interrupted = False
+        self.is_judging, self.num_interruptions = False, 0
         self._end_cpu_s = self._end_s = math.inf
         self._wall_s, self._num_sleeps = math.inf, 0
         self._looked_cpu_s = self._pause_s = 0.0  # processor time at the last look, and wall-clock time to the next
@@ -50,7 +50,7 @@ class Limits:
         """
         global _is_hurried
         _is_hurried = is_hurried
-        self._has_interrupted = False
+        self.num_interruptions = 0
         self._end_cpu_s = time.process_time() + (cpu_s or math.inf)
         self._wall_s = wall_s or math.inf
         self._end_s = time.monotonic() + self._wall_s
@@ -62,7 +62,7 @@ class Limits:
     def stop(self) -> bool:
         """No more interruptions; returns whether there was one since the start."""
         self.is_judging = False
-        return self._has_interrupted
+        return self.num_interruptions > 0
 
     def _look_again(self, after_s: float) -> None:
         self._looked_cpu_s, self._pause_s = time.process_time(), max(after_s, _SHORTEST_PAUSE_S)
@@ -81,7 +81,7 @@ class Limits:
             return
         # Again, but not at once: the first is on its way to where it is caught, and a second must not overtake it.
         self._end_cpu_s, self._end_s = now_cpu_s + _INSIST_S, math.inf
-        self._has_interrupted = True
+        self.num_interruptions += 1
         self._look_again(_INSIST_S)
         raise Interrupted
 

@@ -87,7 +87,9 @@ def _answer(verifier: Verifier, limits: Limits | None, line: bytes) -> bytes:
         limits.is_judging = False  # by no call, at whose beginning there could be a second one
         if isinstance(interruption, TakesTime):
             return _cut_short(LATER, started_cpu_s)
-        return _cut_short(AGAIN if verifier.survives(interruption.__traceback__) else SPOILT, started_cpu_s)
+        # Where one before this was swallowed is not known.
+        is_whole = limits.num_interruptions == 1 and verifier.survives(interruption.__traceback__)
+        return _cut_short(AGAIN if is_whole else SPOILT, started_cpu_s)
 
 
 def _cut_short(kind: bytes, started_cpu_s: float) -> bytes:
