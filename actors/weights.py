@@ -1,8 +1,9 @@
 """The actor's side of weight transfer over gloo, for CPUs; on GPUs vLLM's own nccl engine takes its place.
 
 vLLM calls `register_gloo` through its plugin entry point in every process that it spawns, and the worker process then
-builds the engine when the actor was started with `weights.backend: gloo`. The learner's side is learner/transfer.py;
-the two agree on the fields of GlooInitInfo and GlooUpdateInfo, which travel as plain dictionaries.
+builds the engine when the actor was started with `weights.backend: gloo`. The learner's side is
+learner/publication/transfer.py; the two agree on the fields of GlooInitInfo and GlooUpdateInfo, which travel as plain
+dictionaries.
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or learner.py he
 import torch
 from torch import Tensor
 
-from learner.advantages import gae, length_adaptive_lambda, value_targets
+from learner.algorithm.advantages import gae, length_adaptive_lambda, value_targets
 
 ALPHA = 0.05
 SHAPES = [(16, 512), (64, 1024), (128, 2048), (256, 4096), (512, 8192)]  # responses x longest response

@@ -47,13 +47,13 @@ from common.config import (
     OptimizerConfig,
     StalenessConfig,
 )
-from learner.experience import estimate
-from learner.logprobs import token_logprobs
-from learner.model import Critic, Policy, load_critic, load_policy
-from learner.objective import count
-from learner.packing import Batch, boundaries
+from learner.algorithm.experience import estimate
+from learner.algorithm.objective import count
+from learner.algorithm.packing import Batch, boundaries
+from learner.algorithm.trainer import Stopwatch, Totals, Trainer, Work
+from learner.networks.logprobs import token_logprobs
+from learner.networks.model import Critic, Policy, load_critic, load_policy
 from learner.prepare import RECIPES, build_model, build_tokenizer
-from learner.trainer import Stopwatch, Totals, Trainer, Work
 
 CPU = torch.device("cpu")
 GROUP_SIZE, LONGEST, MEAN_LENGTH, SPREAD = 8, 370, 60, 0.85  # of response lengths; spread of their logarithm

@@ -1,6 +1,6 @@
 """What benchmarks/learner.py measures against: the same networks on a padded batch, and TRL's GRPO step.
 
-Axes: B sequences, L tokens of the longest, S and T as in learner/packing.py, V vocabulary, D width.
+Axes: B sequences, L tokens of the longest, S and T as in learner/algorithm/packing.py, V vocabulary, D width.
 """
 
 import warnings
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from learner.advantages import group_normalised_advantages
-from learner.packing import Batch
+from learner.algorithm.advantages import group_normalised_advantages
+from learner.algorithm.packing import Batch
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
@@ -23,7 +23,7 @@ def plain_model(folder: Path) -> PreTrainedModel:
 
 
 class PaddedPolicy(nn.Module):
-    """Takes learner.model.Policy's place in a Trainer: pads to the longest, makes the logits of every position."""
+    """Takes the place of learner.networks.model.Policy: pads to the longest, makes the logits of every position."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PaddedPolicy(nn.Module):
         temperature: float,
         entropy_grad: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(logprobs_T, entropy_T) as of learner.model.Policy."""
+        """(logprobs_T, entropy_T) as of learner.networks.model.Policy."""
         token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1)
         logits_BLV = self.model(input_ids=token_ids_BL, attention_mask=mask_BL, use_cache=False).logits[:, :-1]
         logp_BLV = F.log_softmax(logits_BLV / temperature, -1)
@@ -49,7 +49,7 @@ class PaddedPolicy(nn.Module):
 
 
 class PaddedCritic(nn.Module):
-    """Takes learner.model.Critic's place; `head` is copied from it."""
+    """Takes learner.networks.model.Critic's place; `head` is copied from it."""
 
     def __init__(self, backbone: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class PaddedCritic(nn.Module):
         self.head.load_state_dict(head.state_dict())
 
     def forward(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-        """values_T as of learner.model.Critic."""
+        """values_T as of learner.networks.model.Critic."""
         token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1)
         output = self.backbone(input_ids=token_ids_BL, attention_mask=mask_BL, use_cache=False)
         values_BL = self.head(output.last_hidden_state).squeeze(-1)[:, :-1]

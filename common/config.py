@@ -55,7 +55,7 @@ class Aggregation(StrEnum):
 
 
 class Correction(StrEnum):
-    """Off-policy correction of the policy loss (see learner/losses.py)."""
+    """Off-policy correction of the policy loss (see learner/algorithm/losses.py)."""
 
     none = "none"
     decoupled = "decoupled"
@@ -213,7 +213,7 @@ class WeightsConfig:
     kv_cache: KVCache = KVCache.keep
     timeout_s: float = 60.0  # of each phase of a publication
     probe_tokens: int = 64  # length of the fixed sequence that actor and learner both score after an update
-    drift_factor: float = 10.0  # alarm when the mismatch exceeds this multiple of its floor (learner/sentinel.py)
+    drift_factor: float = 10.0  # alarm when the mismatch exceeds this multiple of its floor (publication/sentinel.py)
     probe_tolerance: float = 1e-3  # largest accepted |log-prob difference| (use about 0.1 for bfloat16)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from common.config import Config, ConfigError, read_config
 from learner.checkpoint import complete_steps, load_parameters, step_folder
-from learner.model import export_hf, load_policy
+from learner.networks.model import export_hf, load_policy
 
 
 def main(run_dir: str, step: int | None, out_dir: str) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 from common.config import Config
 from common.metrics import RunLog, Value
 from common.types import Prompt, TrajectoryGroup
-from learner.evaluation import EvalResult
-from learner.service import LearnerService
+from learner.rollouts.evaluation import EvalResult
+from learner.rollouts.service import LearnerService
 
 logger = logging.getLogger(__name__)
 

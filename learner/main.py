@@ -28,15 +28,15 @@ from common.metrics import RunLog, Value
 from common.tasks import load_task
 from common.transport import model_fingerprints
 from common.types import JSON, Prompt, TrajectoryGroup
+from learner.algorithm.packing import Batch, broadcast_batch
+from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer, StateDict, complete_steps, step_folder
 from learner.leader import Leader, version_gaps
-from learner.model import Policy, export_hf, load_critic, load_policy
-from learner.packing import Batch, broadcast_batch
-from learner.parallel import World, make_mesh, process_group, seed_everything
-from learner.sentinel import DriftSentinel
-from learner.service import LearnerService, MembersWaiting
-from learner.trainer import Trainer
-from learner.weights import Publication, Publisher
+from learner.networks.model import Policy, export_hf, load_critic, load_policy
+from learner.networks.parallel import World, make_mesh, process_group, seed_everything
+from learner.publication.publisher import Publication, Publisher
+from learner.publication.sentinel import DriftSentinel
+from learner.rollouts.service import LearnerService, MembersWaiting
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from common.launcher import rank_environment, reserve_port
 from common.transport import model_fingerprints
 from common.types import CompletedGroup, FinishReason, Lease, Verdict
 from learner.checkpoint import complete_steps
-from tests.fake_actors import FakeActor
+from tests.support.fake_actors import FakeActor
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 90.0
@@ -90,7 +90,7 @@ class LearnerProcesses:
         port = stack.enter_context(reserve_port())
         log = stack.enter_context((run_dir / "learner.log").open("ab"))
         for rank in range(num_ranks):
-            command = [sys.executable, "-m", "tests.learner_without_transfer", str(run_dir / "config.yaml")]
+            command = [sys.executable, "-m", "tests.support.learner_without_transfer", str(run_dir / "config.yaml")]
             environment = os.environ | rank_environment(rank, num_ranks, port)
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
             stack.callback(self._end, process)

@@ -1,0 +1,176 @@
+"""From scores to experience: everything the updates of one step need of every response token, computed once.
+
+Each rank estimates its own share, because advantages run along whole responses and a response is on one
+rank; then the shares are put together on all ranks, so that later passes may split the batch differently.
+
+Axes: B responses, T response tokens of the batch laid end to end; a share has the same axes, fewer of each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.config import AdvantageEstimator, AlgorithmConfig, Config, ValueTarget
+from learner.algorithm import advantages as adv
+from learner.algorithm.losses import correction_weights
+from learner.algorithm.packing import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Outputs of the networks before they change, (T,) of a share, float32 on the device."""
+
+    old_logprobs_T: Tensor
+    entropy_T: Tensor
+    values_T: Tensor | None  # None without a critic
+    reference_logprobs_T: Tensor | None  # None without a KL term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What the updates need of every response token: (T,) each, on the device, the same on every rank."""
+
+    mask_T: Tensor  # bool, tokens that enter the losses
+    lm_mask_T: Tensor  # bool, those of them in correct responses that are not truncated
+    gap_T: Tensor  # int64, learner version - version that drew the token
+    old_logprobs_T: Tensor
+    entropy_T: Tensor
+    behavior_logprobs_T: Tensor  # as recorded
+    weights_T: Tensor  # off-policy correction
+    advantages_T: Tensor
+    values_T: Tensor | None  # None without a critic, like the targets
+    value_targets_T: Tensor | None
+    reference_logprobs_T: Tensor | None  # None without a KL term
+
+    def select(self, tokens: Tensor) -> "Experience":
+        """The tokens at these places in T."""
+        streams = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Experience(**{name: None if x is None else x[tokens] for name, x in streams.items()})
+
+
+@torch.no_grad()
+def estimate(
+    config: Config,
+    batch: Batch,
+    mine: Tensor,
+    scores: Scores,
+    version: int,
+    process_group: dist.ProcessGroup | None,
+) -> Experience:
+    """The experience of the whole batch, from this rank's scores of the responses at `mine` (int64).
+
+    At max_staleness 0 the sampler is the policy, so the behavior's log-probs are taken to be old_logprobs:
+    whatever correction is configured the step is plain PPO, not PPO with weights for the rounding of
+    another engine. A collective: every rank calls it, also with nothing in its share.
+    """
+    device, algorithm = scores.old_logprobs_T.device, config.algorithm
+    share, tokens = batch.select(mine), batch.select_tokens(mine).to(device)
+    is_on_policy = config.staleness.max_staleness == 0
+    behavior_T = scores.old_logprobs_T if is_on_policy else share.behavior_logprobs_T.to(device)
+    weights_T = correction_weights(
+        scores.old_logprobs_T,
+        behavior_T,
+        algorithm.correction,
+        truncation=algorithm.truncation,
+        mask_low=algorithm.mask_low,
+        mask_high=algorithm.mask_high,
+        dis_low=algorithm.dis_low,
+        dis_high=algorithm.dis_high,
+    )
+    advantages_T = policy_advantages(algorithm, batch, mine, scores.values_T)
+    if algorithm.whiten_advantages:
+        advantages_T = adv.whiten(advantages_T, share.loss_mask_T.to(device), process_group)
+    mine_T = {
+        "old_logprobs_T": scores.old_logprobs_T,
+        "entropy_T": scores.entropy_T,
+        "weights_T": weights_T,
+        "advantages_T": advantages_T,
+        "values_T": scores.values_T,
+        "value_targets_T": critic_targets(algorithm, share, scores, behavior_T),
+        "reference_logprobs_T": scores.reference_logprobs_T,
+    }
+    lm_mask_T = batch.loss_mask_T & is_lm_token(batch)
+    return Experience(
+        mask_T=batch.loss_mask_T.to(device),
+        lm_mask_T=lm_mask_T.to(device),
+        gap_T=(version - batch.versions_T).to(device),
+        behavior_logprobs_T=batch.behavior_logprobs_T.to(device),
+        **_put_together(mine_T, tokens, batch.num_response_tokens, process_group),
+    )
+
+
+def is_lm_token(batch: Batch) -> Tensor:
+    """Tokens of responses that are correct and not truncated, bool (T,)."""
+    is_lm_B = batch.is_correct_B & ~batch.is_truncated_B
+    return adv.expand(is_lm_B, batch.response_cu_seqlens_B1, batch.num_response_tokens)
+
+
+def policy_lambda(algorithm: AlgorithmConfig, lengths_B: Tensor) -> Tensor:
+    """The policy's GAE lambda of each response: length-adaptive or fixed, float32 (B,)."""
+    if algorithm.length_adaptive_alpha is None:
+        return torch.full(lengths_B.shape, algorithm.policy_lambda, device=lengths_B.device)
+    return adv.length_adaptive_lambda(lengths_B, algorithm.length_adaptive_alpha)
+
+
+def policy_advantages(algorithm: AlgorithmConfig, batch: Batch, mine: Tensor, values_T: Tensor | None) -> Tensor:
+    """Advantages of the share at `mine` before whitening, (T,): from `values_T`, or from its groups' rewards.
+
+    With V-trace targets the advantages stay GAE: the correction weight of the loss already accounts for the
+    policy that sampled, and V-trace's own advantage would count it twice.
+    """
+    share = batch.select(mine)
+    if algorithm.advantage is AdvantageEstimator.gae:
+        assert values_T is not None, "GAE needs values"
+        cu_seqlens_B1 = share.response_cu_seqlens_B1.to(values_T.device)
+        lambda_B = policy_lambda(algorithm, cu_seqlens_B1.diff())
+        return adv.gae(values_T, share.rewards_B.to(values_T.device), cu_seqlens_B1, lambda_B, algorithm.gamma)
+    is_grpo = algorithm.advantage is AdvantageEstimator.grpo
+    estimator = adv.group_normalised_advantages if is_grpo else adv.leave_one_out_advantages
+    advantages_B = estimator(batch.rewards_B, batch.group_index_B)[mine]
+    return adv.expand(advantages_B, share.response_cu_seqlens_B1, share.num_response_tokens)
+
+
+def critic_targets(
+    algorithm: AlgorithmConfig, share: Batch, scores: Scores, behavior_logprobs_T: Tensor
+) -> Tensor | None:
+    """The critic's targets for a share, (T,), or None without a critic."""
+    values_T = scores.values_T
+    if values_T is None:
+        return None
+    cu_seqlens_B1 = share.response_cu_seqlens_B1.to(values_T.device)
+    rewards_B = share.rewards_B.to(values_T.device)
+    if algorithm.value_target is ValueTarget.gae:
+        return adv.value_targets(values_T, rewards_B, cu_seqlens_B1, algorithm.critic_lambda, algorithm.gamma)
+    targets_T, _ = adv.vtrace(
+        values_T,
+        rewards_B,
+        scores.old_logprobs_T - behavior_logprobs_T,
+        cu_seqlens_B1,
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.critic_lambda,
+        rho_bar=algorithm.vtrace_rho_bar,
+        c_bar=algorithm.vtrace_c_bar,
+    )
+    return targets_T
+
+
+def _put_together(
+    mine_T: Mapping[str, Tensor | None],
+    tokens: Tensor,
+    num_tokens: int,
+    process_group: dist.ProcessGroup | None,
+) -> dict[str, Tensor | None]:
+    """The streams of all ranks' shares at their places in T, in one all-reduce.
+
+    Every token is in exactly one share, so the sum over ranks adds zeros to it and is exact.
+    """
+    present = {name: x for name, x in mine_T.items() if x is not None}
+    streams = torch.zeros(len(present), num_tokens, device=tokens.device)
+    streams[:, tokens] = torch.stack([x.to(tokens.device) for x in present.values()])
+    if process_group is not None:
+        dist.all_reduce(streams, group=process_group)
+    absent: dict[str, Tensor | None] = dict.fromkeys(mine_T)
+    return absent | dict(zip(present, streams.unbind(0), strict=True))

@@ -1,0 +1,89 @@
+"""The policy's objective on one micro-batch: the terms of learner/algorithm/losses.py that are configured."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.config import Aggregation, AlgorithmConfig, Correction
+from learner.algorithm import losses
+from learner.algorithm.experience import Experience
+from learner.algorithm.packing import Batch, MicroBatches, boundaries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Denominators of one mini-batch, over all its micro-batches and ranks."""
+
+    tokens: int  # in the loss mask
+    lm_tokens: int  # in the LM loss's mask
+    responses: int  # with at least one token in the loss mask
+
+
+def count(batch: Batch, experience: Experience, mini: list[MicroBatches]) -> Counts:
+    """Denominators of a mini-batch [rank][micro_batch], from the whole batch: no rank has to ask another."""
+    indices = torch.cat([indices for micros in mini for indices in micros])
+    tokens = batch.select_tokens(indices).to(experience.mask_T.device)
+    mask_T = experience.mask_T[tokens]
+    cu_seqlens_B1 = boundaries(batch.response_lengths_B[indices]).to(mask_T.device)
+    return Counts(
+        tokens=int(mask_T.sum()),
+        lm_tokens=int(experience.lm_mask_T[tokens].sum()),
+        responses=int((losses.tokens_per_response(mask_T, cu_seqlens_B1) > 0).sum()),
+    )
+
+
+def policy_terms(
+    algorithm: AlgorithmConfig,
+    is_on_policy: bool,
+    micro: Batch,
+    e: Experience,
+    logprobs_T: Tensor,
+    entropy_T: Tensor,
+    counts: Counts,
+) -> dict[str, Tensor]:
+    """The weighted terms of the policy's loss by name; their sum is minimised (VAPO eq. 10 by default).
+
+    `micro` and `e` hold the same responses; logprobs_T and entropy_T (T,) are the policy's on them, now.
+    `is_on_policy` says that max_staleness is 0: every correction is then plain PPO.
+    """
+    if algorithm.aggregation is Aggregation.token:
+        scale_T = losses.token_scale(e.mask_T, counts.tokens)
+    else:
+        cu_seqlens_B1 = micro.response_cu_seqlens_B1.to(e.mask_T.device)
+        scale_T = losses.sequence_scale(e.mask_T, cu_seqlens_B1, counts.responses)
+    terms = {"pg_loss": _surrogate(algorithm, is_on_policy, e, logprobs_T, scale_T)}
+    if algorithm.positive_lm_weight != 0.0:
+        lm_loss = losses.positive_lm_loss(logprobs_T, e.weights_T, e.lm_mask_T, counts.lm_tokens)
+        terms["lm_loss"] = algorithm.positive_lm_weight * lm_loss
+    if algorithm.entropy_weight != 0.0:
+        terms["entropy_loss"] = algorithm.entropy_weight * losses.entropy_loss(entropy_T, scale_T)
+    if e.reference_logprobs_T is not None:
+        kl_loss = losses.kl_loss(logprobs_T, e.reference_logprobs_T, scale_T)
+        terms["kl_loss"] = algorithm.kl_weight * kl_loss
+    return terms
+
+
+def _surrogate(
+    algorithm: AlgorithmConfig, is_on_policy: bool, e: Experience, logprobs_T: Tensor, scale_T: Tensor
+) -> Tensor:
+    """PPO's clipped loss with correction weights, or that of DIS, which knows no old policy."""
+    if algorithm.correction is Correction.dis and not is_on_policy:
+        return losses.dis_loss(
+            logprobs_T,
+            e.behavior_logprobs_T,
+            e.advantages_T,
+            scale_T,
+            dis_low=algorithm.dis_low,
+            dis_high=algorithm.dis_high,
+        )
+    return losses.policy_loss(
+        logprobs_T,
+        e.old_logprobs_T,
+        e.advantages_T,
+        e.weights_T,
+        scale_T,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+    )

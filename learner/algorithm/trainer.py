@@ -1,0 +1,295 @@
+"""The learner's step: from a batch of scored responses to updated networks and a record of what happened.
+
+    plan      split the batch into mini-batches, ranks and micro-batches, once per pass
+    score     values and old_logprobs (and reference_logprobs) of the networks as they are, no gradient
+    estimate  advantages, value targets and correction weights, once (learner/algorithm/experience.py)
+    update    per mini-batch: the critic, then, outside warm-up, the policy
+    describe  metrics (learner/algorithm/diagnostics.py)
+
+Every rank is given the same batch and works on its own share. Denominators are counts over the whole
+mini-batch, which every rank knows from the batch; gradients are SUMMED over ranks (FSDP2 averages them by
+default: the factor is set to 1 where learner/networks/model.py shards). So neither losses nor gradients depend on
+how a mini-batch is split.
+
+Axes: B responses, T response tokens of the batch, laid end to end.
+"""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.config import AdvantageEstimator, Config, Device, OverAge
+from learner.algorithm import diagnostics, losses
+from learner.algorithm.diagnostics import Metrics, Totals
+from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
+from learner.algorithm.objective import Counts, count, policy_terms
+from learner.algorithm.optimised import Optimised
+from learner.algorithm.packing import Batch, MicroBatches, partition
+from learner.checkpoint import StateDict
+
+Plan = list[list[MicroBatches]]  # indices as [mini_batch][rank][micro_batch]
+
+
+class Trainer:
+    """Owns both optimizers and takes steps. `step` is a collective: every rank calls it with equal arguments.
+
+    `critic` is given exactly when the advantage estimator is GAE; `reference`, a policy that is never
+    updated, exactly when algorithm.kl_weight > 0. Raises ValueError otherwise.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: nn.Module,
+        critic: nn.Module | None,
+        rank: int,
+        world: int,
+        *,
+        reference: nn.Module | None = None,
+    ) -> None:
+        algorithm = config.algorithm
+        if (algorithm.advantage is AdvantageEstimator.gae) != (critic is not None):
+            raise ValueError(f"algorithm.advantage={algorithm.advantage}: a critic goes with gae, and only with it")
+        if (algorithm.kl_weight > 0.0) != (reference is not None):
+            raise ValueError(f"algorithm.kl_weight={algorithm.kl_weight}: a reference policy goes with a positive one")
+        self.config, self.rank, self.world = config, rank, world
+        self.policy = Optimised("policy", policy, config.learner.policy)
+        self.critic = None if critic is None else Optimised("critic", critic, config.learner.critic)
+        self.reference = reference
+        self.num_steps = 0  # taken so far, warm-up included; seeds the shuffling
+        self.group = dist.group.WORLD if world > 1 else None
+        on_cuda = config.device is Device.cuda
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+    def step(self, batch: Batch, version: int, is_warmup: bool) -> Metrics:
+        """Trains on `batch`, consumed at policy `version`. Warm-up leaves the policy alone.
+
+        Returns the metrics, the same on every rank. Raises FloatingPointError when a gradient is not
+        finite, ValueError when there are fewer responses than mini-batches.
+        """
+        clock = Stopwatch(self.device)
+        batch = self._mask_over_age(batch, version)
+        plans = self._plans(batch, is_warmup)
+        with clock.stage("score"):
+            mine, scores = self._score(batch, plans[0])
+        with clock.stage("estimate"):
+            experience = estimate(self.config, batch, mine, scores, version, self.group)
+        work = Work(batch, experience, is_warmup, Totals(self.device), clock)
+        for plan in plans:
+            for mini in plan:
+                self._update(work, mini, updates_policy=plan is plans[-1] and not is_warmup)
+        self.num_steps += 1
+        with clock.stage("describe"):
+            metrics = self._describe(work)
+        return metrics | clock.metrics(batch.num_response_tokens)
+
+    def state_dict(self) -> StateDict:
+        """Networks, optimizers and counters, for learner/checkpoint.py."""
+        state: StateDict = {"policy": self.policy.state_dict(), "num_steps": self.num_steps}
+        return state if self.critic is None else state | {"critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        self.policy.load_state_dict(state_dict["policy"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state_dict["critic"])
+        self.num_steps = state_dict["num_steps"]
+
+    def _mask_over_age(self, batch: Batch, version: int) -> Batch:
+        """With over_age=mask, the tokens that are too old leave the loss mask; with drop there are none."""
+        max_staleness = self.config.staleness.max_staleness
+        gap_T = version - batch.versions_T
+        assert not (gap_T < 0).any(), f"a token of version {int(batch.versions_T.max())} was consumed at {version}"
+        if self.config.staleness.over_age is OverAge.mask:
+            return replace(batch, loss_mask_T=batch.loss_mask_T & (gap_T <= max_staleness))
+        assert not (gap_T > max_staleness).any(), f"a token {int(gap_T.max())} versions old passed the gate"
+        return batch
+
+    def _plans(self, batch: Batch, is_warmup: bool) -> list[Plan]:
+        """One plan per pass over the batch, each shuffled anew; the policy is updated in the last one."""
+        algorithm, learner = self.config.algorithm, self.config.learner
+        passes = algorithm.critic_warmup_epochs if is_warmup else algorithm.critic_updates_per_step
+        passes = 1 if self.critic is None else passes
+        seed = (self.config.seed * 1_000_003 + self.num_steps) * 1_009
+        return [
+            partition(batch, learner.mini_batches, self.world, learner.tokens_per_micro_batch, seed + k)
+            for k in range(passes)
+        ]
+
+    @torch.no_grad()
+    def _score(self, batch: Batch, plan: Plan) -> tuple[Tensor, Scores]:
+        """(indices of this rank's share, their scores in that order)."""
+        micros = [indices for mini in plan for indices in mini[self.rank]]
+        policy, values, reference = [], [], []
+        for micro in map(batch.select, micros):
+            policy.append(self._run_policy(self.policy.network, micro))
+            if self.critic is not None:
+                values.append(self._run_critic(self.critic.network, micro))
+            if self.reference is not None:
+                reference.append(self._run_policy(self.reference, micro)[0])
+        scores = Scores(
+            old_logprobs_T=torch.cat([logprobs_T for logprobs_T, _ in policy]),
+            entropy_T=torch.cat([entropy_T for _, entropy_T in policy]),
+            values_T=torch.cat(values) if values else None,
+            reference_logprobs_T=torch.cat(reference) if reference else None,
+        )
+        return torch.cat(micros), scores
+
+    def _run_policy(self, network: nn.Module, micro: Batch) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropy) of the response tokens; the entropy has a gradient if it is in the loss."""
+        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        logprobs_T, entropy_T = network(
+            micro.token_ids_S,
+            micro.cu_seqlens_B1,
+            micro.prompt_lengths_B,
+            temperature,
+            entropy_grad=algorithm.entropy_weight != 0.0,
+        )
+        return logprobs_T, entropy_T
+
+    def _run_critic(self, network: nn.Module, micro: Batch) -> Tensor:
+        values_T: Tensor = network(micro.token_ids_S, micro.cu_seqlens_B1, micro.prompt_lengths_B)
+        return values_T
+
+    def _update(self, work: "Work", mini: list[MicroBatches], updates_policy: bool) -> None:
+        """The optimizer steps of one mini-batch; none when all its tokens are masked."""
+        counts = count(work.batch, work.experience, mini)
+        if counts.tokens == 0:
+            return
+        if self.critic is not None:
+            with work.clock.stage("critic"):
+                self._update_critic(self.critic, work, mini, counts)
+        if updates_policy:
+            with work.clock.stage("policy"):
+                self._update_policy(work, mini, counts)
+
+    def _update_critic(self, critic: Optimised, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
+        """One optimizer step of the critic. No clipping in warm-up: it would hold on to wrong values."""
+        value_clip = None if work.is_warmup else self.config.algorithm.value_clip
+        for micro, e in work.share(mini[self.rank]):
+            assert e.values_T is not None and e.value_targets_T is not None
+            values_T = self._run_critic(critic.network, micro)
+            scale_T = losses.token_scale(e.mask_T, counts.tokens)
+            loss = losses.value_loss(values_T, e.values_T, e.value_targets_T, scale_T, value_clip)
+            loss.backward()
+            work.totals.add("critic/value_loss", loss)
+            if value_clip is not None:
+                is_clipped_T = (values_T - e.values_T).abs() > value_clip
+                work.totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
+        work.totals.add_shared("critic/grad_norm", critic.apply())
+        work.totals.add_shared("critic/updates", torch.ones(()))
+
+    def _update_policy(self, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
+        """One optimizer step of the policy."""
+        algorithm, max_staleness = self.config.algorithm, self.config.staleness.max_staleness
+        for micro, e in work.share(mini[self.rank]):
+            logprobs_T, entropy_T = self._run_policy(self.policy.network, micro)
+            terms = policy_terms(algorithm, max_staleness == 0, micro, e, logprobs_T, entropy_T, counts)
+            torch.stack(list(terms.values())).sum().backward()
+            for name, term in terms.items():
+                work.totals.add(f"policy/{name}", term)
+            diagnostics.add_policy_totals(
+                work.totals,
+                logprobs_T,
+                e.old_logprobs_T,
+                e.advantages_T,
+                e.gap_T,
+                e.mask_T,
+                num_gaps=max_staleness + 1,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                dual_clip=algorithm.dual_clip,
+            )
+        work.totals.add_shared("policy/grad_norm", self.policy.apply())
+        work.totals.add_shared("policy/updates", torch.ones(()))
+
+    def _describe(self, work: "Work") -> Metrics:
+        """Everything that the step reports but its times. A collective."""
+        algorithm, batch, e = self.config.algorithm, work.batch, work.experience
+        cu_seqlens_B1 = batch.response_cu_seqlens_B1.to(self.device)
+        metrics = diagnostics.batch_metrics(batch)
+        metrics |= diagnostics.staleness_metrics(e.gap_T, e.mask_T, cu_seqlens_B1)
+        metrics |= diagnostics.offpolicy_metrics(
+            e.old_logprobs_T,
+            e.behavior_logprobs_T,
+            e.weights_T,
+            e.gap_T,
+            e.mask_T,
+            cu_seqlens_B1,
+            algorithm.truncation,
+        )
+        metrics |= diagnostics.token_metrics("gae/advantage", e.advantages_T, e.mask_T)
+        if e.mask_T.any():
+            metrics["policy/entropy"] = e.entropy_T[e.mask_T].mean().item()
+            metrics["policy/lm_token_fraction"] = (e.lm_mask_T.sum() / e.mask_T.sum()).item()
+        if e.values_T is not None:
+            metrics |= diagnostics.gae_metrics(policy_lambda(algorithm, batch.response_lengths_B))
+            metrics |= diagnostics.critic_metrics(
+                e.values_T,
+                batch.rewards_B.to(self.device),
+                batch.is_correct_B.to(self.device),
+                e.mask_T,
+                cu_seqlens_B1,
+                (self.config.reward.wrong, self.config.reward.correct),
+            )
+        return metrics | diagnostics.update_metrics(*work.totals.reduce(self.group)) | self._learning_rates()
+
+    def _learning_rates(self) -> Metrics:
+        """Of the next optimizer steps."""
+        networks = [self.policy] if self.critic is None else [self.policy, self.critic]
+        return {f"{network.name}/learning_rate": network.learning_rate for network in networks}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the updates of one step share. The batch and the experience hold the same responses in order."""
+
+    batch: Batch
+    experience: Experience
+    is_warmup: bool
+    totals: Totals
+    clock: "Stopwatch"
+
+    def share(self, micros: MicroBatches) -> Iterator[tuple[Batch, Experience]]:
+        """Batch and experience of each of these micro-batches, empty ones included."""
+        device = self.experience.mask_T.device
+        for indices in micros:
+            tokens = self.batch.select_tokens(indices).to(device)
+            yield self.batch.select(indices), self.experience.select(tokens)
+
+
+class Stopwatch:
+    """Adds up seconds by stage. On CUDA a stage ends when its kernels have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def metrics(self, num_response_tokens: int) -> Metrics:
+        """Seconds per stage, tokens per second of the whole step so far, and the peak of memory."""
+        total = time.perf_counter() - self._started
+        times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        return times | {
+            "time/train_s": total,
+            "throughput/trained_tokens_per_s": num_response_tokens / total,
+            "memory/peak_gib": self._peak_gib(),
+        }
+
+    def _peak_gib(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,0 +1,1 @@
+"""Policy and critic on their devices: loaded, packed, sharded, written back."""

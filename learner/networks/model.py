@@ -1,0 +1,269 @@
+"""The two networks of the learner: a policy (any Hugging Face causal language model) and a separate critic.
+
+Both are called through forward, on packed streams (learner/algorithm/packing.py), so that FSDP2's hooks run. With a
+mesh every decoder layer and the root are sharded by `fully_shard`: float32 master weights and reductions,
+compute in model.dtype, gradients SUMMED over ranks (losses are already divided by global counts). Without a
+mesh they are plain modules; see learner/networks/parallel.py for when.
+
+An empty micro-batch runs on one dummy sequence and returns empty tensors that still reach every parameter:
+call backward on a SUM over them and the same collectives run with zero gradients.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from common.config import Config, Device, DType
+from learner.algorithm.packing import prediction_positions
+from learner.networks.attention import Packing
+from learner.networks.logprobs import token_logprobs
+from learner.networks.pretrained import load_causal_lm, load_value_model, stored_names, write_folder
+
+Network = TypeVar("Network", "Policy", "Critic")
+
+DUMMY_LENGTH = 2  # one prompt token and one response token stand in for an empty micro-batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a published tensor looks like, known without gathering it."""
+
+    name: str  # as in a Hugging Face checkpoint
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Policy(nn.Module):
+    """The language model that is trained. `model` is the Hugging Face module; parameter names are its own."""
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    def forward(
+        self,
+        token_ids_S: Tensor,
+        cu_seqlens_B1: Tensor,
+        prompt_lengths_B: Tensor,
+        temperature: float,
+        entropy_grad: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(logprobs_T, entropy_T): float32, nats, of each response token's distribution at `temperature`.
+
+        Inputs may live on the CPU. The entropy carries a gradient only when `entropy_grad`.
+        """
+        is_empty = len(prompt_lengths_B) == 0
+        token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
+        logprobs_T, entropy_T = token_logprobs(
+            hidden_TD,
+            self.model.get_output_embeddings().weight,
+            token_ids_S[positions_T + 1],
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+            entropy_grad=entropy_grad,
+        )
+        return (_emptied(logprobs_T), _emptied(entropy_T)) if is_empty else (logprobs_T, entropy_T)
+
+    def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
+        """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""
+        parameters = self.model.named_parameters()
+        return [TensorSpec(name=name, dtype=dtype or p.dtype, shape=tuple(p.shape)) for name, p in parameters]
+
+    @torch.no_grad()
+    def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, full tensor) one at a time, where the policy computes; a tied head is left out.
+
+        A collective when sharded: every rank iterates to the end, in lockstep. `dtype` casts (None: master
+        type). The tensor may alias the parameter: copy what must outlive the next optimizer step.
+        """
+        for name, parameter in self.model.named_parameters():
+            full = parameter
+            if isinstance(parameter, DTensor):  # gathered in host memory when offloaded, but NCCL sends none of that
+                full = parameter.full_tensor().to(parameter.device_mesh.device_type)
+            yield name, full.detach().to(dtype or full.dtype)
+
+
+class Critic(nn.Module):
+    """V(state) for every response token: its own backbone and a scalar head that starts at zero."""
+
+    def __init__(self, backbone: PreTrainedModel, head_weight: Tensor | None = None) -> None:
+        """`head_weight` [1, D] is a pretrained head; None starts at V = 0 everywhere."""
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, 1)
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight)
+        if head_weight is not None:
+            self.head.weight.data.copy_(head_weight)
+
+    def forward(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
+        """values_T: float32, the value of the state in which each response token is chosen (the position
+        before it).
+
+        The head computes in float32 whatever the backbone's type.
+        """
+        _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
+        values_T = hidden_TD.float() @ self.head.weight[0].float() + self.head.bias.float()
+        return values_T if len(prompt_lengths_B) else _emptied(values_T)
+
+
+def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:
+    """The policy of model.path, ready to train. Raises ValueError (see learner/networks/pretrained.py)."""
+    path = config.model.path
+    model = load_causal_lm(path, config.model.tie_word_embeddings, _reads_weights(mesh))
+    _check_names(model, path)
+    policy = Policy(model, config.learner.logprob_chunk_tokens)
+    return _prepare(policy, model, config, device, mesh)
+
+
+def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Critic:
+    """The critic: from model.critic_path, else a copy of the policy's backbone under a zero head."""
+    reads = _reads_weights(mesh)
+    if config.model.critic_path is None:
+        backbone, head = load_causal_lm(config.model.path, None, reads).base_model, None
+    else:
+        backbone, head = load_value_model(config.model.critic_path, reads)
+    return _prepare(Critic(backbone, head), backbone, config, device, mesh)
+
+
+def export_hf(
+    policy: Policy, tokenizer_path: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """Writes the policy as a Hugging Face folder that transformers and vLLM load, with the tokenizer's files.
+
+    A collective when sharded; rank 0 writes. `dtype` is the type of the stored weights (None: float32).
+    """
+    tensors = policy.named_hf_parameters(dtype)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        for _ in tensors:
+            pass
+        return
+    config = type(policy.config).from_dict(policy.config.to_dict())
+    config.dtype = dtype or torch.float32
+    config.architectures = [type(policy.model).__name__]
+    write_folder(Path(out_dir), config, ((n, t.cpu()) for n, t in tensors), Path(tokenizer_path))
+
+
+def _emptied(dummy_T: Tensor) -> Tensor:
+    """No elements, but still a function of every parameter. A copy: FSDP2 mistrusts views as outputs."""
+    return dummy_T[:0].clone()
+
+
+def _run(
+    backbone: nn.Module, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(token ids, hidden states [T, D], positions_T) on the device; of a dummy sequence when empty."""
+    # Where it computes, offloaded or not: the root's hook has gathered its own parameters, and the embedding is first.
+    device = next(backbone.parameters()).device
+    if len(prompt_lengths_B) == 0:
+        token_ids_S = token_ids_S.new_zeros(DUMMY_LENGTH)
+        cu_seqlens_B1 = cu_seqlens_B1.new_tensor([0, DUMMY_LENGTH])
+        prompt_lengths_B = cu_seqlens_B1.new_tensor([DUMMY_LENGTH - 1])
+    token_ids_S = token_ids_S.to(device)
+    packing = Packing.from_lengths(cu_seqlens_B1.diff().tolist(), device)
+    positions_T = prediction_positions(cu_seqlens_B1.cpu(), prompt_lengths_B.cpu()).to(device)
+    output = backbone(
+        input_ids=token_ids_S[None],
+        position_ids=packing.position_ids_S[None],
+        use_cache=False,
+        packing=packing,
+    )
+    return token_ids_S, output.last_hidden_state[0].index_select(0, positions_T), positions_T
+
+
+def _reads_weights(mesh: DeviceMesh | None) -> bool:
+    """Only rank 0 reads files; the others receive."""
+    return mesh is None or dist.get_rank() == 0
+
+
+def _check_names(model: PreTrainedModel, path: str) -> None:
+    """Published names must be those of the checkpoint: the engine's loader knows no others."""
+    stored = stored_names(path)
+    names = {name for name, _ in model.named_parameters()}
+    unknown = sorted(names - stored - {"lm_head.weight"}) if stored else []
+    if unknown:
+        raise ValueError(
+            f"model folder {path} names its weights otherwise than its modules (such as {unknown[0]}), "
+            "which weight publication does not support"
+        )
+
+
+def _prepare(
+    network: Network,
+    hf_model: PreTrainedModel,
+    config: Config,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+) -> Network:
+    """Dropout off, activation checkpointing as configured, then sharded over `mesh` or moved to `device`."""
+    for module in hf_model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if config.learner.activation_checkpointing:
+        hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+    network.train()
+    if mesh is None:
+        return network.to(device)
+    full = {name: p.detach() for name, p in network.named_parameters()} if dist.get_rank() == 0 else {}
+    _shard(network, hf_model, config, mesh)
+    _scatter_from_rank_0(network, full, device, mesh)
+    return network
+
+
+def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> None:
+    compute = torch.bfloat16 if config.model.dtype is DType.bfloat16 else torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Offloading keeps the sharded master weights, their gradients and the optimizer state in host memory.
+    offloads = config.learner.offload_optimizer and config.device is Device.cuda
+    offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
+    for layer in _decoder_layers(hf_model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    # By default the root stays gathered after a forward without backward: publication and checkpoints would
+    # then find compute copies in the place of the master weights.
+    fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _decoder_layers(hf_model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that are sharded, and gathered, one at a time."""
+    names = set(hf_model._no_split_modules or ())
+    layers = [module for module in hf_model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(hf_model).__name__} names no decoder layers to shard, choose another model")
+    return layers
+
+
+@torch.no_grad()
+def _scatter_from_rank_0(network: nn.Module, full: dict[str, Tensor], device: torch.device, mesh: DeviceMesh) -> None:
+    """Every rank's shard of every parameter and buffer from rank 0, one tensor in flight at a time."""
+    for name, parameter in network.named_parameters():
+        assert isinstance(parameter, DTensor)
+        tensor = full[name].to(device) if full else torch.empty(parameter.shape, device=device)
+        dist.broadcast(tensor, 0)
+        shard = distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    for buffer in network.buffers():
+        dist.broadcast(buffer, 0)

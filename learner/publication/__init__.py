@@ -1,0 +1,1 @@
+"""How the policy's weights become the next version in every actor, and whether they arrived."""

@@ -1,0 +1,305 @@
+"""The learner's side of the conversation with the actors: one thread with the ROUTER, and a thread-safe API.
+
+    with LearnerService(config, prompts, tokenize, fingerprints, probe_token_ids) as service:
+        service.wait_for_members(1, timeout_s=300)
+        groups = service.take_batch(timeout_s=600)
+
+One lock guards the state (coordinator and reception). The thread takes it to handle what arrived and to send; an
+API call takes it, changes the state, and wakes the thread, so that a command leaves at once. Nobody holds it while
+waiting. An exception in the thread is raised by the API calls that are waiting and by every later one.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from common.config import Config, ConfigError
+from common.transport import LINGER_MS, LearnerSocket
+from common.types import JSON, Float32Array, Prompt, TrajectoryGroup, WeightsPhase, WeightsReport
+from common.wire import WireError
+from learner.rollouts.coordinator import Coordinator
+from learner.rollouts.evaluation import EvalResult, Evaluation
+from learner.rollouts.prompts import PromptStream
+from learner.rollouts.reception import Reception
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25  # longest sleep of the thread: silence is noticed this late, messages and commands at once
+STOP_S = 5.0  # how long actors may take to say bye
+
+T = TypeVar("T")
+
+
+class BatchTimeout(TimeoutError):
+    """No full batch in time; says how many groups are there, which actors, and what each of them holds."""
+
+
+class MembersWaiting(Exception):
+    """Ready actors do not hold the current version: publish it again, then repeat the call."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(f"waiting for the current weights: {', '.join(names)}")
+        self.names = names
+
+
+class LearnerService:
+    """Context manager. `__enter__` binds the socket (ConfigError when the port is taken) and starts the thread.
+
+    Any thread may call any method. Every wait takes a time-out whose message says who was waited for.
+    `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        tokenize: Callable[[Prompt], Sequence[int]],
+        fingerprints: tuple[str, str],
+        probe_token_ids: Sequence[int],
+    ) -> None:
+        self._config = config
+        self._coordinator = Coordinator(config, PromptStream(prompts, config.seed), tokenize)
+        self._reception = Reception(config, self._coordinator, fingerprints, probe_token_ids)
+        self._changed = threading.Condition()
+        self._socket: LearnerSocket | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._is_stopping = False
+        self._is_closing = False
+
+    def __enter__(self) -> Self:
+        transport = self._config.transport
+        self._socket = LearnerSocket(transport.host, transport.port, transport.max_message_mb)
+        self._thread = threading.Thread(target=self._run, args=(self._socket,), name="service", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop("the run is over" if error is None else f"the learner ends with {type(error).__name__}")
+
+    @property
+    def endpoint(self) -> str:
+        """tcp://HOST:PORT that actors connect to."""
+        return self._open_socket().endpoint
+
+    # ---- batches
+
+    def take_batch(self, timeout_s: float) -> list[TrajectoryGroup]:
+        """Exactly prompts_per_step groups that passed the consumption gate, oldest lease first.
+
+        Raises BatchTimeout, or MembersWaiting when the current version has to be published again first.
+        """
+
+        def attempt() -> list[TrajectoryGroup] | None:
+            self._raise_if_waiting()
+            return self._coordinator.take_batch()
+
+        num_groups = self._config.rollout.prompts_per_step
+        return self._wait(attempt, timeout_s, f"a batch of {num_groups} groups", BatchTimeout)
+
+    def wait_window_sampled(self, timeout_s: float) -> None:
+        """Until the admission window is full and nothing of it is in flight. Raises as take_batch does."""
+
+        def attempt() -> bool | None:
+            self._raise_if_waiting()
+            return self._coordinator.is_window_sampled() or None
+
+        self._wait(attempt, timeout_s, "a full admission window", BatchTimeout)
+
+    def set_version(self, version: int, steps_done: int) -> None:
+        """After every step: the version that is current now, and the steps done, warm-up included."""
+        with self._locked():
+            self._coordinator.set_version(version, steps_done)
+
+    def end_warmup(self, steps: int) -> None:
+        """The warm-up gate opened after `steps` steps; those that follow are policy steps."""
+        with self._locked():
+            self._coordinator.end_warmup(steps)
+
+    # ---- members and weights
+
+    def members(self) -> tuple[str, ...]:
+        """Connected and ready actors, sorted by name."""
+        with self._locked():
+            return self._coordinator.members()
+
+    def needs_weights(self) -> bool:
+        """Whether a ready actor does not hold the current version."""
+        with self._locked():
+            return bool(self._coordinator.waiting_for_weights())
+
+    def ready_probes(self) -> dict[str, Float32Array]:
+        """The probe's log-probs [probe tokens - 1] that each ready actor reported when it became ready."""
+        with self._locked():
+            return self._coordinator.ready_probes()
+
+    def wait_for_members(self, count: int, timeout_s: float) -> tuple[str, ...]:
+        """At least `count` ready actors. Raises TimeoutError."""
+
+        def attempt() -> tuple[str, ...] | None:
+            members = self._coordinator.members()
+            return members if len(members) >= count else None
+
+        return self._wait(attempt, timeout_s, f"{count} ready actor(s)", TimeoutError)
+
+    def command(
+        self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, Any]], timeout_s: float
+    ) -> dict[str, WeightsReport]:
+        """Send one phase to the named actors and wait for their reports, which are the result, errors included.
+
+        An actor that is lost or silent for `timeout_s` is dismissed, its leases go back to pending and the result
+        lacks it. One that reports an error is dismissed too, unless another went missing in the same phase: then
+        it stays without weights, because a transfer that lost a peer fails for all.
+        """
+        with self._locked():
+            command = self._reception.begin(phase, version, payloads)
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or not command.missing(), timeout_s)
+        with self._locked():
+            self._reception.settle(command, timeout_s)
+            return dict(command.reports)
+
+    def quarantine(self, actor: str, reason: str) -> None:
+        """Dismiss an actor whose weights are wrong, and drop its buffered groups with tokens of that version."""
+        with self._locked():
+            self._reception.dismiss(actor, reason, distrust=True)
+
+    # ---- evaluation
+
+    def evaluate(self, prompts: Sequence[Prompt], samples_per_prompt: int, temperature: float, version: int) -> None:
+        """Start an evaluation; its leases go out before training leases. RuntimeError while another one runs."""
+        with self._locked():
+            self._coordinator.evaluate(Evaluation(prompts, samples_per_prompt, temperature, version))
+
+    def poll_evaluation(self) -> EvalResult | None:
+        """The finished evaluation's result, once; else None."""
+        with self._locked():
+            return self._coordinator.poll_evaluation()
+
+    def wait_evaluation(self, timeout_s: float) -> EvalResult:
+        """Raises TimeoutError, or MembersWaiting as take_batch does."""
+
+        def attempt() -> EvalResult | None:
+            result = self._coordinator.poll_evaluation()
+            if result is None:
+                self._raise_if_waiting()
+            return result
+
+        return self._wait(attempt, timeout_s, "the evaluation", TimeoutError)
+
+    # ---- reports and checkpoints; these work after stop() as well
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start of the run and gauges of now (Coordinator.stats)."""
+        with self._changed:
+            return self._coordinator.stats()
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Between two steps: the stream's position and all prompts that were drawn but not trained."""
+        with self._changed:
+            return self._coordinator.state_dict()
+
+    def load_state_dict(self, state: dict[str, JSON]) -> None:
+        """Before the first actor connects. Raises ConfigError when the checkpoint belongs to other data."""
+        with self._changed:
+            self._coordinator.load_state_dict(state)
+
+    # ---- the end
+
+    def stop(self, reason: str, timeout_s: float = STOP_S) -> None:
+        """Tell every actor to leave, wait for their byes, close the socket. A second call does nothing."""
+        if self._thread is None or self._socket is None:
+            return
+        with self._changed:
+            self._is_stopping = True
+            self._reception.begin_stop(reason)
+            self._socket.wake()
+            self._changed.wait_for(lambda: self._failure is not None or not self._reception.names, timeout_s)
+            if left := self._reception.names:
+                logger.warning("no bye within %g s from %s", timeout_s, ", ".join(left))
+            self._is_closing = True
+            self._socket.wake()
+        limit_s = 2 * LINGER_MS / 1000
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            logger.error("the service thread did not end within %g s", limit_s)
+        self._thread = None
+
+    # ---- inside an API call
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The state, to be changed; what that puts down to be sent leaves at once."""
+        with self._changed:
+            socket = self._open_socket()
+            yield
+            self._changed.notify_all()
+            socket.wake()
+
+    def _open_socket(self) -> LearnerSocket:
+        if isinstance(self._failure, WireError):  # a prompt's row or a payload that is no JSON
+            raise ConfigError(
+                f"the learner has something to send that cannot travel: {self._failure}"
+            ) from self._failure
+        if self._failure is not None:
+            raise RuntimeError(f"the service thread failed: {self._failure!r}") from self._failure
+        if self._socket is None or self._is_closing:
+            raise RuntimeError("the service is not running")
+        return self._socket
+
+    def _raise_if_waiting(self) -> None:
+        if waiting := self._coordinator.waiting_for_weights():
+            raise MembersWaiting(waiting)
+
+    def _wait(self, attempt: Callable[[], T | None], timeout_s: float, what: str, timeout: type[TimeoutError]) -> T:
+        """Repeat `attempt` whenever something changed until its result is not None."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                socket = self._open_socket()
+                result = attempt()
+                if result is not None:
+                    socket.wake()  # what was taken or dropped makes room for leases
+                    return result
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
+                    state = self._coordinator.describe(time.monotonic())
+                    raise timeout(f"waited {timeout_s:g} s for {what}: {state}")
+                self._changed.wait(remaining_s)
+
+    # ---- the thread
+
+    def _run(self, socket: LearnerSocket) -> None:
+        try:
+            is_last = False
+            while not is_last:
+                socket.poll(TICK_S)
+                is_last = self._is_closing  # read before the turn: what was put down earlier still leaves
+                self._turn(socket, time.monotonic())
+        except BaseException as error:
+            logger.exception("the service thread failed")
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        finally:
+            socket.close()
+
+    def _turn(self, socket: LearnerSocket, now: float) -> None:
+        """Handle what arrived, then what time brings, then send: a peer is never lost while its message waits."""
+        with self._changed:
+            for identity, message in socket.receive():
+                self._reception.handle(identity, message, now)
+            self._coordinator.tick(now)
+            if not self._is_stopping:
+                self._coordinator.dispatch(now)
+            for identity, reply in self._reception.outgoing():
+                if not socket.send(identity, reply):
+                    self._reception.undeliverable(identity)
+            self._reception.note_losses()
+            self._changed.notify_all()

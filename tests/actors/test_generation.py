@@ -1,0 +1,168 @@
+"""A real vLLM engine with the learner's publisher: stamps, log-probs, in-flight updates, tied and untied models."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.engine import Completion, Engine
+from common.config import Config, KVCache
+from learner.networks.model import Policy, load_policy
+from learner.publication.publisher import Publisher
+from tests.support.vllm_support import LocalControl, LoopThread, engine_config, lease, make_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+TOLERANCE = 1e-4  # float32, as promised for tokens of the learner's own version
+
+
+class Bench:
+    """One engine, one policy and a publisher between them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.thread = LoopThread()
+        self.engine = Engine(config)
+        self.thread.run(self.engine.start())
+        self.policy = load_policy(config, torch.device("cpu"), None)
+        probe = torch.randint(2, 19, (24,), generator=torch.Generator().manual_seed(1))
+        self.control = LocalControl(self.engine, self.thread, probe.numpy().astype(np.int32))
+        self.publisher = Publisher(config, self.policy, self.control, 0, probe)
+        self.version = 0
+
+    def publish(self) -> Any:
+        self.version += 1
+        return self.publisher.publish(self.version)
+
+    def sample(self, lease_id: int, **settings: Any) -> list[Completion]:
+        return self.thread.run(self.engine.sample(lease(lease_id, **settings)))
+
+    def learner_logprobs(self, completion: Completion, temperature: float = 1.0) -> np.ndarray[Any, Any]:
+        prompt = lease(0).prompt_token_ids
+        tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
+        with torch.no_grad():
+            logprobs, _ = self.policy(
+                tokens, torch.tensor([0, len(tokens)]), torch.tensor([len(prompt)]), temperature=temperature
+            )
+        return logprobs.numpy()
+
+    def mismatch(self, completion: Completion, temperature: float = 1.0) -> float:
+        return float(np.abs(self.learner_logprobs(completion, temperature) - completion.behavior_logprobs).max())
+
+    def close(self) -> None:
+        self.publisher.shutdown()
+        self.thread.run(self.engine.shutdown())
+        self.thread.close()
+
+
+def perturb(policy: Policy, scale: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale * parameter.abs().mean())
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets a test reach into the worker process
+    path = make_model(tmp_path_factory.mktemp("model"), tied=request.param == "tied")
+    bench = Bench(engine_config(path))
+    yield bench
+    bench.close()
+
+
+def test_behavior_logprobs_are_the_learners_at_version_gap_zero(bench: Bench) -> None:
+    for temperature in (1.0, 0.7):
+        for completion in bench.sample(1, temperature=temperature):
+            assert bench.mismatch(completion, temperature) < TOLERANCE
+            assert (completion.versions == bench.version).all()
+
+
+def test_publishing_unchanged_weights_changes_nothing(bench: Bench) -> None:
+    before = bench.sample(2)
+    publication = bench.publish()
+    after = bench.sample(2)
+    assert publication.probe_difference < TOLERANCE
+    for old, new in zip(before, after, strict=True):
+        assert old.token_ids.tolist() == new.token_ids.tolist()
+        np.testing.assert_array_equal(old.behavior_logprobs, new.behavior_logprobs)
+
+
+def test_every_tensor_arrives_in_flight_and_tokens_carry_the_version_that_drew_them(bench: Bench) -> None:
+    first = bench.version
+    running = bench.thread.submit(bench.engine.sample(lease(3, max_tokens=400)))
+    for _ in range(2):
+        wait_for_progress(bench)
+        perturb(bench.policy)
+        assert bench.publish().probe_difference < TOLERANCE
+    spanning = running.result(120.0)
+    for completion in spanning:
+        assert (np.diff(completion.versions) >= 0).all()
+    seen = set(np.concatenate([completion.versions for completion in spanning]).tolist())
+    assert {first, first + 1} <= seen <= {first, first + 1, first + 2}
+    for completion in bench.sample(4):
+        assert (completion.versions == bench.version).all()
+        assert bench.mismatch(completion) < TOLERANCE
+    assert bench.control.quarantined == {}
+
+
+def wait_for_progress(bench: Bench) -> None:
+    """Until a request that was submitted now has been answered: the running ones have drawn tokens meanwhile."""
+    bench.thread.run(bench.engine.sample(lease(99, num_samples=1, max_tokens=20)))
+
+
+def test_the_probe_finds_a_tensor_that_was_not_loaded(bench: Bench) -> None:
+    """Without the mend for tied models, or with an output layer that was not sent, the actor is quarantined."""
+    tied = bench.policy.config.tie_word_embeddings
+    if tied:
+        bench.thread.run(bench.engine._llm.collective_rpc(forget_the_mend))
+    else:
+        stale = bench.policy.model.lm_head.weight.detach().clone()
+        bench.publisher._source._policy = WithStaleHead(bench.policy, stale)
+    perturb(bench.policy, scale=0.5)
+    publication = bench.publish()
+    assert publication.probe_difference > 10 * bench.config.weights.probe_tolerance
+    assert publication.members == ()
+    assert "a tensor was not loaded" in bench.control.quarantined["local"]
+
+
+def forget_the_mend(worker: Any) -> None:
+    import actors.weights
+
+    actors.weights._refresh_tied_head = lambda model: None
+
+
+class WithStaleHead:
+    """A policy that publishes an old output layer."""
+
+    def __init__(self, policy: Policy, head: torch.Tensor) -> None:
+        self._policy, self._head = policy, head
+
+    def hf_specs(self, dtype: torch.dtype) -> Any:
+        return self._policy.hf_specs(dtype)
+
+    def named_hf_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._policy.named_hf_parameters(dtype):
+            yield name, self._head if name == "lm_head.weight" else tensor
+
+
+def test_recompute_makes_tokens_after_an_update_exactly_the_new_weights(tmp_path: Any) -> None:
+    bench = Bench(engine_config(make_model(tmp_path, tied=False), kv_cache=KVCache.recompute))
+    try:
+        running = bench.thread.submit(bench.engine.sample(lease(5, max_tokens=400)))
+        wait_for_progress(bench)
+        perturb(bench.policy)
+        bench.publish()
+        completions = running.result(120.0)
+        drawn_by_new = [completion for completion in completions if completion.versions[-1] == 1]
+        assert drawn_by_new
+        for completion in drawn_by_new:
+            late = completion.versions == 1
+            difference = np.abs(bench.learner_logprobs(completion) - completion.behavior_logprobs)
+            assert difference[late].max() < TOLERANCE
+            assert completion.versions[0] == 0
+    finally:
+        bench.close()

@@ -1,0 +1,206 @@
+"""The sockets on loopback: delivery, wake-ups, limits, reconnects, and sentences for a user's mistakes."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from common.config import ConfigError
+from common.transport import ActorConnection, LearnerSocket, model_fingerprints
+from common.types import Ack, ActorMessage, Bye, Ready, Stop, WeightsCommand, WeightsPhase
+from common.wire import WireError
+from tests.support.fake_actors import group
+
+
+@pytest.fixture
+def learner() -> Iterator[LearnerSocket]:
+    socket = LearnerSocket("127.0.0.1", 0, 1)
+    yield socket
+    socket.close()
+
+
+def received(socket: LearnerSocket, count: int, timeout_s: float = 5.0) -> list[tuple[bytes, ActorMessage | WireError]]:
+    found: list[tuple[bytes, ActorMessage | WireError]] = []
+    deadline = time.monotonic() + timeout_s
+    while len(found) < count and time.monotonic() < deadline:
+        socket.poll(0.1)
+        found += socket.receive()
+    assert len(found) == count, found
+    return found
+
+
+def test_messages_go_both_ways(learner: LearnerSocket) -> None:
+    async def talk() -> None:
+        async with ActorConnection(learner.endpoint, "a", 1) as connection:
+            await connection.send(group(3, [0, 1]))
+            ((identity, message),) = await asyncio.to_thread(received, learner, 1)
+            assert identity.startswith(b"a#")
+            assert message.lease_id == 3
+            np.testing.assert_array_equal(message.versions, [0, 1, 0, 1])
+            assert learner.send(identity, Ack(lease_id=3))
+            assert await connection.receive(5.0) == Ack(lease_id=3)
+
+    asyncio.run(talk())
+
+
+def test_what_was_sent_before_closing_is_delivered(learner: LearnerSocket) -> None:
+    async def leave() -> None:
+        async with ActorConnection(learner.endpoint, "a", 1) as connection:
+            await connection.send(group(1, [0] * 1000))
+            await connection.send(Bye(error=None))
+
+    asyncio.run(leave())
+    assert [message for _, message in received(learner, 2)][1] == Bye(error=None)
+
+
+def test_stop_is_delivered_although_the_learner_closes_at_once() -> None:
+    learner = LearnerSocket("127.0.0.1", 0, 1)
+
+    async def talk() -> None:
+        async with ActorConnection(learner.endpoint, "a", 1) as connection:
+            await connection.send(Bye(error=None))
+            ((identity, _),) = await asyncio.to_thread(received, learner, 1)
+            learner.send(identity, Stop(reason="over"))
+            learner.close()
+            assert await connection.receive(5.0) == Stop(reason="over")
+
+    asyncio.run(talk())
+
+
+def test_an_actor_that_connects_before_the_learner_listens_is_heard_later() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as probe:
+        port = probe.bind_to_random_port("tcp://127.0.0.1")
+
+    async def talk() -> None:
+        async with ActorConnection(f"tcp://127.0.0.1:{port}", "early", 1) as connection:
+            await connection.send(Bye(error=None))
+            await asyncio.sleep(0.2)
+            learner = LearnerSocket("127.0.0.1", port, 1)
+            ((_, message),) = await asyncio.to_thread(received, learner, 1)
+            learner.close()
+            assert message == Bye(error=None)
+
+    asyncio.run(talk())
+
+
+def test_a_wake_up_ends_the_poll_at_once(learner: LearnerSocket) -> None:
+    def after(call: Callable[[], None], delay_s: float) -> None:
+        threading.Timer(delay_s, call).start()
+
+    for _ in range(5):
+        after(learner.wake, 0.02)
+        started = time.monotonic()
+        learner.poll(5.0)
+        assert time.monotonic() - started < 1.0
+    started = time.monotonic()
+    learner.poll(0.05)  # no wake-up is left over
+    assert time.monotonic() - started > 0.04
+
+
+def test_waking_a_closed_socket_does_nothing() -> None:
+    socket = LearnerSocket("127.0.0.1", 0, 1)
+    for _ in range(100_000):  # more than the wake-up's own buffer holds
+        socket.wake()
+    socket.close()
+    socket.wake()
+
+
+def test_sending_to_nobody_says_so(learner: LearnerSocket) -> None:
+    assert not learner.send(b"nobody", Ack(lease_id=1))
+
+
+def test_a_port_in_use_is_one_sentence_with_the_address(learner: LearnerSocket) -> None:
+    port = int(learner.endpoint.rsplit(":", 1)[1])
+    with pytest.raises(
+        ConfigError, match=rf"^cannot listen on tcp://127.0.0.1:{port}: the port is in use; .*transport.port"
+    ):
+        LearnerSocket("127.0.0.1", port, 1)
+
+
+def test_an_address_of_another_machine_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on tcp://192\.0\.2\.1:0 .*transport\.host"):
+        LearnerSocket("192.0.2.1", 0, 1)
+
+
+def test_an_endpoint_that_is_none_is_one_sentence() -> None:
+    async def connect() -> None:
+        async with ActorConnection("here", "a", 1):
+            pass
+
+    with pytest.raises(ConfigError, match="cannot connect to 'here'"):
+        asyncio.run(connect())
+
+
+def test_an_actor_does_not_send_what_the_learner_would_not_take(learner: LearnerSocket) -> None:
+    async def send() -> None:
+        async with ActorConnection(learner.endpoint, "a", 1) as connection:
+            await connection.send(Ready(version=0, probe_logprobs=np.zeros(1 << 18, np.float32)))
+
+    with pytest.raises(WireError, match=r"Ready of .* bytes"):
+        asyncio.run(send())
+
+
+def test_a_peer_that_sends_too_much_is_cut_off_and_garbage_is_a_wire_error(learner: LearnerSocket) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.connect(learner.endpoint)
+        dealer.send(b"\xc1")
+        dealer.send_multipart([b"\x90", b"x" * (2 << 20)])
+        ((_, message),) = received(learner, 1)
+        assert isinstance(message, WireError)
+        learner.poll(0.3)
+        assert list(learner.receive()) == []
+
+
+def test_a_message_in_the_wrong_direction_is_a_wire_error(learner: LearnerSocket) -> None:
+    async def talk() -> None:
+        async with ActorConnection(learner.endpoint, "a", 1) as connection:
+            command = WeightsCommand(phase=WeightsPhase.PAUSE, version=1, payload={})
+            await connection.send(command)  # type: ignore[arg-type]
+            ((_, message),) = await asyncio.to_thread(received, learner, 1)
+            assert isinstance(message, WireError)
+            assert "message of the learner" in str(message)
+
+    asyncio.run(talk())
+
+
+def test_silence_of_the_learner_is_a_time_out_that_names_it(learner: LearnerSocket) -> None:
+    async def listen() -> None:
+        async with ActorConnection(learner.endpoint, "lonely", 1) as connection:
+            await connection.receive(0.05)
+
+    with pytest.raises(TimeoutError, match=f"'lonely' heard nothing from the learner at {learner.endpoint}"):
+        asyncio.run(listen())
+
+
+def make_model(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 64, "transformers_version": "5.0"} | config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_fingerprints_depend_on_architecture_and_tokenizer_only(tmp_path: Path) -> None:
+    first = model_fingerprints(make_model(tmp_path / "a"))
+    assert model_fingerprints(make_model(tmp_path / "b", transformers_version="6.0", dtype="bfloat16")) == first
+    wider = model_fingerprints(make_model(tmp_path / "c", hidden_size=128))
+    assert wider[0] != first[0]
+    assert wider[1] == first[1]
+    other = make_model(tmp_path / "d")
+    (other / "tokenizer.json").write_text('{"vocab": 1}')
+    assert model_fingerprints(other)[0] == first[0]
+    assert model_fingerprints(other)[1] != first[1]
+
+
+def test_a_folder_that_is_no_model_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no readable config\.json"):
+        model_fingerprints(tmp_path / "missing")
+    (make_model(tmp_path / "a") / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="no tokenizer files"):
+        model_fingerprints(tmp_path / "a")

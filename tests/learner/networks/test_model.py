@@ -1,0 +1,443 @@
+"""The learner's networks: packed attention, chunked log-probs, tied and untied heads, export, sharding."""
+
+import dataclasses
+import inspect
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
+
+from common.config import Config, Device, DType, LearnerConfig, ModelConfig
+from learner.networks import attention
+from learner.networks import logprobs as logprobs_module
+from learner.networks.logprobs import token_logprobs
+from learner.networks.model import Policy, export_hf, load_critic, load_policy
+from learner.networks.parallel import make_mesh, process_group
+from tests.support.tiny_models import VOCAB, Packed, naive_logprobs, packed, pick, tiny_run, write_tiny_model
+
+CPU = torch.device("cpu")
+LENGTHS = [9, 4, 17, 9, 3, 30, 16]
+
+
+def policy_of(folder: Path, architecture: str = "qwen2", is_tied: bool = False, **run: object) -> Policy:
+    return load_policy(tiny_run(write_tiny_model(folder, architecture, is_tied), **run), CPU, None)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_packed_logprobs_and_gradients_equal_full_logits_one_by_one(
+    tmp_path: Path, architecture: str, is_tied: bool
+) -> None:
+    policy = policy_of(tmp_path, architecture, is_tied)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = packed(LENGTHS)
+    weights = torch.randn(2, sum(LENGTHS) - 2 * len(LENGTHS), generator=torch.Generator().manual_seed(1))
+    for entropy_grad in (False, True):
+        logprobs, entropy = policy(*inputs, 0.7, entropy_grad=entropy_grad)
+        expected, expected_entropy = naive_logprobs(reference, inputs, 0.7)
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=1e-5)
+        assert entropy.requires_grad is entropy_grad
+        (logprobs @ weights[0] + entropy @ weights[1] * entropy_grad).backward()
+        (expected @ weights[0] + expected_entropy @ weights[1] * entropy_grad).backward()
+        for (name, p), q in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        policy.zero_grad()
+        reference.zero_grad()
+
+
+def test_changing_one_sequence_leaves_its_neighbours_bit_equal(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path)
+    inputs = packed(LENGTHS)
+    before, _ = policy(*inputs, 1.0)
+    changed = inputs.token_ids_S.clone()
+    changed[13:30] = (changed[13:30] + 5) % VOCAB  # the third sequence, 17 tokens, which shares a bucket
+    after, _ = policy(changed, *inputs[1:], 1.0)
+    mine = torch.zeros(len(before), dtype=torch.bool)
+    mine[9:24] = True
+    assert torch.equal(before[~mine], after[~mine])
+    assert not torch.isclose(before[mine], after[mine]).any()
+
+
+def test_a_nan_in_one_sequence_stays_there(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path, is_tied=False)
+    inputs = packed(LENGTHS)
+    tokens = inputs.token_ids_S.clone()
+    tokens[tokens == VOCAB - 1] = 0
+    tokens[13:30] = VOCAB - 1
+    before, _ = policy(tokens, *inputs[1:], 1.0)
+    policy.model.get_input_embeddings().weight.data[VOCAB - 1] = torch.nan
+    after, _ = policy(tokens, *inputs[1:], 1.0)
+    assert after[9:24].isnan().all()
+    assert torch.equal(before[:9], after[:9])
+    assert torch.equal(before[24:], after[24:])
+
+
+def test_order_of_sequences_changes_nothing(tmp_path: Path) -> None:
+    policy, critic = policy_of(tmp_path), load_critic(tiny_run(str(tmp_path)), CPU, None)
+    torch.nn.init.normal_(critic.head.weight)
+    inputs, order = packed(LENGTHS), [5, 2, 0, 6, 1, 4, 3]
+    sizes = [length - 2 for length in LENGTHS]
+    for outputs, shuffled in [
+        (policy(*inputs, 1.0)[0], policy(*pick(inputs, order), 1.0)[0]),
+        (critic(*inputs), critic(*pick(inputs, order))),
+    ]:
+        expected = torch.cat([outputs.split(sizes)[i] for i in order])
+        torch.testing.assert_close(shuffled, expected, rtol=0, atol=1e-5)
+
+
+def test_sliding_window_equals_the_reference(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    settings["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    policy = load_policy(tiny_run(str(tmp_path)), CPU, None)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = packed(LENGTHS)
+    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(reference, inputs, 1.0), rtol=0, atol=1e-5)
+
+
+def test_values_sit_at_the_position_that_predicts_each_token_and_start_at_zero(tmp_path: Path) -> None:
+    critic = load_critic(tiny_run(write_tiny_model(tmp_path)), CPU, None)
+    inputs = packed([5, 8], prompt_length=3)
+    assert critic(*inputs).tolist() == [0.0] * 7
+    torch.nn.init.normal_(critic.head.weight)
+    values = critic(*inputs)
+    last = inputs.token_ids_S.clone()
+    last[4] = (last[4] + 1) % VOCAB  # the last token of the first sequence predicts nothing
+    assert torch.equal(critic(last, *inputs[1:]), values)
+    values.square().sum().backward()
+    assert all(p.grad is not None for p in critic.parameters())
+
+
+def test_critic_and_policy_share_no_weights(tmp_path: Path) -> None:
+    config = tiny_run(write_tiny_model(tmp_path))
+    policy, critic = load_policy(config, CPU, None), load_critic(config, CPU, None)
+    storages = {p.data_ptr() for p in policy.parameters()}
+    assert storages.isdisjoint(p.data_ptr() for p in critic.parameters())
+    first = next(policy.parameters())
+    assert torch.equal(first, next(critic.parameters()))
+
+
+def test_critic_path_takes_the_head_of_a_value_model(tmp_path: Path) -> None:
+    model = Qwen2ForSequenceClassification(
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCAB,
+            num_labels=1,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(tmp_path / "value")
+    path = write_tiny_model(tmp_path / "policy")
+    critic = load_critic(tiny_run(path, critic_path=str(tmp_path / "value")), CPU, None)
+    inputs = packed([6], prompt_length=1)
+    hidden = model.model(input_ids=inputs.token_ids_S[None]).last_hidden_state
+    torch.testing.assert_close(critic(*inputs), model.score(hidden)[0, :5, 0], rtol=0, atol=1e-5)
+
+
+def test_an_empty_micro_batch_gives_zero_gradients_everywhere(tmp_path: Path) -> None:
+    config = tiny_run(write_tiny_model(tmp_path))
+    empty = packed([])
+    policy, critic = load_policy(config, CPU, None), load_critic(config, CPU, None)
+    logprobs, entropy = policy(*empty, 1.0, entropy_grad=True)
+    values = critic(*empty)
+    assert (len(logprobs), len(entropy), len(values)) == (0, 0, 0)
+    (logprobs.sum() + entropy.sum() + values.sum()).backward()
+    for parameter in [*policy.parameters(), *critic.parameters()]:
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+    path, inputs = write_tiny_model(tmp_path), packed(LENGTHS)
+    grads = []
+    for is_on in (False, True):
+        policy = load_policy(tiny_run(path, activation_checkpointing=is_on), CPU, None)
+        policy(*inputs, 1.0)[0].sum().backward()
+        grads.append([p.grad for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_cuda_path_hands_the_kernel_what_it_expects(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """A stand-in for the kernel, by its documentation: there may be no GPU here."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = inspect.signature(varlen_attn).bind(q, k, v, *args, **kwargs).arguments
+        assert call["cu_seq_q"].dtype is call["cu_seq_k"].dtype is torch.int32
+        assert call["max_q"] == call["max_k"] == 30
+        left, right = call["window_size"]
+        outputs = []
+        for one in zip(*(x.split(call["cu_seq_q"].diff().tolist()) for x in (q, k, v)), strict=True):
+            length = len(one[0])
+            distance = torch.arange(length)[:, None] - torch.arange(length)
+            mask = (distance >= -right) & ((distance <= left) | (left == -1))
+            heads = [x.transpose(0, 1)[None] for x in one]
+            out = F.scaled_dot_product_attention(
+                *heads, attn_mask=mask, scale=call["scale"], enable_gqa=call["enable_gqa"]
+            )
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
+    packing = attention.Packing.from_lengths(LENGTHS, CPU)
+    expected = attention._attend_batched(q, k, v, packing, 0.3, window)
+    found = attention._attend_varlen(q, k, v, packing, 0.3, window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("vocab", [500, 40_000])
+def test_no_tensor_exceeds_one_tile_of_logits(vocab: int) -> None:
+    tokens, width, chunk = 700, 8, 32
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    targets = torch.randint(vocab, (tokens,))
+    with LargestTensor() as largest:
+        logprobs, entropy = token_logprobs(
+            hidden, weight, targets, temperature=1.0, chunk_tokens=chunk, entropy_grad=True
+        )
+        (logprobs.sum() + entropy.sum()).backward()
+    tile = chunk * min(vocab, logprobs_module.TILE_WIDTH["cpu"])
+    assert largest.elements <= max(tile, vocab * width, tokens * width)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 33, 98])
+def test_tiles_of_the_vocabulary_change_log_probs_entropy_and_gradients_by_rounding_only(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd through whole rows of logits; one row is so sharp that its entropy is next to zero."""
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, dtype=torch.float32)
+    hidden[0] *= 30.0
+    weight, targets = torch.randn(99, 16), torch.randint(99, (50,))
+    slopes = torch.randn(2, 50)
+
+    def gradients(of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        outputs = of(h, w)
+        loss = (slopes * torch.stack(outputs)).sum()
+        return (*(output.detach() for output in outputs), *torch.autograd.grad(loss, (h, w)))
+
+    def whole_rows(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(h @ w.T / 0.5, -1)
+        return logp[torch.arange(50), targets], -(logp.exp() * logp).sum(-1)
+
+    def tiled(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(h, w, targets, temperature=0.5, chunk_tokens=20, entropy_grad=True)
+
+    monkeypatch.setitem(logprobs_module.TILE_WIDTH, "cpu", tile)
+    torch.testing.assert_close(gradients(tiled), gradients(whole_rows), rtol=1e-4, atol=3e-5)
+
+
+def test_chunk_size_changes_log_probs_by_rounding_only() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 16), torch.randn(99, 16)
+    targets = torch.randint(99, (50,))
+    whole = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=64)
+    for chunk in (1, 7, 50):
+        parts = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=chunk)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("override", [None, False, True])
+def test_export_loads_in_transformers_with_equal_log_probs(
+    tmp_path: Path, is_tied: bool, override: bool | None
+) -> None:
+    policy = policy_of(tmp_path / "base", is_tied=is_tied, tie=override)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    export_hf(policy, tmp_path / "base", tmp_path / "out")
+    expects_tied = is_tied if override is None else override
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is expects_tied
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    names = [name for name, _ in policy.named_hf_parameters()]
+    assert ("lm_head.weight" in names) is not expects_tied
+    assert len(names) == len(set(names))
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
+    inputs = packed(LENGTHS)
+    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5)
+
+
+def test_export_in_bfloat16_stores_bfloat16(tmp_path: Path) -> None:
+    export_hf(policy_of(tmp_path / "base"), tmp_path / "base", tmp_path / "out", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_export_in_several_shards_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.networks.pretrained.SHARD_BYTES", 6000)
+    policy = policy_of(tmp_path / "base")
+    export_hf(policy, tmp_path / "base", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    assert not list((tmp_path / "out").glob("*.partial"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, p), q in zip(policy.model.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_specs_describe_the_published_tensors(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path)
+    for spec, (name, tensor) in zip(
+        policy.hf_specs(torch.bfloat16), policy.named_hf_parameters(torch.bfloat16), strict=True
+    ):
+        assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape))
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model folder .*nowhere has no config\.json, set model\.path"):
+        load_policy(tiny_run(str(tmp_path / "nowhere")), CPU, None)
+
+
+def test_a_folder_without_some_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights .*model\.norm\.weight"):
+        load_policy(tiny_run(str(tmp_path)), CPU, None)
+
+
+def test_soft_capped_logits_are_refused(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"final_logit_softcapping": 30.0}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        load_policy(tiny_run(str(tmp_path)), CPU, None)
+
+
+def _one_step(config: Config, mesh: DeviceMesh | None, share: Packed, out: Path) -> dict[str, Tensor]:
+    """The weights after two SGD steps of both networks on `share`; exports the policy as well."""
+    policy, critic = load_policy(config, CPU, mesh), load_critic(config, CPU, mesh)
+    for _ in range(2):
+        with torch.no_grad():  # scoring before training must not leave gathered copies behind
+            policy(*share, 1.0)
+        assert all(isinstance(p, DTensor) is (mesh is not None) for p in policy.parameters())
+        logprobs, entropy = policy(*share, 0.9, entropy_grad=True)
+        values = critic(*share)
+        (logprobs.sum() + 0.1 * entropy.sum() + (values - 1).square().sum()).mul(0.01).backward()
+        for module in (policy, critic):
+            torch.optim.SGD(module.parameters(), lr=0.1).step()
+            module.zero_grad()
+    export_hf(policy, Path(config.model.path), out)
+    state = {name: tensor.clone() for name, tensor in policy.named_hf_parameters()}
+    for name, p in critic.named_parameters():
+        state["critic." + name] = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+    return state
+
+
+CASES = [("split", 1), ("idle", 1), ("split", 2)]  # who has work, copies of the sharded model
+
+
+def _compare_with_one_rank(rank: int, config: Config, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    everything = packed(LENGTHS)
+    expected = _one_step(config, None, everything, folder / f"plain{rank}")
+    split = [pick(everything, [0, 3, 5, 6]), pick(everything, [1, 2, 4])]
+    with process_group(Device.cpu, timeout_s=60):
+        for case, replicas in CASES:
+            settings = dataclasses.replace(config.learner, replicas=replicas)
+            mesh = make_mesh(dataclasses.replace(config, learner=settings))
+            assert mesh is not None and mesh.ndim == replicas
+            chosen = [[packed([]), everything], split][case == "split"]
+            found = _one_step(config, mesh, chosen[rank], folder / f"{case}{replicas}")
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-6), (case, name)
+        dist.barrier()
+    if rank == 0:
+        model = AutoModelForCausalLM.from_pretrained(folder / "split2")
+        for name, p in model.named_parameters():
+            assert torch.equal(p, found[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_two_ranks_equal_one_rank_also_with_nothing_to_do(
+    tmp_path: Path, is_tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(write_tiny_model(tmp_path / "base", is_tied=is_tied), activation_checkpointing=is_tied, ranks=2)
+    _set_rendezvous(monkeypatch)
+    mp.spawn(_compare_with_one_rank, (config, tmp_path), nprocs=2)
+
+
+def test_bfloat16_computes_low_and_keeps_float32_master_weights_and_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, inputs = write_tiny_model(tmp_path), packed(LENGTHS)
+    plain = load_policy(tiny_run(path), CPU, None)
+    expected, _ = plain(*inputs, 1.0)
+    expected.sum().backward()
+    _set_rendezvous(monkeypatch)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = dataclasses.replace(tiny_run(path), model=ModelConfig(path=path, dtype=DType.bfloat16))
+    with process_group(Device.cpu, timeout_s=60):
+        policy = load_policy(config, CPU, make_mesh(config))
+        logprobs, _ = policy(*inputs, 1.0)
+        logprobs.sum().backward()
+        assert logprobs.dtype is torch.float32
+        assert 1e-4 < (logprobs - expected).abs().max() < 0.5
+        for (name, p), q in zip(policy.named_parameters(), plain.parameters(), strict=True):
+            assert p.dtype is p.grad.dtype is torch.float32
+            difference = (p.grad.full_tensor() - q.grad).norm() / q.grad.norm()
+            assert difference < 0.1, (name, difference)
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_rendezvous(monkeypatch)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = Config(learner=LearnerConfig(replicas=2), model=ModelConfig(path="", dtype=DType.bfloat16))
+    with (
+        process_group(Device.cpu, timeout_s=60),
+        pytest.raises(ValueError, match=r"learner\.replicas=2 must"),
+    ):
+        make_mesh(config)
+
+
+def _set_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

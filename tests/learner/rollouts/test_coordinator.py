@@ -1,0 +1,771 @@
+"""The coordinator as a state machine: random interleavings first, then one behaviour at a time."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from common.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    LearnerConfig,
+    OverAge,
+    RolloutConfig,
+    StalenessConfig,
+    TransportConfig,
+    WeightsConfig,
+)
+from common.types import (
+    Ack,
+    Cancel,
+    DropReason,
+    Heartbeat,
+    Lease,
+    LeaseFailed,
+    Prompt,
+    Pulse,
+    Purpose,
+    Refused,
+    TrajectoryGroup,
+)
+from learner.rollouts.coordinator import MAX_FAILURES, Coordinator
+from learner.rollouts.evaluation import Evaluation
+from learner.rollouts.prompts import PromptStream
+from tests.support.fake_actors import NO_PROBE, group
+
+PROMPTS = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(7)]
+HELDOUT = [Prompt(uid=f"h{i}", text=f"{i}", reference="") for i in range(3)]
+NAMES = ("ann", "bob", "cyd")
+
+
+class CountingStream(PromptStream):
+    """Remembers what was drawn from it."""
+
+    def __init__(self) -> None:
+        super().__init__(PROMPTS, seed=0)
+        self.drawn: list[str] = []
+
+    def next(self) -> Prompt:
+        prompt = super().next()
+        self.drawn.append(prompt.uid)
+        return prompt
+
+
+def make_config(
+    prompts_per_step: int = 2,
+    max_staleness: int = 1,
+    publish_every: int = 1,
+    warmup: int = 0,
+    gate: float | None = None,
+    dynamic: bool = False,
+    over_age: OverAge = OverAge.drop,
+    steps: int = 10_000,
+) -> Config:
+    return Config(
+        rollout=RolloutConfig(prompts_per_step=prompts_per_step, group_size=2, max_tokens=8),
+        staleness=StalenessConfig(max_staleness=max_staleness, over_age=over_age),
+        algorithm=AlgorithmConfig(critic_warmup_steps=warmup, critic_warmup_gate=gate, dynamic_sampling=dynamic),
+        learner=LearnerConfig(steps=steps),
+        weights=WeightsConfig(publish_every=publish_every),
+        transport=TransportConfig(heartbeat_s=1.0, heartbeat_timeout_s=10.0),
+    )
+
+
+@dataclass
+class Process:
+    """An actor process as the outside sees it: the version that it holds, and the leases that it works on."""
+
+    capacity: int
+    version: int = 0
+    is_ready: bool = False
+    is_lost: bool = False
+    leases: dict[int, Lease] = field(default_factory=dict)
+    started_at: dict[int, int] = field(default_factory=dict)  # version at which each lease was begun
+    sent: list[int] = field(default_factory=list)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Honest actors that join, leave, vanish, come back, fail, and send twice, in any order."""
+
+    @initialize(
+        prompts_per_step=st.integers(1, 3),
+        max_staleness=st.integers(0, 3),
+        publish_every=st.integers(1, 2),
+        warmup=st.integers(0, 3),
+        has_gate=st.booleans(),
+        dynamic=st.booleans(),
+    )
+    def begin(self, has_gate: bool, **settings: Any) -> None:
+        self.config = make_config(gate=0.5 if has_gate else None, **settings)
+        self.stream = CountingStream()
+        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1])
+        self.warmup = self.config.algorithm.critic_warmup_steps
+        self.now, self.steps, self.version = 0.0, 0, 0
+        self.processes: dict[str, Process] = {}
+        self.trained: list[str] = []
+        self.last_trained = -1
+        self.is_evaluating = False
+        for name in NAMES[:2]:
+            self.join(name, 4)
+            self.get_ready(name)
+
+    def settle(self) -> None:
+        """One turn of the service: grant, then deliver everything."""
+        self.coordinator.dispatch(self.now)
+        assert self.coordinator.admitted <= self.coordinator.window
+        while self.coordinator.outbox:
+            name, message = self.coordinator.outbox.popleft()
+            process = self.processes[name]
+            if process.is_lost:
+                continue  # lost on the way
+            match message:
+                case Lease():
+                    assert process.is_ready
+                    assert process.version >= self.version, "a lease for an actor without the current version"
+                    assert len(process.leases) < process.capacity
+                    process.leases[message.lease_id] = message
+                    process.started_at[message.lease_id] = process.version
+                case Cancel(lease_id=lease_id):
+                    process.leases.pop(lease_id, None)
+                case Ack() | Pulse():
+                    pass
+                case other:
+                    raise AssertionError(f"unexpected {other}")
+
+    def complete(self, name: str, lease_id: int, num_correct: int) -> None:
+        process = self.processes[name]
+        lease = process.leases.pop(lease_id)
+        process.sent.append(lease_id)
+        versions = list(range(process.started_at[lease_id], process.version + 1))
+        self.coordinator.heard(name, self.now)
+        self.coordinator.receive(name, group(lease_id, versions[-8:], lease.num_samples, num_correct), self.now)
+
+    def present(self, condition: Callable[[Process], bool] = lambda process: True) -> list[str]:
+        return sorted(n for n, p in self.processes.items() if not p.is_lost and condition(p))
+
+    # Five rules that get on and one that makes trouble, or no run would get anywhere.
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.present(lambda p: bool(p.leases)))
+    def finish_some_groups(self, data: st.DataObject) -> None:
+        """In any order: each choice picks an actor and one of its leases."""
+        for choice, num_correct in data.draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2)), min_size=1)):
+            names = self.present(lambda p: bool(p.leases))
+            if names:
+                name = names[choice % len(names)]
+                leases = sorted(self.processes[name].leases)
+                self.complete(name, leases[choice // len(names) % len(leases)], num_correct)
+        self.settle()
+
+    @rule()
+    def finish_every_group(self) -> None:
+        for name in self.present():
+            for lease_id in list(self.processes[name].leases):
+                self.complete(name, lease_id, num_correct=1)
+        self.settle()
+
+    @rule()
+    @precondition(lambda self: self.present(lambda p: not p.is_ready))
+    def engines_come_up(self) -> None:
+        for name in self.present(lambda p: not p.is_ready):
+            self.get_ready(name)
+
+    def get_ready(self, name: str) -> None:
+        self.processes[name].is_ready = True
+        self.coordinator.heard(name, self.now)
+        self.coordinator.ready(name, 0, NO_PROBE)
+        self.settle()
+
+    @rule(data=st.data())
+    def make_trouble(self, data: st.DataObject) -> None:
+        troubles: list[Callable[[st.DataObject], None]] = [self.restart_the_learner, self.greet]
+        if self.processes:
+            troubles.append(self.leave)
+        if self.present():
+            troubles.append(self.vanish)
+        if len(self.present()) < len(self.processes):
+            troubles.append(self.come_back)
+        if self.present(lambda p: bool(p.leases)):
+            troubles.append(self.fail_a_lease)
+        if self.present(lambda p: bool(p.sent)):
+            troubles.append(self.send_again)
+        data.draw(st.sampled_from(troubles))(data)
+        self.settle()
+
+    def greet(self, data: st.DataObject) -> None:
+        self.join(data.draw(st.sampled_from(NAMES)), data.draw(st.integers(1, 4)))
+
+    def join(self, name: str, capacity: int) -> None:
+        self.coordinator.join(name, capacity, self.now)
+        self.processes[name] = Process(capacity)
+
+    def send_again(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.present(lambda p: bool(p.sent))))
+        lease_id = data.draw(st.sampled_from(self.processes[name].sent))
+        self.coordinator.heard(name, self.now)
+        self.coordinator.receive(name, group(lease_id, [0]), self.now)
+
+    def fail_a_lease(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.present(lambda p: bool(p.leases))))
+        lease_id = data.draw(st.sampled_from(sorted(self.processes[name].leases)))
+        del self.processes[name].leases[lease_id]
+        self.coordinator.heard(name, self.now)
+        self.coordinator.fail(name, LeaseFailed(lease_id=lease_id, reason="no"))
+
+    def vanish(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.present()))
+        self.coordinator.lose(name, "test")
+        self.processes[name].is_lost = True
+
+    def come_back(self, data: st.DataObject) -> None:
+        """Perhaps with a group that it finished meanwhile, which nobody waits for any more."""
+        name = data.draw(st.sampled_from(sorted(n for n, p in self.processes.items() if p.is_lost)))
+        process = self.processes[name]
+        process.is_lost = False
+        self.coordinator.heard(name, self.now)
+        if process.leases and data.draw(st.booleans()):
+            self.complete(name, min(process.leases), num_correct=1)
+
+    def leave(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.processes)))
+        del self.processes[name]
+        self.coordinator.remove(name, "test", distrust=data.draw(st.booleans()))
+
+    def restart_the_learner(self, data: st.DataObject) -> None:
+        """From a checkpoint; the actors greet again as new processes."""
+        state = json.loads(json.dumps(self.coordinator.state_dict()))
+        drawn = self.stream.drawn
+        self.stream = CountingStream()
+        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1])
+        self.coordinator.load_state_dict(state)
+        self.stream.drawn = drawn
+        self.is_evaluating = False
+        names, self.processes = list(self.processes), {}
+        for name in names:
+            self.join(name, 4)
+
+    @rule()
+    def evaluate(self) -> None:
+        if self.is_evaluating:
+            result = self.coordinator.poll_evaluation()
+            self.is_evaluating = result is None
+            assert result is None or result.num_samples + 2 * result.num_failed == 2 * len(HELDOUT)
+        else:
+            self.coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version))
+            self.is_evaluating = True
+        self.settle()
+
+    @rule(data=st.data())
+    def step_as_often_as_possible(self, data: st.DataObject) -> None:
+        while (batch := self.coordinator.take_batch()) is not None:
+            self.step(batch, data)
+            self.settle()
+
+    def step(self, batch: list[TrajectoryGroup], data: st.DataObject) -> None:
+        assert len(batch) == self.config.rollout.prompts_per_step
+        for item in batch:
+            assert item.lease.purpose is Purpose.TRAIN
+            assert item.lease.lease_id > self.last_trained, "out of order or twice"
+            self.last_trained = item.lease.lease_id
+            assert self.version - item.oldest_version <= self.config.staleness.max_staleness
+        self.trained += [item.lease.prompt_uid for item in batch]
+        self.steps += 1
+        if self.config.algorithm.critic_warmup_gate and self.steps < self.warmup and data.draw(st.booleans()):
+            self.warmup = self.steps
+            self.coordinator.end_warmup(self.steps)
+        policy_steps = self.steps - self.warmup
+        if policy_steps > 0 and policy_steps % self.config.weights.publish_every == 0:
+            self.publish(data)
+        self.coordinator.set_version(self.version, self.steps)
+
+    def publish(self, data: st.DataObject) -> None:
+        """Reaches some of the ready actors; the others wait for `publish_again`."""
+        self.version += 1
+        ready = self.present(lambda p: p.is_ready)
+        for name in data.draw(st.sets(st.sampled_from(ready))) if ready else ():
+            self.processes[name].version = self.version
+            self.coordinator.loaded(name, self.version)
+
+    @rule()
+    @precondition(lambda self: self.coordinator.waiting_for_weights())
+    def publish_again(self) -> None:
+        for name in self.coordinator.waiting_for_weights():
+            self.processes[name].version = self.version
+            self.coordinator.loaded(name, self.version)
+        self.settle()
+
+    @invariant()
+    def no_prompt_is_lost_or_doubled(self) -> None:
+        undisturbed = PromptStream(PROMPTS, seed=0)
+        assert self.stream.drawn == [undisturbed.next().uid for _ in self.stream.drawn]
+        untrained = self.coordinator.state_dict()["untrained"]
+        rest = Counter(self.stream.drawn)
+        rest.subtract(self.trained)
+        rest.subtract(untrained)
+        assert min(rest.values(), default=0) >= 0, "a prompt is in two places"
+        drops = self.coordinator.drops
+        assert rest.total() - drops[DropReason.UNINFORMATIVE] <= drops[DropReason.FAILED], "a prompt got lost"
+
+    @invariant()
+    def honest_actors_are_never_too_old(self) -> None:
+        assert self.coordinator.drops[DropReason.STALE] == 0
+        assert self.coordinator.drops[DropReason.MALFORMED] == 0
+
+    @invariant()
+    def counters_agree(self) -> None:
+        stats = self.coordinator.stats()
+        assert stats["trained_groups"] == len(self.trained)
+        assert stats["in_flight_groups"] + stats["buffered_groups"] + len(self.trained) == stats["admitted_groups"]
+        assert stats["actors_connected"] == len(self.present(lambda p: p.is_ready))
+
+    def teardown(self) -> None:
+        """Whatever happened, one good actor is enough to go on."""
+        if not hasattr(self, "coordinator"):
+            return
+        for name in list(self.processes):
+            self.leave_now(name)
+        self.coordinator.join("zoe", 5, self.now)
+        self.processes["zoe"] = Process(5, version=self.version, is_ready=True)
+        self.coordinator.ready("zoe", self.version, NO_PROBE)
+        for _ in range(200):
+            self.settle()
+            if (batch := self.coordinator.take_batch()) is not None:
+                assert len(batch) == self.config.rollout.prompts_per_step
+                return
+            for lease_id in list(self.processes["zoe"].leases):
+                self.complete("zoe", lease_id, num_correct=1)
+        raise AssertionError(f"no batch: {self.coordinator.describe(self.now)}")
+
+    def leave_now(self, name: str) -> None:
+        del self.processes[name]
+        self.coordinator.remove(name, "end of test")
+
+
+Interleavings.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestInterleavings = Interleavings.TestCase
+
+
+# ---- one behaviour at a time
+
+
+def make(config: Config, *actors: str, capacity: int = 100) -> Coordinator:
+    coordinator = Coordinator(config, PromptStream(PROMPTS, seed=0), lambda prompt: [1])
+    for name in actors:
+        coordinator.join(name, capacity, 0.0)
+        coordinator.ready(name, 0, NO_PROBE)
+    return coordinator
+
+
+def granted(coordinator: Coordinator, now: float = 0.0) -> list[tuple[str, Lease]]:
+    coordinator.dispatch(now)
+    leases = [(name, message) for name, message in coordinator.outbox if isinstance(message, Lease)]
+    coordinator.outbox.clear()
+    return leases
+
+
+def finish(
+    coordinator: Coordinator, leases: list[tuple[str, Lease]], versions: tuple[int, ...] = (0,), num_correct: int = 1
+) -> None:
+    for name, lease in leases:
+        coordinator.receive(name, group(lease.lease_id, list(versions), lease.num_samples, num_correct), 0.0)
+
+
+def ids(groups: list[Any] | None) -> list[int]:
+    assert groups is not None
+    return [item.lease.lease_id for item in groups]
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "publish_every", "warmup", "expected"),
+    [(0, 1, 0, [2, 4, 6]), (2, 1, 0, [6, 8, 10]), (1, 3, 0, [12, 18, 24]), (0, 1, 5, [12, 14, 16])],
+)
+def test_the_window_is_the_admission_rule(max_staleness, publish_every, warmup, expected) -> None:
+    coordinator = make(
+        make_config(max_staleness=max_staleness, publish_every=publish_every, warmup=warmup), "a", capacity=1000
+    )
+    counts, total = [], 0
+    for version in range(3):
+        coordinator.loaded("a", version)
+        coordinator.set_version(version, 0)
+        total += len(granted(coordinator))
+        counts.append(total)
+    assert counts == expected
+
+
+def test_nothing_is_leased_beyond_the_last_step() -> None:
+    coordinator = make(make_config(max_staleness=5, warmup=1, steps=2), "a")
+    assert len(granted(coordinator)) == 2 * (1 + 2)
+
+
+def test_an_open_warm_up_gate_admits_only_what_is_young_enough_if_it_closes_now() -> None:
+    coordinator = make(make_config(max_staleness=0, warmup=50, gate=0.5), "a")
+    assert len(granted(coordinator)) == 2 * (1 + 1)
+    coordinator.set_version(0, 1)
+    assert len(granted(coordinator)) == 2
+    coordinator.end_warmup(2)
+    coordinator.set_version(0, 2)
+    assert len(granted(coordinator)) == 0
+
+
+def test_a_batch_waits_for_its_earliest_lease() -> None:
+    coordinator = make(make_config(max_staleness=3), "a")
+    leases = granted(coordinator)
+    finish(coordinator, leases[1:])
+    assert coordinator.take_batch() is None
+    finish(coordinator, leases[:1])
+    assert ids(coordinator.take_batch()) == [0, 1]
+    assert ids(coordinator.take_batch()) == [2, 3]
+
+
+def test_leases_are_spread_over_actors_with_room() -> None:
+    coordinator = make(make_config(max_staleness=2), "a", "b", capacity=2)
+    coordinator.join("big", 10, 0.0)
+    coordinator.ready("big", 0, NO_PROBE)
+    assert Counter(name for name, _ in granted(coordinator)) == {"big": 6}
+    coordinator = make(make_config(max_staleness=1), "a", "b", capacity=3)
+    assert Counter(name for name, _ in granted(coordinator)) == {"a": 2, "b": 2}
+
+
+def test_a_late_joiner_gets_no_lease_before_it_holds_the_current_version() -> None:
+    coordinator = make(make_config(), "old")
+    coordinator.loaded("old", 1)
+    coordinator.set_version(1, 1)
+    coordinator.join("late", 100, 0.0)
+    coordinator.ready("late", 0, NO_PROBE)
+    assert coordinator.waiting_for_weights() == ("late",)
+    assert {name for name, _ in granted(coordinator)} == {"old"}
+    coordinator.remove("old", "test")
+    assert granted(coordinator) == []
+    coordinator.loaded("late", 1)
+    assert coordinator.waiting_for_weights() == ()
+    assert len(granted(coordinator)) == 6
+
+
+def test_an_actor_that_claims_a_version_of_another_run_has_to_wait_for_weights() -> None:
+    coordinator = make(make_config())
+    coordinator.join("a", 1, 0.0)
+    coordinator.ready("a", 5, NO_PROBE)
+    assert coordinator.waiting_for_weights() == ("a",)
+
+
+def test_prompts_of_a_lost_actor_are_leased_first_and_in_order() -> None:
+    coordinator = make(make_config(max_staleness=3), "a", capacity=3)
+    first = granted(coordinator)
+    coordinator.lose("a", "test")
+    assert coordinator.drops[DropReason.ACTOR_LOST] == 3
+    coordinator.join("b", 4, 0.0)
+    coordinator.ready("b", 0, NO_PROBE)
+    second = granted(coordinator)
+    assert [lease.prompt_uid for _, lease in second[:3]] == [lease.prompt_uid for _, lease in first]
+    assert [lease.lease_id for _, lease in second] == [3, 4, 5, 6]
+
+
+def test_an_actor_that_comes_back_is_told_to_forget_its_leases() -> None:
+    coordinator = make(make_config(), "a", capacity=2)
+    leases = granted(coordinator)
+    coordinator.lose("a", "test")
+    assert coordinator.members() == ()
+    coordinator.heard("a", 1.0)
+    assert [message for _, message in coordinator.outbox] == [Cancel(lease_id=0), Cancel(lease_id=1)]
+    finish(coordinator, leases)
+    assert coordinator.drops[DropReason.UNKNOWN_LEASE] == 2
+    assert len(granted(coordinator)) == 2
+
+
+def test_silence_is_noticed_after_a_nudge() -> None:
+    coordinator = make(make_config(), "a")
+    coordinator.tick(1.9)
+    assert not coordinator.outbox
+    coordinator.tick(2.1)
+    coordinator.tick(2.2)
+    assert list(coordinator.outbox) == [("a", Pulse(version=0))]
+    coordinator.tick(10.1)
+    assert coordinator.members() == ()
+    coordinator.heard("a", 11.0)
+    assert coordinator.members() == ("a",)
+
+
+def test_an_actor_may_take_longer_to_start_than_to_answer() -> None:
+    coordinator = make(make_config())
+    coordinator.join("a", 1, 0.0)
+    coordinator.tick(200.0)
+    assert coordinator.is_joining("a")
+    coordinator.tick(301.0)
+    assert not coordinator.is_joining("a")
+
+
+def test_a_second_copy_is_acknowledged_and_counted_but_not_trained() -> None:
+    coordinator = make(make_config(), "a")
+    leases = granted(coordinator)
+    finish(coordinator, leases)
+    finish(coordinator, leases[:1])
+    assert coordinator.drops == {DropReason.DUPLICATE: 1}
+    assert ("a", Ack(lease_id=0)) in coordinator.outbox
+    assert ids(coordinator.take_batch()) == [0, 1]
+    finish(coordinator, leases[:1])
+    assert coordinator.drops == {DropReason.DUPLICATE: 2}
+
+
+def test_a_group_of_another_actors_lease_is_not_taken() -> None:
+    coordinator = make(make_config(), "a", "b", capacity=2)
+    leases = granted(coordinator)
+    name, lease = leases[0]
+    other = "b" if name == "a" else "a"
+    coordinator.receive(other, group(lease.lease_id, [0]), 0.0)
+    assert coordinator.drops == {DropReason.UNKNOWN_LEASE: 1}
+    finish(coordinator, leases)
+    assert coordinator.stats()["buffered_groups"] == 4
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda g: replace(g, behavior_logprobs=np.full_like(g.behavior_logprobs, np.nan)),
+        lambda g: replace(g, rewards=np.full_like(g.rewards, np.inf)),
+        lambda g: replace(g, versions=np.full_like(g.versions, 1)),
+        lambda g: replace(g, versions=np.full_like(g.versions, -1)),
+        lambda g: replace(g, token_ids=np.full_like(g.token_ids, -1)),
+        lambda g: group(g.lease_id, [0], num_samples=3),
+        lambda g: group(g.lease_id, [0] * 9),
+    ],
+)
+def test_a_group_that_is_not_what_was_leased_is_refused_and_sampled_again(spoil) -> None:
+    coordinator = make(make_config(), "a")
+    ((_, lease), *_) = granted(coordinator)
+    coordinator.receive("a", spoil(group(lease.lease_id, [0])), 0.0)
+    assert coordinator.drops == {DropReason.MALFORMED: 1}
+    assert any(isinstance(message, Refused) and not message.fatal for _, message in coordinator.outbox)
+    ((_, again),) = granted(coordinator)
+    assert again.prompt_uid == lease.prompt_uid
+
+
+def test_a_prompt_that_keeps_failing_is_given_up_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a")
+    ((_, lease),) = granted(coordinator)
+    for _ in range(MAX_FAILURES):
+        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="too long"))
+        failed, ((_, lease),) = lease, granted(coordinator)
+    assert lease.prompt_uid != failed.prompt_uid
+    assert coordinator.drops == {DropReason.FAILED: 1}
+    assert coordinator.stats()["lease_failures"] == MAX_FAILURES
+    assert f"prompt {failed.prompt_uid} is given up after 3 failures: too long" in caplog.text
+
+
+def test_a_group_that_got_too_old_is_dropped_and_its_prompt_sampled_again() -> None:
+    coordinator = make(make_config(max_staleness=1), "a")
+    leases = granted(coordinator)
+    finish(coordinator, leases)
+    coordinator.loaded("a", 2)
+    coordinator.set_version(2, 0)  # two versions without a step: not what the trainer does, so the gate must act
+    assert coordinator.take_batch() is None
+    assert coordinator.drops == {DropReason.STALE: 4}
+    again = granted(coordinator)
+    assert [lease.prompt_uid for _, lease in again[:4]] == [lease.prompt_uid for _, lease in leases]
+    finish(coordinator, again, versions=(1, 2))
+    assert ids(coordinator.take_batch()) == [4, 5]
+
+
+def test_over_age_mask_keeps_the_group_for_the_trainer_to_mask() -> None:
+    coordinator = make(make_config(max_staleness=1, over_age=OverAge.mask), "a")
+    finish(coordinator, granted(coordinator))
+    coordinator.set_version(2, 0)
+    batch = coordinator.take_batch()
+    assert ids(batch) == [0, 1]
+    assert batch is not None and batch[0].oldest_version == 0
+    assert not coordinator.drops
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing_without_favouring_the_fast() -> None:
+    coordinator = make(make_config(prompts_per_step=2, max_staleness=0, dynamic=True), "a")
+    slow, fast = granted(coordinator)
+    finish(coordinator, [fast], num_correct=2)
+    assert coordinator.drops == {DropReason.UNINFORMATIVE: 1}
+    replacement = granted(coordinator)
+    assert len(replacement) == 1
+    finish(coordinator, replacement)
+    assert coordinator.take_batch() is None, "the step waits for its slow lease"
+    finish(coordinator, [slow])
+    assert ids(coordinator.take_batch()) == [0, 2]
+
+
+def test_dynamic_sampling_leaves_the_critics_warm_up_alone() -> None:
+    coordinator = make(make_config(prompts_per_step=2, max_staleness=0, warmup=1, dynamic=True), "a")
+    leases = granted(coordinator)
+    finish(coordinator, leases[:3], num_correct=0)
+    assert ids(coordinator.take_batch()) == [0, 1]
+    coordinator.set_version(0, 1)
+    finish(coordinator, leases[3:])
+    assert coordinator.take_batch() is None
+    assert coordinator.drops == {DropReason.UNINFORMATIVE: 1}
+
+
+def test_a_distrusted_actor_takes_its_groups_of_the_last_version_with_it() -> None:
+    coordinator = make(make_config(max_staleness=2), "a")
+    leases = granted(coordinator)
+    finish(coordinator, leases[:2])
+    coordinator.loaded("a", 1)
+    finish(coordinator, leases[2:4], versions=(0, 1))
+    coordinator.remove("a", "wrong weights", distrust=True)
+    assert coordinator.stats()["buffered_groups"] == 2
+    assert coordinator.drops == {DropReason.ACTOR_LOST: 4}
+    assert coordinator.state_dict()["untrained"] == [lease.prompt_uid for _, lease in leases]
+
+
+def test_evaluation_goes_first_and_is_not_admitted() -> None:
+    coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a")
+    coordinator.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
+    leases = granted(coordinator)
+    assert [lease.purpose for _, lease in leases] == [Purpose.EVAL] * 3 + [Purpose.TRAIN]
+    assert (leases[0][1].num_samples, leases[0][1].temperature) == (4, 0.5)
+    assert coordinator.admitted == 1
+    finish(coordinator, leases[:2], num_correct=3)
+    assert coordinator.poll_evaluation() is None
+    with pytest.raises(RuntimeError, match="still running"):
+        coordinator.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
+    finish(coordinator, leases[2:3], versions=(0, 0), num_correct=0)
+    result = coordinator.poll_evaluation()
+    assert result is not None
+    assert (result.accuracy, result.num_samples, result.num_failed) == (6 / 12, 12, 0)
+    assert result.length_mean == pytest.approx((8 * 1 + 4 * 2) / 12)
+    assert coordinator.poll_evaluation() is None
+
+
+def test_an_evaluation_survives_its_actor_and_uses_the_same_seeds_every_time() -> None:
+    coordinator = make(make_config(), "a", capacity=3)
+    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    first = granted(coordinator)
+    finish(coordinator, first[:1])
+    coordinator.remove("a", "test")
+    coordinator.join("b", 3, 0.0)
+    coordinator.ready("b", 0, NO_PROBE)
+    second = [item for item in granted(coordinator) if item[1].purpose is Purpose.EVAL]
+    assert [lease.prompt_uid for _, lease in second] == ["h1", "h2"]
+    assert [lease.seed for _, lease in second] == [lease.seed for _, lease in first[1:]]
+    finish(coordinator, second)
+    assert coordinator.poll_evaluation() is not None
+
+
+def test_an_evaluation_whose_prompt_cannot_be_sampled_ends_all_the_same() -> None:
+    coordinator = make(make_config(), "a")
+    coordinator.evaluate(Evaluation(HELDOUT[:1], 2, 1.0, version=0))
+    for _ in range(MAX_FAILURES):
+        ((_, lease),) = [item for item in granted(coordinator) if item[1].purpose is Purpose.EVAL]
+        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"))
+    result = coordinator.poll_evaluation()
+    assert result is not None
+    assert (result.num_failed, result.num_samples, result.accuracy) == (1, 0, 0.0)
+
+
+def test_the_window_is_sampled_when_it_is_full_and_everything_has_arrived() -> None:
+    coordinator = make(make_config(), "a", capacity=3)
+    leases = granted(coordinator)
+    finish(coordinator, leases)
+    assert not coordinator.is_window_sampled()
+    leases = granted(coordinator)
+    assert not coordinator.is_window_sampled()
+    finish(coordinator, leases)
+    assert coordinator.is_window_sampled()
+
+
+def test_a_lease_that_got_lost_on_the_way_is_found_by_the_heartbeats() -> None:
+    coordinator = make(make_config(prompts_per_step=1), "a")
+    leases = granted(coordinator)
+    beat = Heartbeat(held_groups=1, generated_tokens=0, busy_s=0.0, uptime_s=0.0)
+    coordinator.heartbeat("a", beat, 9.0)
+    assert coordinator.drops[DropReason.ACTOR_LOST] == 0, "it may be on the way still"
+    coordinator.heartbeat("a", beat, 11.0)
+    assert [m for _, m in coordinator.outbox if isinstance(m, Cancel)] == [Cancel(lease_id=0), Cancel(lease_id=1)]
+    assert [lease.prompt_uid for _, lease in granted(coordinator)] == [lease.prompt_uid for _, lease in leases]
+
+
+def test_work_of_actors_that_left_stays_counted() -> None:
+    coordinator = make(make_config(), "a")
+    for tokens in (5, 10):
+        beat = Heartbeat(held_groups=9, generated_tokens=tokens, busy_s=tokens / 10, uptime_s=1.0)
+        coordinator.heartbeat("a", beat, 0.0)
+    coordinator.join("a", 1, 0.0)
+    coordinator.heartbeat("a", Heartbeat(held_groups=0, generated_tokens=3, busy_s=0.1, uptime_s=0.5), 0.0)
+    stats = coordinator.stats()
+    assert (stats["generated_tokens"], stats["uptime_s"]) == (13, 1.5)
+    assert stats["busy_s"] == pytest.approx(1.1)
+
+
+def test_seeds_of_neighbouring_leases_are_far_apart() -> None:
+    seeds = sorted(lease.seed for _, lease in granted(make(make_config(prompts_per_step=50), "a")))
+    assert min(np.diff(seeds)) > 100
+
+
+def test_a_checkpoint_keeps_position_and_untrained_prompts_in_order() -> None:
+    coordinator = make(make_config(max_staleness=3), "a", capacity=6)
+    leases = granted(coordinator)
+    finish(coordinator, leases[:5])
+    assert ids(coordinator.take_batch()) == [0, 1]
+    state = json.loads(json.dumps(coordinator.state_dict()))
+
+    restarted = make(make_config(max_staleness=3))
+    restarted.load_state_dict(state)
+    restarted.join("a", 100, 0.0)
+    restarted.ready("a", 0, NO_PROBE)
+    coordinator.remove("a", "restart")
+    coordinator.join("a", 100, 0.0)
+    coordinator.ready("a", 0, NO_PROBE)
+    again = granted(restarted)
+    assert [lease.prompt_uid for _, lease in again[:4]] == [lease.prompt_uid for _, lease in leases[2:]]
+    assert restarted.admitted == 8
+    assert again[0][1].lease_id == 6, "lease ids go on, so that late groups of the old run are recognised"
+
+
+def test_a_checkpoint_of_other_data_is_refused() -> None:
+    state = make(make_config()).state_dict()
+    other = Coordinator(make_config(), PromptStream(PROMPTS[:3], seed=0), lambda prompt: [1])
+    with pytest.raises(ConfigError, match="7 training prompts, now there are 3"):
+        other.load_state_dict(state)
+    with pytest.raises(ConfigError, match="'gone' of the checkpoint is not in the training set"):
+        make(make_config()).load_state_dict(state | {"untrained": ["gone"]})
+
+
+def test_the_description_names_who_holds_what() -> None:
+    coordinator = make(make_config())
+    assert "no actor is connected" in coordinator.describe(0.0)
+    coordinator = make(make_config(), "a")
+    granted(coordinator)
+    coordinator.join("b", 1, 0.0)
+    text = coordinator.describe(2.5)
+    assert "0 groups are buffered, 4 of 4 admitted" in text
+    assert "a (ready, version 0, heard 2.5 s ago) holds the leases [0, 1, 2, 3]" in text
+    assert "b (joining, version None, heard 2.5 s ago) holds nothing" in text
+
+
+# ---- the prompt stream
+
+
+def test_the_stream_gives_every_prompt_once_per_epoch_in_another_order() -> None:
+    stream = PromptStream(PROMPTS, seed=3)
+    epochs = [[stream.next().uid for _ in PROMPTS] for _ in range(3)]
+    assert all(sorted(epoch) == sorted(prompt.uid for prompt in PROMPTS) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_stream_goes_on_where_its_state_was_taken() -> None:
+    stream, other = PromptStream(PROMPTS, seed=3), PromptStream(PROMPTS, seed=3)
+    for _ in range(10):
+        stream.next()
+    other.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert [stream.next() for _ in range(20)] == [other.next() for _ in range(20)]
+
+
+def test_a_training_set_that_cannot_be_streamed_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="training set is empty"):
+        PromptStream([], seed=0)
+    with pytest.raises(ConfigError, match="different uids"):
+        PromptStream([*PROMPTS, PROMPTS[0]], seed=0)

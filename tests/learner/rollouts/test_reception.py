@@ -1,0 +1,95 @@
+"""The reception without sockets: whatever actors say in whatever order, it answers and goes on."""
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig
+from common.types import (
+    Bye,
+    Heartbeat,
+    LeaseFailed,
+    Prompt,
+    Ready,
+    Stop,
+    WeightsPhase,
+    WeightsReport,
+)
+from common.wire import WireError
+from learner.rollouts.coordinator import Coordinator
+from learner.rollouts.evaluation import Evaluation
+from learner.rollouts.prompts import PromptStream
+from learner.rollouts.reception import Command, Reception
+from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, hello
+
+PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(5)]
+IDENTITIES = (b"1", b"2", b"3")
+
+small = st.integers(-1, 6)
+phases = st.sampled_from(WeightsPhase)
+sayings: st.SearchStrategy[Any] = st.one_of(
+    st.builds(hello, st.sampled_from("ab"), st.integers(0, 3)),
+    st.builds(Ready, version=small, probe_logprobs=st.just(NO_PROBE)),
+    st.builds(group, small, st.lists(small, min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 3)),
+    st.builds(Heartbeat, held_groups=small, generated_tokens=small, busy_s=st.just(0.1), uptime_s=st.just(1.0)),
+    st.builds(LeaseFailed, lease_id=small, reason=st.just("no")),
+    st.builds(
+        WeightsReport, phase=phases, version=small, error=st.none() | st.just("no"), probe_logprobs=st.just(NO_PROBE)
+    ),
+    st.builds(Bye, error=st.none()),
+    st.builds(WireError, st.just("garbage")),
+)
+events = st.one_of(
+    st.tuples(st.just("say"), st.sampled_from(IDENTITIES), sayings),
+    st.tuples(st.sampled_from(["wait", "step", "evaluate"]), st.none(), st.none()),
+    st.tuples(st.just("command"), phases, small),
+    st.tuples(st.sampled_from(["dismiss", "distrust"]), st.sampled_from("ab"), st.none()),
+    st.tuples(st.just("disconnect"), st.sampled_from(IDENTITIES), st.none()),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(events, max_size=60))
+def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) -> None:
+    config = Config(
+        rollout=RolloutConfig(prompts_per_step=2, group_size=2, max_tokens=8),
+        algorithm=AlgorithmConfig(critic_warmup_steps=1, dynamic_sampling=True),
+        learner=LearnerConfig(steps=100),
+    )
+    coordinator = Coordinator(config, PromptStream(PROMPTS, 0), lambda prompt: [1])
+    reception = Reception(config, coordinator, FINGERPRINTS, [1, 2])
+    now, version = 0.0, 0
+    commands: list[Command] = []
+    for kind, subject, detail in history:
+        now += 0.1
+        match kind:
+            case "say":
+                reception.handle(subject, detail, now)
+            case "wait":
+                now += 20.0
+            case "step":
+                if coordinator.take_batch() is not None:
+                    version += 1
+                    coordinator.set_version(version, version)
+            case "evaluate":
+                if coordinator.poll_evaluation() is None and not coordinator.is_evaluating:
+                    coordinator.evaluate(Evaluation(PROMPTS[:2], 2, 1.0, version))
+            case "command":
+                for command in commands:
+                    reception.settle(command, 1.0)
+                commands = [reception.begin(subject, detail, {"a": {}, "b": {}})]
+            case "dismiss" | "distrust":
+                reception.dismiss(subject, "test", distrust=kind == "distrust")
+            case "disconnect":
+                reception.undeliverable(subject)
+        coordinator.tick(now)
+        coordinator.dispatch(now)
+        reception.note_losses()
+        assert {identity for identity, _ in reception.outgoing()} <= set(IDENTITIES)
+        assert set(coordinator.members()) <= set(reception.names)
+    reception.begin_stop("over")
+    assert all(isinstance(message, Stop) for _, message in reception.outgoing())
+    for identity in IDENTITIES:
+        reception.handle(identity, Bye(error=None), now)
+    assert reception.names == ()

@@ -1,0 +1,490 @@
+"""The service over real sockets, with actors that are fakes (tests/fake_actors.py)."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import zmq
+
+from common.config import (
+    ActorsConfig,
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    LearnerConfig,
+    RolloutConfig,
+    StalenessConfig,
+    TransportConfig,
+)
+from common.transport import ActorConnection
+from common.types import (
+    Ack,
+    ActorMessage,
+    Bye,
+    Hello,
+    LearnerMessage,
+    Prompt,
+    Pulse,
+    Refused,
+    Stop,
+    TrajectoryGroup,
+    WeightsPhase,
+    Welcome,
+)
+from learner.rollouts.service import BatchTimeout, LearnerService, MembersWaiting
+from tests.support.fake_actors import FINGERPRINTS, FakeActor, group, hello
+
+PROMPTS = [Prompt(uid=f"p{i}", text=str(i), reference="") for i in range(100)]
+PUBLICATION = (
+    WeightsPhase.PAUSE,
+    WeightsPhase.START,
+    WeightsPhase.UPDATE,
+    WeightsPhase.FINISH,
+    WeightsPhase.RESUME,
+)
+FOREVER_S = 1000.0
+
+
+def make_config(**staleness: Any) -> Config:
+    return Config(
+        rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_tokens=8),
+        algorithm=AlgorithmConfig(critic_warmup_steps=1),
+        staleness=StalenessConfig(**({"max_staleness": 1} | staleness)),
+        learner=LearnerConfig(steps=1000),
+        actors=ActorsConfig(start_timeout_s=5.0),
+        transport=TransportConfig(heartbeat_s=0.1, heartbeat_timeout_s=5.0),
+    )
+
+
+def make_service(config: Config) -> LearnerService:
+    return LearnerService(config, PROMPTS, lambda prompt: [1, 2, 3], FINGERPRINTS, [1, 2, 3])
+
+
+@pytest.fixture
+def service() -> Iterator[LearnerService]:
+    with make_service(make_config()) as service:
+        yield service
+
+
+def publish(service: LearnerService, version: int, timeout_s: float = 5.0) -> None:
+    for phase in PUBLICATION:
+        service.command(phase, version, {name: {} for name in service.members()}, timeout_s)
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.005)
+
+
+def ages(groups: list[TrajectoryGroup], version: int) -> list[int]:
+    """Versions between each group's oldest token and now, from the token ids themselves."""
+    return [version - int(item.completed.token_ids.min()) for item in groups]
+
+
+def talk(service: LearnerService, *messages: ActorMessage, num_answers: int = 1) -> list[LearnerMessage]:
+    """Says this as a new process, and returns the first answers."""
+
+    async def conversation() -> list[LearnerMessage]:
+        async with ActorConnection(service.endpoint, "talker", 16) as connection:
+            for message in messages:
+                await connection.send(message)
+            return [await connection.receive(5.0) for _ in range(num_answers)]
+
+    return asyncio.run(conversation())
+
+
+# ---- a run
+
+
+def test_a_run_with_skewed_actors_trains_every_lease_once_in_order_and_within_the_bound() -> None:
+    config = make_config()
+    with make_service(config) as service, ExitStack() as actors:
+        for name, delay_s in (("fast", 0.0), ("slow", 0.02)):
+            actors.enter_context(FakeActor(service.endpoint, name, delay_s=lambda lease, s=delay_s: s))
+        service.wait_for_members(2, 10.0)
+        lease_ids, staleness, version = [], [], 0
+        for step in range(25):
+            groups = service.take_batch(10.0)
+            lease_ids += [item.lease.lease_id for item in groups]
+            staleness += ages(groups, version)
+            if step >= config.algorithm.critic_warmup_steps:
+                version += 1
+                publish(service, version)
+            service.set_version(version, step + 1)
+        stats = service.stats()
+    assert lease_ids == list(range(100))
+    assert 0 < max(staleness) <= config.staleness.max_staleness
+    assert stats["trained_groups"] == 100
+    assert sum(count for name, count in stats.items() if name.startswith("dropped/")) == 0
+
+
+def test_staleness_zero_is_on_policy() -> None:
+    with make_service(make_config(max_staleness=0)) as service, FakeActor(service.endpoint, "a", capacity=9):
+        service.wait_for_members(1, 10.0)
+        for version in range(5):
+            step = version + 1
+            if version == 0:
+                assert ages(service.take_batch(10.0), 0) == [0] * 4  # the warm-up's
+            assert ages(service.take_batch(10.0), version) == [0] * 4
+            publish(service, version + 1)
+            service.set_version(version + 1, step + 1)
+
+
+def test_with_exact_staleness_every_batch_is_exactly_that_old() -> None:
+    with make_service(make_config(max_staleness=2, exact=True)) as service, FakeActor(service.endpoint, "a", 5):
+        service.wait_for_members(1, 10.0)
+        service.take_batch(10.0)  # the warm-up's
+        service.set_version(0, 1)
+        for version in range(6):
+            expected = min(version, 2)
+            assert ages(service.take_batch(10.0), version) == [expected] * 4
+            service.wait_window_sampled(10.0)
+            publish(service, version + 1)
+            service.set_version(version + 1, version + 2)
+
+
+def test_a_killed_actor_costs_no_prompt(service: LearnerService) -> None:
+    victim = FakeActor(service.endpoint, "victim", delay_s=lambda lease: FOREVER_S)
+    with victim, FakeActor(service.endpoint, "survivor"):
+        until(lambda: victim.leases() and service.stats()["buffered_groups"] > 0)
+        held = {lease.prompt_uid for lease in victim.leases()}
+        victim.kill()
+        uids = {item.lease.prompt_uid for _ in range(3) for item in service.take_batch(10.0)}
+        assert held <= uids
+        assert service.members() == ("survivor",)
+        assert service.stats()["dropped/actor_lost"] == len(held)
+
+
+def test_a_closed_connection_is_noticed_long_before_the_silence_time_out() -> None:
+    config = make_config()
+    config = replace(config, transport=replace(config.transport, heartbeat_timeout_s=60.0))
+    with make_service(config) as service, FakeActor(service.endpoint, "a") as actor:
+        service.wait_for_members(1, 10.0)
+        actor.kill()
+        until(lambda: not service.members(), timeout_s=3.0)
+
+
+def test_an_actor_that_is_silent_for_a_while_comes_back() -> None:
+    config = make_config()
+    config = replace(config, transport=replace(config.transport, heartbeat_timeout_s=0.5))
+    with (
+        make_service(config) as service,
+        FakeActor(service.endpoint, "a", delay_s=lambda lease: 0.05, heartbeat_s=FOREVER_S) as actor,
+    ):
+        service.wait_for_members(1, 10.0)
+        until(lambda: service.stats()["buffered_groups"] == service.stats()["window_groups"])
+        until(lambda: not service.members())
+        assert service.stats()["buffered_groups"] == 12, "what has arrived stays"
+        actor.say(group(0, [0]))  # any message is a sign of life
+        until(lambda: service.members() == ("a",))
+
+
+# ---- who takes part
+
+
+def test_a_late_joiner_waits_for_the_current_weights(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "first"):
+        service.wait_for_members(1, 10.0)
+        publish(service, 1)
+        service.set_version(1, 2)
+        with FakeActor(service.endpoint, "second") as late:
+            service.wait_for_members(2, 10.0)
+            assert service.needs_weights()
+            with pytest.raises(MembersWaiting, match="second"):
+                service.take_batch(10.0)
+            with pytest.raises(MembersWaiting):
+                service.wait_window_sampled(10.0)
+            assert not late.leases()
+            publish(service, 1)
+            assert not service.needs_weights()
+            publish(service, 2)
+            service.set_version(2, 3)
+            until(late.leases)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"protocol_version": 99}, "it speaks protocol version 99, the learner 1"),
+        ({"model_fingerprint": "other"}, "its model has another architecture; give it the learner's model.path"),
+        ({"tokenizer_fingerprint": "other"}, "its tokenizer is another one; give it the learner's model.path"),
+        ({"capacity": 0}, "its capacity is 0; set actors.groups_in_flight to at least 1"),
+        ({"name": "../x"}, "its name must be 1 to 100 letters, digits, or any of _ . : -"),
+    ],
+)
+def test_an_actor_that_does_not_fit_is_told_why_and_to_leave(
+    service: LearnerService, changes: dict[str, Any], reason: str
+) -> None:
+    misfit: Hello = replace(hello("a"), **changes)
+    assert talk(service, misfit) == [Refused(reason=reason, fatal=True)]
+    assert service.members() == ()
+
+
+def test_a_welcome_has_the_heartbeats_and_the_probe(service: LearnerService) -> None:
+    (welcome,) = talk(service, hello("a"))
+    assert isinstance(welcome, Welcome)
+    assert (welcome.heartbeat_s, welcome.timeout_s) == (0.1, 5.0)
+    assert welcome.probe_token_ids.tolist() == [1, 2, 3]
+
+
+def test_the_newest_process_of_a_name_is_the_actor(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a", delay_s=lambda lease: FOREVER_S) as old:
+        service.wait_for_members(1, 10.0)
+        with FakeActor(service.endpoint, "a") as new:
+            old.join()
+            assert old.received_any(Stop) is None
+            refusal = old.received_any(Refused)
+            assert refusal is not None and "new process" in refusal.reason
+            until(lambda: service.members() == ("a",))
+            assert len(service.take_batch(10.0)) == 4
+            assert new.leases()
+
+
+def test_a_stranger_is_asked_to_greet_and_its_group_is_not_kept(service: LearnerService) -> None:
+    answers = talk(service, group(5, [0]), num_answers=2)
+    assert answers[0] == Ack(lease_id=5)
+    assert answers[1] == Refused(reason="the learner does not know it; say hello", fatal=False)
+    assert service.stats()["dropped/unknown_lease"] == 1
+
+
+def test_garbage_is_counted_and_harms_nobody(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a"), zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.rcvtimeo = 5000
+        dealer.connect(service.endpoint)
+        for frames in ([b""], [b"\xc1", b"x"], [b"\x94\xa3Ack\x01\x81\xa8lease_id\x07\x90"]):
+            dealer.send_multipart(frames)
+            assert b"malformed message" in dealer.recv()
+        assert service.stats()["dropped/malformed"] == 3
+        assert len(service.take_batch(10.0)) == 4
+
+
+def test_a_member_that_sends_garbage_is_dismissed(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a", delay_s=lambda lease: FOREVER_S) as actor:
+        service.wait_for_members(1, 10.0)
+        actor.say(Ack(lease_id=1))
+        actor.join()
+        refusal = actor.received_any(Refused)
+        assert refusal is not None and refusal.fatal and "malformed" in refusal.reason
+        assert service.members() == ()
+        assert service.stats()["pending_prompts"] == len(actor.leases())
+
+
+# ---- commands
+
+
+def test_a_command_leaves_at_once(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a"):
+        service.wait_for_members(1, 10.0)
+        times = []
+        for _ in range(20):
+            started = time.monotonic()
+            assert service.command(WeightsPhase.PAUSE, 1, {"a": {}}, 5.0)["a"].error is None
+            times.append(time.monotonic() - started)
+        assert sorted(times)[10] < 0.1, "the thread sleeps up to 0.25 s when nothing wakes it"
+
+
+def test_commands_reach_those_named_with_their_payload(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as first, FakeActor(service.endpoint, "b") as second:
+        service.wait_for_members(2, 10.0)
+        reports = service.command(WeightsPhase.INIT, 3, {"b": {"port": 1, "names": ["x"]}}, 5.0)
+        assert list(reports) == ["b"]
+        assert [c.payload for c in second.commands()] == [{"port": 1, "names": ["x"]}]
+        assert not first.commands()
+
+
+def test_an_actor_that_does_not_answer_is_named_and_dismissed(
+    service: LearnerService, caplog: pytest.LogCaptureFixture
+) -> None:
+    deaf = FakeActor(service.endpoint, "deaf", deaf_to=frozenset({WeightsPhase.START}), delay_s=lambda lease: FOREVER_S)
+    with deaf, FakeActor(service.endpoint, "good"), caplog.at_level(logging.WARNING):
+        service.wait_for_members(2, 10.0)
+        reports = service.command(WeightsPhase.START, 1, {"deaf": {}, "good": {}}, 1.0)
+        assert list(reports) == ["good"]
+        assert service.members() == ("good",)
+        sentence = "it did not report within 1 s in phase start of version 1"
+        assert f"actor deaf is dismissed: {sentence}" in caplog.text
+        deaf.join()
+        assert deaf.received_any(Refused) == Refused(reason=sentence, fatal=True)
+        assert len([service.take_batch(10.0) for _ in range(3)]) == 3
+
+
+def test_an_actor_that_fails_a_phase_is_dismissed(service: LearnerService) -> None:
+    bad = FakeActor(service.endpoint, "bad", fails={WeightsPhase.UPDATE: "out of memory"})
+    with bad, FakeActor(service.endpoint, "good"):
+        service.wait_for_members(2, 10.0)
+        reports = service.command(WeightsPhase.UPDATE, 1, {"bad": {}, "good": {}}, 5.0)
+        assert reports["bad"].error == "out of memory"
+        assert service.members() == ("good",)
+
+
+def test_those_that_fail_because_another_died_stay_and_wait_for_weights(service: LearnerService) -> None:
+    dead = FakeActor(service.endpoint, "dead", deaf_to=frozenset({WeightsPhase.UPDATE}))
+    peer = FakeActor(service.endpoint, "peer", fails={WeightsPhase.UPDATE: "connection closed by peer"})
+    with dead, peer:
+        service.wait_for_members(2, 10.0)
+        threading.Timer(0.1, dead.kill).start()
+        started = time.monotonic()
+        reports = service.command(WeightsPhase.UPDATE, 1, {"dead": {}, "peer": {}}, 30.0)
+        assert time.monotonic() - started < 5.0, "the dead one is not waited for"
+        assert list(reports) == ["peer"]
+        assert service.members() == ("peer",)
+        assert service.needs_weights()
+
+
+def test_a_command_to_an_actor_that_is_not_there_returns_at_once(service: LearnerService) -> None:
+    assert service.command(WeightsPhase.PAUSE, 1, {"ghost": {}}, 60.0) == {}
+
+
+def test_a_quarantined_actor_leaves_with_its_groups(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as actor:
+        service.wait_for_members(1, 10.0)
+        until(lambda: service.stats()["buffered_groups"] > 0)
+        service.quarantine("a", "its probe differs")
+        actor.join()
+        assert actor.received_any(Refused) == Refused(reason="its probe differs", fatal=True)
+        assert service.stats()["buffered_groups"] == 0
+        assert service.members() == ()
+
+
+# ---- evaluation
+
+
+def test_an_evaluation_runs_beside_training_and_survives_its_actor(service: LearnerService) -> None:
+    heldout = [Prompt(uid=f"h{i}", text="", reference="") for i in range(10)]
+    victim = FakeActor(service.endpoint, "victim", delay_s=lambda lease: FOREVER_S)
+    with victim, FakeActor(service.endpoint, "good", num_correct=lambda lease: 3):
+        service.wait_for_members(2, 10.0)
+        service.evaluate(heldout, 4, 1.0, version=0)
+        until(victim.leases)
+        victim.kill()
+        result = service.wait_evaluation(10.0)
+        assert (result.accuracy, result.num_samples, result.version) == (0.75, 40, 0)
+        assert service.poll_evaluation() is None
+        assert len(service.take_batch(10.0)) == 4
+
+
+# ---- time-outs and failures
+
+
+def test_a_batch_that_does_not_come_says_who_holds_what(service: LearnerService) -> None:
+    with pytest.raises(BatchTimeout, match=r"waited 0\.05 s for a batch of 4 groups: .*no actor is connected"):
+        service.take_batch(0.05)
+    with FakeActor(service.endpoint, "slow", 3, delay_s=lambda lease: FOREVER_S):
+        service.wait_for_members(1, 10.0)
+        until(lambda: service.stats()["in_flight_groups"] == 3)
+        with pytest.raises(BatchTimeout, match=r"slow \(ready, version 0, .*\) holds the leases \[0, 1, 2\]"):
+            service.take_batch(0.05)
+
+
+def test_other_waits_time_out_with_the_same_detail(service: LearnerService) -> None:
+    with pytest.raises(TimeoutError, match=r"2 ready actor\(s\): .*no actor is connected"):
+        service.wait_for_members(2, 0.05)
+    service.evaluate(PROMPTS[:1], 1, 1.0, version=0)
+    with pytest.raises(TimeoutError, match=r"the evaluation: .*no actor"):
+        service.wait_evaluation(0.05)
+
+
+def test_a_failure_in_the_thread_reaches_whoever_waits_and_every_later_call() -> None:
+    def tokenize(prompt: Prompt) -> list[int]:
+        raise KeyError("no such token")
+
+    service = LearnerService(make_config(), PROMPTS, tokenize, FINGERPRINTS, [1])
+    with service, FakeActor(service.endpoint, "a"):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the service thread failed: KeyError"):
+                service.take_batch(30.0)
+        with pytest.raises(RuntimeError, match="the service thread failed"):
+            service.command(WeightsPhase.PAUSE, 1, {"a": {}}, 30.0)
+        assert service.stats()["trained_groups"] == 0  # counters can still be read
+
+
+def test_a_data_row_that_is_no_json_is_one_sentence() -> None:
+    prompts = [replace(PROMPTS[0], row={"asked": {"on": b"bytes"}})]
+    service = LearnerService(make_config(), prompts, lambda prompt: [1], FINGERPRINTS, [1])
+    sentence = r"Lease\.row\['asked'\]\['on'\] holds b'bytes', which is not a JSON value"
+    with service, FakeActor(service.endpoint, "a"), pytest.raises(ConfigError, match=sentence):
+        service.take_batch(30.0)
+
+
+def test_a_port_in_use_ends_before_anything_started(service: LearnerService) -> None:
+    config = make_config()
+    port = int(service.endpoint.rsplit(":", 1)[1])
+    taken = replace(config, transport=replace(config.transport, port=port))
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"), make_service(taken):
+        pass
+
+
+# ---- the end
+
+
+def test_stop_reaches_everybody_and_waits_for_their_byes(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as first, FakeActor(service.endpoint, "b") as second:
+        until(lambda: service.stats()["generated_tokens"] == 14)
+        started = time.monotonic()
+        service.stop("enough")
+        assert time.monotonic() - started < 3.0
+        for actor in (first, second):
+            actor.join()
+            assert actor.received_any(Stop) == Stop(reason="enough")
+            assert actor.sent[-1] == Bye(error=None)
+        service.stop("again")  # does nothing
+        assert service.stats()["generated_tokens"] == 14
+        with pytest.raises(RuntimeError, match="not running"):
+            service.members()
+
+
+def test_stop_does_not_wait_longer_than_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    with make_service(make_config()) as service:
+        assert isinstance(talk(service, hello("mute"))[0], Welcome)
+        started = time.monotonic()
+        service.stop("enough", timeout_s=0.3)
+        assert time.monotonic() - started < 2.0
+
+
+def test_an_actor_that_greets_during_the_stop_is_stopped(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "slow", deaf_to_stop=True):
+        service.wait_for_members(1, 10.0)
+        stopping = threading.Thread(target=service.stop, args=("enough", 1.0))
+        endpoint = service.endpoint
+        stopping.start()
+        time.sleep(0.1)
+
+        async def greet() -> LearnerMessage:
+            async with ActorConnection(endpoint, "late", 16) as connection:
+                await connection.send(hello("late"))
+                return await connection.receive(5.0)
+
+        assert asyncio.run(greet()) == Stop(reason="enough")
+        stopping.join(10.0)
+        assert not stopping.is_alive()
+
+
+def test_a_checkpoint_goes_on_in_another_service() -> None:
+    with make_service(make_config()) as service, FakeActor(service.endpoint, "a"):
+        first = [item.lease.prompt_uid for item in service.take_batch(10.0)]
+        service.set_version(0, 1)
+        state = service.state_dict()
+    service = make_service(make_config())
+    service.load_state_dict(state)
+    with service, FakeActor(service.endpoint, "a"):
+        rest = [item.lease.prompt_uid for _ in range(2) for item in service.take_batch(10.0)]
+    assert len(set(first + rest)) == 12
+
+
+def test_heartbeats_are_answered_with_the_version(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as actor:
+        service.wait_for_members(1, 10.0)
+        publish(service, 1)
+        service.set_version(1, 2)
+        until(lambda: Pulse(version=1) in actor.received)
+        stats = service.stats()
+        assert (stats["generated_tokens"], stats["busy_s"], stats["uptime_s"]) == (7, 0.5, 1.0)

@@ -1,0 +1,238 @@
+"""Checkpoints: what is restored, on how many ranks, and what a killed save leaves behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+
+from common.config import Config, Device
+from learner.checkpoint import (
+    Checkpointer,
+    complete_steps,
+    load_network_state,
+    load_parameters,
+    network_state,
+    step_folder,
+)
+from learner.networks.model import load_policy
+from learner.networks.parallel import make_mesh, process_group
+from tests.support.tiny_models import packed, tiny_run, write_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+CPU = torch.device("cpu")
+INPUTS = packed([7, 12, 5])
+
+
+class Run:
+    """A stand-in for the trainer: a policy, AdamW and a learning-rate schedule."""
+
+    def __init__(self, config: Config) -> None:
+        self.policy = load_policy(config, CPU, make_mesh(config))
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.01)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 5))
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            (-self.policy(*INPUTS, 1.0)[0].mean()).backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = {"last_epoch": self.scheduler.last_epoch}
+        return {"policy": network_state(self.policy, self.optimizer), "scheduler": scheduler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_network_state(self.policy, self.optimizer, state["policy"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+
+    def weights(self) -> list[torch.Tensor]:
+        full = (p.full_tensor() if isinstance(p, DTensor) else p for p in self.policy.parameters())
+        return [tensor.detach().clone() for tensor in full]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny_run(write_tiny_model(tmp_path / "base", is_tied=True))
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, config: Config, in_background: bool) -> None:
+    run = Run(config)
+    run.train(3)
+    with Checkpointer(tmp_path / "c", keep=2, in_background=in_background) as checkpointer:
+        checkpointer.save(3, 2, run, b"leases")
+        run.train(4)  # a save in the background must hold the weights of its step, not these
+    undisturbed, draw = run.weights(), torch.rand(1)
+
+    torch.manual_seed(99)
+    again = Run(config)
+    resumed = Checkpointer(tmp_path / "c", keep=2).load(3, again)
+    assert (resumed.step, resumed.version, resumed.data) == (3, 2, b"leases")
+    assert again.scheduler.last_epoch == 3
+    again.train(4)
+    assert all(torch.equal(a, b) for a, b in zip(undisturbed, again.weights(), strict=True))
+    assert torch.equal(torch.rand(1), draw)
+
+
+def test_a_checkpoint_from_before_the_first_step_restores_an_untouched_optimizer(
+    tmp_path: Path, config: Config
+) -> None:
+    run, other = Run(config), Run(config)
+    checkpointer = Checkpointer(tmp_path / "c", keep=1)
+    checkpointer.save(0, 0, run)
+    other.train(2)
+    checkpointer.load(0, other)
+    run.train(2)
+    other.train(2)
+    assert all(torch.equal(a, b) for a, b in zip(run.weights(), other.weights(), strict=True))
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, config: Config) -> None:
+    run, checkpointer = Run(config), Checkpointer(tmp_path / "c", keep=2)
+    for step in (1, 2, 10, 10):
+        checkpointer.save(step, step, run)
+    assert checkpointer.steps() == [2, 10]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step_00000002", "step_00000010.1"]
+    assert checkpointer.load(10, run).step == 10
+
+
+def test_parameters_alone_can_be_read_for_an_export(tmp_path: Path, config: Config) -> None:
+    run = Run(config)
+    run.train(2)
+    Checkpointer(tmp_path / "c", keep=1).save(2, 1, run)
+    policy = load_policy(config, CPU, None)
+    load_parameters(step_folder(tmp_path / "c", 2), "policy", policy)
+    assert all(torch.equal(a, b) for a, b in zip(run.weights(), policy.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, config: Config) -> None:
+    checkpointer = Checkpointer(tmp_path / "c", keep=1)
+    checkpointer.save(1, 1, Run(config))
+    other = Run(tiny_run(write_tiny_model(tmp_path / "other", "qwen3")))
+    with pytest.raises(ValueError, match=r"is of another model: tensor policy/parameters/"):
+        checkpointer.load(1, other)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path, config: Config) -> None:
+    with pytest.raises(ValueError, match=r"there is no checkpoint of step 7 in .* it has \[\]"):
+        Checkpointer(tmp_path / "c", keep=1).load(7, Run(config))
+
+
+class Counter:
+    """What KILLED_SAVE saves, without its import of a model library."""
+
+    def __init__(self) -> None:
+        self.weight, self.numbers = torch.full((3,), -1.0), []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "nested": {"numbers": self.numbers}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight, self.numbers = state["weight"], state["nested"]["numbers"]
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import learner.checkpoint as checkpoint
+
+class Counter:
+    weight = torch.zeros(3)
+
+    def state_dict(self):
+        return {"weight": self.weight, "nested": {"numbers": [1, 2.5, None]}}
+
+run, folder, where = Counter(), Path(sys.argv[1]), sys.argv[2]
+checkpointer = checkpoint.Checkpointer(folder, keep=1)
+checkpointer.save(1, 1, run)
+run.weight += 1
+
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if where == "tensors":
+    checkpoint.dcp.save = die
+elif where == "json":
+    checkpoint._write_synced = die
+elif where == "rename":
+    Path.rename = die
+else:
+    checkpoint.shutil.rmtree = die
+checkpointer.save(2, 2, run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["tensors", "json", "rename", "prune"])
+def test_a_killed_save_leaves_the_previous_one_usable(tmp_path: Path, where: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    arguments = [sys.executable, "-c", KILLED_SAVE, str(tmp_path / "c"), where]
+    ended = subprocess.run(arguments, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    newest = 2 if where == "prune" else 1
+    assert complete_steps(tmp_path / "c")[-1] == newest
+    run, checkpointer = Counter(), Checkpointer(tmp_path / "c", keep=2)
+    assert checkpointer.load(newest, run).version == newest
+    assert run.weight.tolist() == [newest - 1.0] * 3
+    assert run.numbers == [1, 2.5, None]
+    checkpointer.save(3, 3, run)
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == [f"step_0000000{newest}", "step_00000003"]
+
+
+def _two_ranks(rank: int, config: Config, folder: Path, expected: list[torch.Tensor]) -> None:
+    """Resumes from one rank's checkpoint, goes on to `expected`, and saves in the background."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    with process_group(Device.cpu, timeout_s=60):
+        run = Run(config)
+        with Checkpointer(folder, keep=5, in_background=True) as checkpointer:
+            assert checkpointer.load(2, run).data == b"one rank"
+            run.train(1)
+            # both ranks saw the same sequences and gradients are summed: AdamW is invariant to the scale
+            for found, tensor in zip(run.weights(), expected, strict=True):
+                assert torch.allclose(found, tensor, rtol=1e-3, atol=1e-5)
+            checkpointer.save(3, 3, run, b"two ranks" if rank == 0 else b"")
+
+
+def test_resuming_on_two_ranks_and_back_on_one(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, checkpointer = Run(config), Checkpointer(tmp_path / "c", keep=5)
+    run.train(2)
+    checkpointer.save(2, 2, run, b"one rank")
+    expected = Run(config)
+    checkpointer.load(2, expected)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    gradients_doubled(expected)
+    mp.spawn(_two_ranks, (config, tmp_path / "c", expected.weights()), nprocs=2)
+
+    back = Run(config)
+    resumed = checkpointer.load(3, back)
+    assert (resumed.step, resumed.data) == (3, b"two ranks")
+    for found, tensor in zip(back.weights(), expected.weights(), strict=True):
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6)
+    pairs = zip(back.policy.parameters(), expected.policy.parameters(), strict=True)
+    for p, q in pairs:
+        for key, value in expected.optimizer.state[q].items():
+            torch.testing.assert_close(back.optimizer.state[p][key], value, rtol=1e-4, atol=1e-6)
+    assert back.optimizer.param_groups[0]["lr"] == expected.optimizer.param_groups[0]["lr"]
+
+
+def gradients_doubled(run: Run) -> None:
+    """One step as two ranks with the same sequences take it: their gradients are summed."""
+    (-2 * run.policy(*INPUTS, 1.0)[0].mean()).backward()
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()

@@ -1,0 +1,202 @@
+"""`run.py export`: from a checkpoint of a trained policy to a folder that transformers and vLLM load."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import run
+from common.config import (
+    AdvantageEstimator,
+    AlgorithmConfig,
+    Config,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    save_config,
+)
+from learner.algorithm.packing import Batch, boundaries
+from learner.algorithm.trainer import Trainer
+from learner.checkpoint import Checkpointer
+from learner.networks.model import load_policy
+from tests.support.tiny_models import naive_logprobs, packed, write_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # nats, float32: what is promised between vLLM and the learner
+PROBE = packed([90], prompt_length=1, seed=4)  # one sequence, every token but the first scored
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run folder with checkpoints of steps 2 and 3, and the policy's log-probs of PROBE after each."""
+
+    run_dir: Path
+    logprobs: dict[int, torch.Tensor]
+
+
+def make_run(folder: Path, model_path: str, vocabulary: int) -> Trained:
+    """Three steps of GRPO on random responses, saved as the learner saves them."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
+    config = Config(
+        name="trained",
+        runs_dir=str(folder),
+        model=ModelConfig(path=model_path),
+        algorithm=AlgorithmConfig(advantage=AdvantageEstimator.grpo, length_adaptive_alpha=None, critic_warmup_steps=0),
+        learner=LearnerConfig(mini_batches=2, policy=optimizer),
+    )
+    config.run_dir.mkdir()
+    save_config(config, config.run_dir / "config.yaml")
+    policy = load_policy(config, CPU, None)
+    trainer, logprobs = Trainer(config, policy, None, 0, 1), {}
+    with Checkpointer(config.run_dir / "checkpoints", keep=2) as checkpointer:
+        for step in (1, 2, 3):
+            trainer.step(random_batch(step, vocabulary), version=step - 1, is_warmup=False)
+            checkpointer.save(step, step, trainer)
+            with torch.no_grad():
+                logprobs[step] = policy(*probe(vocabulary), 1.0)[0]
+    return Trained(config.run_dir, logprobs)
+
+
+def probe(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return PROBE.token_ids_S % vocabulary, PROBE.cu_seqlens_B1, PROBE.prompt_lengths_B
+
+
+def random_batch(seed: int, vocabulary: int) -> Batch:
+    """Two groups of four responses to prompts of three tokens; of each group the first is correct."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths_B = torch.randint(3, 20, (8,), generator=generator)
+    num_tokens = int(lengths_B.sum())
+    is_correct_B = torch.arange(8) % 4 == 0
+    return Batch(
+        token_ids_S=torch.randint(vocabulary, (num_tokens + 8 * 3,), generator=generator),
+        cu_seqlens_B1=boundaries(lengths_B + 3),
+        prompt_lengths_B=torch.full((8,), 3),
+        response_lengths_B=lengths_B,
+        behavior_logprobs_T=torch.full((num_tokens,), -3.0),
+        versions_T=torch.full((num_tokens,), seed - 1),
+        rewards_B=torch.where(is_correct_B, 1.0, -1.0),
+        is_correct_B=is_correct_B,
+        is_truncated_B=torch.zeros(8, dtype=torch.bool),
+        group_index_B=torch.arange(8) // 4,
+        loss_mask_T=torch.ones(num_tokens, dtype=torch.bool),
+    )
+
+
+def export(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user types it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "export", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120.0,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_what_is_exported_has_the_learners_log_probs_in_transformers_and_in_vllm(tmp_path: Path, is_tied: bool) -> None:
+    from actors.engine import Engine
+    from tests.support.vllm_support import CHARACTERS, LoopThread, engine_config, make_model
+
+    vocabulary = len(CHARACTERS) + 2
+    trained = make_run(tmp_path, make_model(tmp_path / "base", tied=is_tied), vocabulary)
+    out = tmp_path / "exported"
+    done = export(str(trained.run_dir), "--step", "3", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is is_tied
+    assert len({float(trained.logprobs[step].sum()) for step in (1, 2, 3)}) == 3  # training changed the policy
+    expected = trained.logprobs[3]
+
+    inputs = PROBE._replace(token_ids_S=probe(vocabulary)[0])
+    with torch.no_grad():
+        found, _ = naive_logprobs(AutoModelForCausalLM.from_pretrained(out), inputs, 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+    thread, engine = LoopThread(), Engine(engine_config(str(out)))
+    try:
+        thread.run(engine.start())
+        scored = thread.run(engine.score(inputs.token_ids_S.numpy().astype(np.int32)))
+    finally:
+        thread.run(engine.shutdown())
+        thread.close()
+    torch.testing.assert_close(torch.from_numpy(scored), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("runs")
+    return make_run(folder, write_tiny_model(folder / "base"), vocabulary=37)
+
+
+@pytest.mark.parametrize(("arguments", "step"), [([], 3), (["--step", "2"], 2)])
+def test_the_step_that_is_asked_for_is_exported_or_else_the_newest(
+    trained: Trained, tmp_path: Path, arguments: list[str], step: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is no obstacle
+    assert run.main(["export", str(trained.run_dir), *arguments, "--out", str(out)]) == 0
+    found, _ = naive_logprobs(AutoModelForCausalLM.from_pretrained(out), PROBE, 1.0)
+    torch.testing.assert_close(found, trained.logprobs[step], rtol=0, atol=1e-5)
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run.main(["export", str(trained.run_dir), "--out", str(out)]) == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence with which `run.py export` gives up."""
+    assert run.main(["export", *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_an_unknown_step_is_one_sentence(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, str(trained.run_dir), "--step", "1", "--out", str(tmp_path / "out"))
+    assert "step 1" in message and "2, 3" in message  # the first was not kept
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_checkpoints_is_one_sentence(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_bytes((trained.run_dir / "config.yaml").read_bytes())
+    message = refused(capsys, str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "no complete checkpoint" in message
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path / "config.yaml") in refused(capsys, str(tmp_path), "--out", str(tmp_path / "out"))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    message = refused(capsys, str(trained.run_dir), "--out", str(tmp_path))
+    assert str(tmp_path) in message and "--out" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_out_that_is_a_file_is_one_sentence(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "--out" in refused(capsys, str(trained.run_dir), "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
