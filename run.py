@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import Config, ConfigError, load_config
+from common.config import Config, ConfigError
 from common.launcher import QUIET_ENVIRONMENT
+from common.loading import load_config
 
 USER_ERROR = 2
 

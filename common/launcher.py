@@ -20,7 +20,8 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from common.config import Config, ConfigError, Device, save_config
+from common.config import Config, ConfigError, Device
+from common.loading import save_config
 from common.processes import ChildSpec, Outcome, Supervisor, deal_cores
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import Config, ConfigError, read_config
+from common.config import Config, ConfigError
+from common.loading import read_config
 from common.metrics import read_jsonl
 from common.types import JSON
 

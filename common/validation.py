@@ -1,7 +1,7 @@
 """What cannot work is refused when the configuration is loaded, in one sentence with values and the way out.
 
-Types and names are checked by common/config.py, a task's own settings by common/tasks. `load_config` calls
-`validate`; nothing here looks at the machine, except that model folders must exist.
+Types and names are checked by common/loading.py, which calls `validate`, a task's own settings by common/tasks;
+nothing here looks at the machine, except that model folders must exist.
 """
 
 import operator

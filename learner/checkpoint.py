@@ -29,16 +29,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from common.types import JSON
+from learner.algorithm.optimised import StateDict
 
 logger = logging.getLogger(__name__)
 
 # One process without a process group is a supported setup, not an accident to warn of at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON values
 RNG_KEY = "rng_state"
 
 
@@ -187,38 +186,6 @@ def _complete_saves(directory: Path) -> list[tuple[int, int]]:
     return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
 
 
-def network_state(network: nn.Module, optimizer: Optimizer) -> StateDict:
-    """Parameters, optimizer state (by parameter name) and learning rates of one network, for a state dict.
-
-    Tensors are the live ones. An optimizer that has not stepped yet gets its empty state created, so that a
-    checkpoint can be read into it.
-    """
-    _create_state(optimizer)
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    return {
-        "parameters": {name: parameter.detach() for parameter, name in names.items()},
-        "optimizer": {names[parameter]: dict(state) for parameter, state in optimizer.state.items()},
-        "learning_rates": [group["lr"] for group in optimizer.param_groups],
-    }
-
-
-def load_network_state(network: nn.Module, optimizer: Optimizer, state: StateDict) -> None:
-    """Restores what `network_state` returned. Tensors that already are the live ones are left as they are."""
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    with torch.no_grad():
-        for parameter, name in names.items():
-            parameter.copy_(state["parameters"][name])
-    _create_state(optimizer)
-    for parameter, entries in optimizer.state.items():
-        for key, value in state["optimizer"][names[parameter]].items():
-            if isinstance(value, Tensor):
-                entries[key].copy_(value)
-            else:
-                entries[key] = value
-    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
-        group["lr"] = rate
-
-
 def load_parameters(folder: Path, prefix: str, network: nn.Module) -> None:
     """Reads only a network's parameters from checkpoint `folder`, for example to export it.
 
@@ -226,27 +193,6 @@ def load_parameters(folder: Path, prefix: str, network: nn.Module) -> None:
     """
     tensors = {f"{prefix}/parameters/{name}": parameter.detach() for name, parameter in network.named_parameters()}
     _read_tensors(folder, tensors, None)
-
-
-def _create_state(optimizer: Optimizer) -> None:
-    """Zero optimizer state: one step of size zero on zero gradients, then every entry zeroed."""
-    if optimizer.state:
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-    for parameter, _ in gradients:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for entries in optimizer.state.values():
-        for value in entries.values():
-            if isinstance(value, Tensor):
-                value.zero_()
 
 
 def _split(state: StateDict, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, JSON]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from common.config import Config, ConfigError, read_config
+from common.config import Config, ConfigError
+from common.loading import read_config
 from learner.checkpoint import complete_steps, load_parameters, step_folder
 from learner.networks.model import export_hf, load_policy
 

@@ -28,9 +28,10 @@ from common.metrics import RunLog, Value
 from common.tasks import load_task
 from common.transport import model_fingerprints
 from common.types import JSON, Prompt, TrajectoryGroup
+from learner.algorithm.optimised import StateDict
 from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
-from learner.checkpoint import Checkpointer, StateDict, complete_steps, step_folder
+from learner.checkpoint import Checkpointer, complete_steps, step_folder
 from learner.leader import Leader, version_gaps
 from learner.networks.model import Policy, export_hf, load_critic, load_policy
 from learner.networks.parallel import World, make_mesh, process_group, seed_everything

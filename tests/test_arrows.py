@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("actors", "learner", "common")
 MAY_IMPORT = {"common": {"common"}, "actors": {"actors", "common"}, "learner": {"learner", "common"}}
+# Inside the learner: main -> publication -> networks -> algorithm, leader -> rollouts, never back. Modules that are
+# not named here (main, and the commands export and prepare) may import anything in learner.
+IN_LEARNER = {
+    "algorithm": {"algorithm"},
+    "networks": {"networks", "algorithm"},
+    "publication": {"publication", "networks", "algorithm"},
+    "rollouts": {"rollouts"},
+    "checkpoint": {"algorithm"},
+    "leader": {"rollouts"},
+}
 HEAVY = {"torch", "vllm", "transformers", "tensorboard", "sympy"}
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 COMMON_MODULES = sorted(
@@ -39,6 +50,36 @@ def test_imports_follow_the_arrows(file: Path) -> None:
         if module.split(".")[0] in ours - MAY_IMPORT[package]
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("room", IN_LEARNER)
+def test_imports_inside_the_learner_follow_the_arrows(room: str) -> None:
+    path = ROOT / "learner" / room
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert files
+    wrong = [
+        f"{file.relative_to(ROOT)} line {line} imports {module}"
+        for file in files
+        for module, line in imported_modules(file)
+        if module.split(".")[0] == "learner" and [*module.split("."), ""][1] not in IN_LEARNER[room]
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not inside functions, where a circle would only be hidden."""
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+    sorter = TopologicalSorter({name: _our_modules(file, names) - {name} for name, file in names.items()})
+    sorter.prepare()  # raises CycleError, which names the circle
+
+
+def _our_modules(file: Path, names: dict[str, Path]) -> set[str]:
+    """The modules among `names` that `file` imports, `from package import module` included."""
+    found = {module for module, _ in imported_modules(file)}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & names.keys()
 
 
 def test_common_loads_nothing_heavy() -> None:

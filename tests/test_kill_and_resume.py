@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import Config, load_config, save_config
+from common.config import Config
 from common.launcher import rank_environment, reserve_port
+from common.loading import load_config, save_config
 from common.transport import model_fingerprints
 from common.types import CompletedGroup, FinishReason, Lease, Verdict
 from learner.checkpoint import complete_steps

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from test_end_to_end import ROOT, processes_of, rows
 
-from common.config import Aggregation, Config, read_config
+from common.config import Aggregation, Config
+from common.loading import read_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

@@ -1,11 +1,15 @@
 """A network together with what trains it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from common.config import OptimizerConfig
-from learner.checkpoint import StateDict, load_network_state, network_state
+
+StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON values
 
 
 class Optimised:
@@ -57,3 +61,56 @@ class Optimised:
     def load_state_dict(self, state_dict: StateDict) -> None:
         load_network_state(self.network, self.optimizer, state_dict)
         self.num_updates = state_dict["num_updates"]
+
+
+def network_state(network: nn.Module, optimizer: Optimizer) -> StateDict:
+    """Parameters, optimizer state (by parameter name) and learning rates of one network, for a state dict.
+
+    Tensors are the live ones. An optimizer that has not stepped yet gets its empty state created, so that a
+    checkpoint can be read into it.
+    """
+    _create_state(optimizer)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return {
+        "parameters": {name: parameter.detach() for parameter, name in names.items()},
+        "optimizer": {names[parameter]: dict(state) for parameter, state in optimizer.state.items()},
+        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+    }
+
+
+def load_network_state(network: nn.Module, optimizer: Optimizer, state: StateDict) -> None:
+    """Restores what `network_state` returned. Tensors that already are the live ones are left as they are."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    with torch.no_grad():
+        for parameter, name in names.items():
+            parameter.copy_(state["parameters"][name])
+    _create_state(optimizer)
+    for parameter, entries in optimizer.state.items():
+        for key, value in state["optimizer"][names[parameter]].items():
+            if isinstance(value, Tensor):
+                entries[key].copy_(value)
+            else:
+                entries[key] = value
+    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+        group["lr"] = rate
+
+
+def _create_state(optimizer: Optimizer) -> None:
+    """Zero optimizer state: one step of size zero on zero gradients, then every entry zeroed."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    for parameter, _ in gradients:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for entries in optimizer.state.values():
+        for value in entries.values():
+            if isinstance(value, Tensor):
+                value.zero_()

@@ -29,9 +29,8 @@ from learner.algorithm import diagnostics, losses
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
 from learner.algorithm.objective import Counts, count, policy_terms
-from learner.algorithm.optimised import Optimised
+from learner.algorithm.optimised import Optimised, StateDict
 from learner.algorithm.packing import Batch, MicroBatches, partition
-from learner.checkpoint import StateDict
 
 Plan = list[list[MicroBatches]]  # indices as [mini_batch][rank][micro_batch]
 

@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from common.config import (
-    RECIPES,
-    Aggregation,
-    Config,
-    ConfigError,
-    TransferBackend,
-    load_config,
-    read_config,
-    save_config,
-)
+from common.config import Aggregation, Config, ConfigError, TransferBackend
+from common.loading import RECIPES, load_config, read_config, save_config
 
 MODEL = "model.path=configs/models/chain_sum"
 NAMES = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import RECIPES, Config, ConfigError, load_config
+from common.config import Config, ConfigError
 from common.launcher import (
     EarlierRun,
     actor_specs,
@@ -22,6 +22,7 @@ from common.launcher import (
     wait_for_endpoint,
     with_cores,
 )
+from common.loading import RECIPES, load_config
 
 
 @pytest.fixture

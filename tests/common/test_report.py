@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, ConfigError, ModelConfig, save_config
+from common.config import Config, ConfigError, ModelConfig
+from common.loading import save_config
 from common.metrics import RunLog, Value
 from common.report import render, summary
 from run import main

@@ -14,12 +14,11 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from common.config import Config, Device
+from learner.algorithm.optimised import load_network_state, network_state
 from learner.checkpoint import (
     Checkpointer,
     complete_steps,
-    load_network_state,
     load_parameters,
-    network_state,
     step_folder,
 )
 from learner.networks.model import load_policy

@@ -12,15 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import run
-from common.config import (
-    AdvantageEstimator,
-    AlgorithmConfig,
-    Config,
-    LearnerConfig,
-    ModelConfig,
-    OptimizerConfig,
-    save_config,
-)
+from common.config import AdvantageEstimator, AlgorithmConfig, Config, LearnerConfig, ModelConfig, OptimizerConfig
+from common.loading import save_config
 from learner.algorithm.packing import Batch, boundaries
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer

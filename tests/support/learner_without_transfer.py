@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from common.config import read_config
+from common.loading import read_config
 from common.types import WeightsPhase
 from learner import main as learner
 from learner.publication.publisher import Publication, Publisher
