@@ -1,7 +1,6 @@
 """Whole runs through the command line: real vLLM, real learner, a few steps each."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.runs import ROOT, processes_of, rows
+
 SMALL = [
     "model.path=configs/models/chain_sum",
     "model.max_model_len=160",
@@ -45,10 +45,6 @@ def train(tmp_path: Path, *overrides: str, timeout_s: float = 240.0) -> subproce
     )
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     """The metrics of a run that ended well: four steps, three versions, nothing lost, nothing too old."""
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,16 +60,6 @@ def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dic
     assert (tmp_path / "run" / "checkpoints" / "final" / "model.safetensors").is_file()
     assert processes_of(tmp_path) == []
     return steps
-
-
-def processes_of(run_dir: Path) -> list[str]:
-    """Processes whose command line names this run, and engine processes that they left behind."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        text = " ".join(process.info["cmdline"] or ())
-        if str(run_dir) in text and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
-            found.append(text)
-    return found
 
 
 @pytest.mark.slow

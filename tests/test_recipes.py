@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_end_to_end import ROOT, processes_of, rows
 
 from common.config import Aggregation, Config
 from common.loading import read_config
+from tests.support.runs import ROOT, processes_of, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
