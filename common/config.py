@@ -120,7 +120,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class StalenessConfig:
-    max_staleness: int = 2  # versions; 0 is synchronous and exactly on-policy
+    max_staleness: int = 2  # versions; 0 is synchronous (algorithm.correction then corrects the engine's rounding)
     over_age: OverAge = OverAge.drop
     exact: bool = False  # every batch exactly max_staleness versions old: publication waits (experiments)
 

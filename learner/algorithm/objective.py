@@ -35,7 +35,6 @@ def count(batch: Batch, experience: Experience, mini: list[MicroBatches]) -> Cou
 
 def policy_terms(
     algorithm: AlgorithmConfig,
-    is_on_policy: bool,
     micro: Batch,
     e: Experience,
     logprobs_T: Tensor,
@@ -45,14 +44,13 @@ def policy_terms(
     """The weighted terms of the policy's loss by name; their sum is minimised (VAPO eq. 10 by default).
 
     `micro` and `e` hold the same responses; logprobs_T and entropy_T (T,) are the policy's on them, now.
-    `is_on_policy` says that max_staleness is 0: every correction is then plain PPO.
     """
     if algorithm.aggregation is Aggregation.token:
         scale_T = losses.token_scale(e.mask_T, counts.tokens)
     else:
         cu_seqlens_B1 = micro.response_cu_seqlens_B1.to(e.mask_T.device)
         scale_T = losses.sequence_scale(e.mask_T, cu_seqlens_B1, counts.responses)
-    terms = {"pg_loss": _surrogate(algorithm, is_on_policy, e, logprobs_T, scale_T)}
+    terms = {"pg_loss": _surrogate(algorithm, e, logprobs_T, scale_T)}
     if algorithm.positive_lm_weight != 0.0:
         lm_loss = losses.positive_lm_loss(logprobs_T, e.weights_T, e.lm_mask_T, counts.lm_tokens)
         terms["lm_loss"] = algorithm.positive_lm_weight * lm_loss
@@ -64,11 +62,9 @@ def policy_terms(
     return terms
 
 
-def _surrogate(
-    algorithm: AlgorithmConfig, is_on_policy: bool, e: Experience, logprobs_T: Tensor, scale_T: Tensor
-) -> Tensor:
+def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, scale_T: Tensor) -> Tensor:
     """PPO's clipped loss with correction weights, or that of DIS, which knows no old policy."""
-    if algorithm.correction is Correction.dis and not is_on_policy:
+    if algorithm.correction is Correction.dis:
         return losses.dis_loss(
             logprobs_T,
             e.behavior_logprobs_T,

@@ -188,7 +188,7 @@ class Trainer:
         algorithm, max_staleness = self.config.algorithm, self.config.staleness.max_staleness
         for micro, e in work.share(mini[self.rank]):
             logprobs_T, entropy_T = self._run_policy(self.policy.network, micro)
-            terms = policy_terms(algorithm, max_staleness == 0, micro, e, logprobs_T, entropy_T, counts)
+            terms = policy_terms(algorithm, micro, e, logprobs_T, entropy_T, counts)
             torch.stack(list(terms.values())).sum().backward()
             for name, term in terms.items():
                 work.totals.add(f"policy/{name}", term)
