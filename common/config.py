@@ -47,11 +47,12 @@ class Aggregation(StrEnum):
 class Correction(StrEnum):
     """Off-policy correction of the policy loss (see learner/algorithm/losses.py)."""
 
-    none = "none"
-    decoupled = "decoupled"
-    tis = "tis"
-    icepop = "icepop"
-    dis = "dis"
+    none = "none"  # clip around pi_old, recomputed at the start of the step; what sampled the tokens is ignored
+    behavior = "behavior"  # clip around pi_behavior: the field's usual baseline for stale batches
+    decoupled = "decoupled"  # clip around pi_old, times min(pi_old / pi_behavior, truncation)
+    tis = "tis"  # the same as decoupled
+    icepop = "icepop"  # clip around pi_old, times pi_old / pi_behavior, tokens outside a band rejected
+    dis = "dis"  # pi / pi_behavior times the advantage, tokens outside a band rejected; no clip
 
 
 class ValueTarget(StrEnum):
@@ -146,7 +147,7 @@ class AlgorithmConfig:
     entropy_weight: float = 0.0
     kl_weight: float = 0.0  # to the initial policy; a reference model is loaded only when > 0
     correction: Correction = Correction.decoupled  # AReaL (arXiv 2505.24298), weights truncated at truncation
-    truncation: float = 2.0  # C of decoupled and tis
+    truncation: float = 2.0  # C of decoupled and tis; with behavior, of the weights of the language-model loss
     mask_low: float = 0.5  # icepop: tokens of weight outside [mask_low, mask_high] leave the policy loss
     mask_high: float = 5.0
     dis_low: float = 0.3  # dis (arXiv 2607.07508): keep 1 - dis_low < ratio < 1 + dis_high

@@ -39,7 +39,7 @@ class Experience:
     old_logprobs_T: Tensor
     entropy_T: Tensor
     behavior_logprobs_T: Tensor  # as recorded
-    weights_T: Tensor  # off-policy correction
+    weights_T: Tensor  # off-policy correction (losses.correction_weights)
     advantages_T: Tensor
     values_T: Tensor | None  # None without a critic, like the targets
     value_targets_T: Tensor | None

@@ -62,12 +62,27 @@ def policy_terms(
     return terms
 
 
+def trust_region(algorithm: AlgorithmConfig) -> losses.TrustRegion:
+    """Of the ratio to the policy of `proximal_logprobs`."""
+    if algorithm.correction is Correction.dis:
+        return losses.TrustRegion(low=algorithm.dis_low, high=algorithm.dis_high, is_band=True)
+    return losses.TrustRegion(low=algorithm.clip_low, high=algorithm.clip_high, dual=algorithm.dual_clip)
+
+
+def proximal_logprobs(algorithm: AlgorithmConfig, e: Experience) -> Tensor:
+    """Log-probs of the policy that the trust region is around, (T,): pi_behavior or pi_old."""
+    if algorithm.correction in (Correction.behavior, Correction.dis):
+        return e.behavior_logprobs_T
+    return e.old_logprobs_T
+
+
 def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, scale_T: Tensor) -> Tensor:
-    """PPO's clipped loss with correction weights, or that of DIS, which knows no old policy."""
+    """PPO's clipped loss, or that of DIS. Around pi_behavior the ratio is the whole correction: no weights."""
+    proximal_T = proximal_logprobs(algorithm, e)
     if algorithm.correction is Correction.dis:
         return losses.dis_loss(
             logprobs_T,
-            e.behavior_logprobs_T,
+            proximal_T,
             e.advantages_T,
             scale_T,
             dis_low=algorithm.dis_low,
@@ -75,9 +90,9 @@ def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, sc
         )
     return losses.policy_loss(
         logprobs_T,
-        e.old_logprobs_T,
+        proximal_T,
         e.advantages_T,
-        e.weights_T,
+        torch.ones_like(e.weights_T) if algorithm.correction is Correction.behavior else e.weights_T,
         scale_T,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,

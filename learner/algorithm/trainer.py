@@ -28,7 +28,7 @@ from common.config import AdvantageEstimator, Config, Device, OverAge
 from learner.algorithm import diagnostics, losses
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
-from learner.algorithm.objective import Counts, count, policy_terms
+from learner.algorithm.objective import Counts, count, policy_terms, proximal_logprobs, trust_region
 from learner.algorithm.optimised import Optimised, StateDict
 from learner.algorithm.packing import Batch, MicroBatches, partition
 
@@ -195,14 +195,12 @@ class Trainer:
             diagnostics.add_policy_totals(
                 work.totals,
                 logprobs_T,
-                e.old_logprobs_T,
+                proximal_logprobs(algorithm, e),
                 e.advantages_T,
                 e.gap_T,
                 e.mask_T,
                 num_gaps=max_staleness + 1,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                dual_clip=algorithm.dual_clip,
+                region=trust_region(algorithm),
             )
         work.totals.add_shared("policy/grad_norm", self.policy.apply())
         work.totals.add_shared("policy/updates", torch.ones(()))
