@@ -57,7 +57,7 @@ class Correction(StrEnum):
 
 class ValueTarget(StrEnum):
     gae = "gae"  # lambda-return with critic_lambda; exactly the Monte-Carlo return at critic_lambda = 1
-    vtrace = "vtrace"  # off-policy corrected return (IMPALA)
+    vtrace = "vtrace"  # off-policy corrected return (IMPALA); from the end of critic warm-up on
 
 
 class KVCache(StrEnum):
@@ -134,7 +134,7 @@ class AlgorithmConfig:
     gamma: float = 1.0
     length_adaptive_alpha: float | None = 0.05  # policy lambda = 1 - 1/(alpha l), eq. 5; None: policy_lambda
     policy_lambda: float = 0.95  # used when length_adaptive_alpha is None
-    critic_lambda: float = 1.0  # decoupled GAE
+    critic_lambda: float = 1.0  # decoupled GAE; in critic warm-up always 1
     value_target: ValueTarget = ValueTarget.gae
     vtrace_rho_bar: float = 1.0
     vtrace_c_bar: float = 1.0
@@ -152,7 +152,9 @@ class AlgorithmConfig:
     mask_high: float = 5.0
     dis_low: float = 0.3  # dis (arXiv 2607.07508): keep 1 - dis_low < ratio < 1 + dis_high
     dis_high: float = 5.0
-    critic_warmup_steps: int = 50  # steps of value pretraining before the first policy update
+    critic_warmup_steps: int = (
+        50  # steps of value pretraining, with Monte-Carlo targets, before the first policy update
+    )
     critic_warmup_epochs: int = 1  # passes over each warm-up batch
     critic_warmup_gate: float | None = None  # explained variance that ends warm-up early; None: all steps
     critic_updates_per_step: int = 1  # passes of the critic over the batch after warm-up

@@ -78,7 +78,7 @@ class Trainer:
         with clock.stage("score"):
             mine, scores = self._score(batch, plans[0])
         with clock.stage("estimate"):
-            experience = estimate(self.config, batch, mine, scores, version, self.group)
+            experience = estimate(self.config, batch, mine, scores, version, is_warmup, self.group)
         work = Work(batch, experience, is_warmup, Totals(self.device), clock)
         for plan in plans:
             for mini in plan:

@@ -378,8 +378,19 @@ def test_vtrace_targets_shrink_with_the_ratio_of_old_to_behavior() -> None:
     log_rho_T = torch.tensor([0.4, 1.6]).log()
     batch = replace(batch, behavior_logprobs_T=batch.behavior_logprobs_T - log_rho_T)
     cfg = config(value_target=ValueTarget.vtrace, mini_batches=1)
-    loss = make_trainer(cfg).step(batch, 0, is_warmup=True)["critic/value_loss"]
+    loss = make_trainer(cfg).step(batch, 0, is_warmup=False)["critic/value_loss"]
     assert loss == pytest.approx((0.4**2 + 1.0) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("later", [{"critic_lambda": 0.95}, {"value_target": ValueTarget.vtrace}])
+def test_in_warm_up_every_token_learns_the_outcome_whatever_the_target_is_later(later: dict[str, object]) -> None:
+    """The first token of a response of 101 is told 1.0 then, not 0.95^100; zero critic: the loss is half its square."""
+    batch = replace(make_batch([101, 101]), rewards_B=torch.ones(2))
+    plain, other = make_trainer(config(mini_batches=1)), make_trainer(config(mini_batches=1, **later))
+    assert plain.step(batch, 0, is_warmup=True)["critic/value_loss"] == pytest.approx(0.5)
+    assert other.step(batch, 0, is_warmup=True)["critic/value_loss"] == pytest.approx(0.5)
+    assert torch.equal(parameters(plain)[1], parameters(other)[1])
+    assert other.step(batch, 0, is_warmup=False)["critic/value_loss"] < 0.45
 
 
 def test_learning_rate_warms_up_linearly() -> None:
