@@ -3,8 +3,8 @@
     for seed in 0 1 2; do python run.py train -c demo seed=$seed name=demo-$seed; done
     python benchmarks/accuracy.py runs/demo-0 runs/demo-1 runs/demo-2 [--json FILE] [--svg FILE]
 
-Runs that differ only in name and seed are one row: mean and standard deviation of the final held-out accuracy. The SVG
-shows every run's held-out accuracy against the version, one colour a row.
+Runs that differ only in name, seed and cores are one row: mean and standard deviation of the final held-out accuracy.
+The SVG shows every run's held-out accuracy against the version, one colour a row.
 """
 
 import argparse
@@ -38,12 +38,12 @@ class Row:
 
 
 def collect(run_dirs: Sequence[Path]) -> list[Row]:
-    """One row for each set of runs that are alike but for name and seed. Raises ConfigError for what is no run."""
+    """One row for each set of runs that differ in name, seed and cores only. Raises ConfigError for what is no run."""
     alike: dict[str, list[Summary]] = defaultdict(list)
     for run in map(summary, run_dirs):
         if len(run.evaluations) < 2:
             raise ValueError(f"{run.run_dir} has no accuracy before and after: let it finish first")
-        alike[repr(replace(run.config, name="", runs_dir="", seed=0))].append(run)
+        alike[repr(replace(run.config, name="", runs_dir="", seed=0, cores=None))].append(run)
     return [_row(sorted(runs, key=lambda run: run.config.seed)) for runs in alike.values()]
 
 

@@ -164,7 +164,7 @@ def our_update(folder: Path, batch: Batch, is_packed: bool) -> Callable[[], floa
     trainer = Trainer(config, policy, None, rank=0, world=1)
     (plan,) = trainer._plans(batch, is_warmup=False)
     mine, scores = trainer._score(batch, plan)
-    experience = estimate(config, batch, mine, scores, 0, None)
+    experience = estimate(config, batch, mine, scores, 0, False, None)
     counts = count(batch, experience, plan[0])
 
     def update() -> float:

@@ -47,16 +47,17 @@ class Aggregation(StrEnum):
 class Correction(StrEnum):
     """Off-policy correction of the policy loss (see learner/algorithm/losses.py)."""
 
-    none = "none"
-    decoupled = "decoupled"
-    tis = "tis"
-    icepop = "icepop"
-    dis = "dis"
+    none = "none"  # clip around pi_old, recomputed at the start of the step; what sampled the tokens is ignored
+    behavior = "behavior"  # clip around pi_behavior: the field's usual baseline for stale batches
+    decoupled = "decoupled"  # clip around pi_old, times min(pi_old / pi_behavior, truncation)
+    tis = "tis"  # the same as decoupled
+    icepop = "icepop"  # clip around pi_old, times pi_old / pi_behavior, tokens outside a band rejected
+    dis = "dis"  # pi / pi_behavior times the advantage, tokens outside a band rejected; no clip
 
 
 class ValueTarget(StrEnum):
     gae = "gae"  # lambda-return with critic_lambda; exactly the Monte-Carlo return at critic_lambda = 1
-    vtrace = "vtrace"  # off-policy corrected return (IMPALA)
+    vtrace = "vtrace"  # off-policy corrected return (IMPALA); from the end of critic warm-up on
 
 
 class KVCache(StrEnum):
@@ -120,7 +121,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class StalenessConfig:
-    max_staleness: int = 2  # versions; 0 is synchronous and exactly on-policy
+    max_staleness: int = 2  # versions; 0 is synchronous (algorithm.correction then corrects the engine's rounding)
     over_age: OverAge = OverAge.drop
     exact: bool = False  # every batch exactly max_staleness versions old: publication waits (experiments)
 
@@ -133,7 +134,7 @@ class AlgorithmConfig:
     gamma: float = 1.0
     length_adaptive_alpha: float | None = 0.05  # policy lambda = 1 - 1/(alpha l), eq. 5; None: policy_lambda
     policy_lambda: float = 0.95  # used when length_adaptive_alpha is None
-    critic_lambda: float = 1.0  # decoupled GAE
+    critic_lambda: float = 1.0  # decoupled GAE; in critic warm-up always 1
     value_target: ValueTarget = ValueTarget.gae
     vtrace_rho_bar: float = 1.0
     vtrace_c_bar: float = 1.0
@@ -146,12 +147,14 @@ class AlgorithmConfig:
     entropy_weight: float = 0.0
     kl_weight: float = 0.0  # to the initial policy; a reference model is loaded only when > 0
     correction: Correction = Correction.decoupled  # AReaL (arXiv 2505.24298), weights truncated at truncation
-    truncation: float = 2.0  # C of decoupled and tis
+    truncation: float = 2.0  # C of decoupled and tis; with behavior, of the weights of the language-model loss
     mask_low: float = 0.5  # icepop: tokens of weight outside [mask_low, mask_high] leave the policy loss
     mask_high: float = 5.0
     dis_low: float = 0.3  # dis (arXiv 2607.07508): keep 1 - dis_low < ratio < 1 + dis_high
     dis_high: float = 5.0
-    critic_warmup_steps: int = 50  # steps of value pretraining before the first policy update
+    critic_warmup_steps: int = (
+        50  # steps of value pretraining, with Monte-Carlo targets, before the first policy update
+    )
     critic_warmup_epochs: int = 1  # passes over each warm-up batch
     critic_warmup_gate: float | None = None  # explained variance that ends warm-up early; None: all steps
     critic_updates_per_step: int = 1  # passes of the critic over the batch after warm-up

@@ -274,9 +274,11 @@ def _check_unused(algorithm: AlgorithmConfig, reward: RewardConfig) -> None:
     correction = algorithm.correction
     effect = {
         "policy_lambda": (algorithm.length_adaptive_alpha is None, "algorithm.length_adaptive_alpha=null"),
+        "dual_clip": (correction is not Correction.dis, "another algorithm.correction than dis, which has no clip"),
         "truncation": (
-            correction in (Correction.decoupled, Correction.tis),
-            "algorithm.correction=decoupled or tis",
+            correction in (Correction.decoupled, Correction.tis)
+            or (correction is Correction.behavior and algorithm.positive_lm_weight > 0.0),
+            "algorithm.correction=decoupled or tis, or behavior and a positive algorithm.positive_lm_weight",
         ),
         "mask_low": (correction is Correction.icepop, "algorithm.correction=icepop"),
         "mask_high": (correction is Correction.icepop, "algorithm.correction=icepop"),

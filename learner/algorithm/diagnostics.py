@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from learner.algorithm.advantages import expand
-from learner.algorithm.losses import LOG_RATIO_LIMIT
+from learner.algorithm.losses import LOG_RATIO_LIMIT, TrustRegion
 from learner.algorithm.packing import Batch
 
 Metrics = dict[str, float]
@@ -279,28 +279,26 @@ def _sum_by_response(x_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
 def add_policy_totals(
     totals: Totals,
     logprobs_T: Tensor,
-    old_logprobs_T: Tensor,
+    proximal_logprobs_T: Tensor,
     advantages_T: Tensor,
     gap_T: Tensor,
     mask_T: Tensor,
     *,
     num_gaps: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
+    region: TrustRegion,
 ) -> None:
-    """Adds what the policy's clip did on one micro-batch; `update_metrics` makes means of it."""
-    logprobs_T, old_logprobs_T = logprobs_T[mask_T], old_logprobs_T[mask_T]
+    """Adds what the trust region did on one micro-batch; `update_metrics` makes means of it."""
+    logprobs_T, proximal_logprobs_T = logprobs_T[mask_T], proximal_logprobs_T[mask_T]
     advantages_T, gap_T = advantages_T[mask_T], gap_T[mask_T]
-    log_ratio_T = (logprobs_T - old_logprobs_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio_T = (logprobs_T - proximal_logprobs_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     u_T = log_ratio_T.exp()
-    high_T = (advantages_T > 0.0) & (u_T > 1.0 + clip_high)
-    low_T = (advantages_T < 0.0) & (u_T < 1.0 - clip_low)
+    high_T = (u_T > 1.0 + region.high) & ((advantages_T > 0.0) | region.is_band)
+    low_T = (u_T < 1.0 - region.low) & ((advantages_T < 0.0) | region.is_band)
     totals.add("tokens", mask_T.sum())
     totals.add("clip_fraction_high", high_T.sum())
     totals.add("clip_fraction_low", low_T.sum())
-    if dual_clip is not None:
-        totals.add("clip_fraction_dual", ((advantages_T < 0.0) & (u_T > dual_clip)).sum())
+    if region.dual is not None:
+        totals.add("clip_fraction_dual", ((advantages_T < 0.0) & (u_T > region.dual)).sum())
     totals.add("ratio_mean", u_T.sum())
     totals.add("kl_k1", -log_ratio_T.sum())
     totals.add("kl_k2", 0.5 * log_ratio_T.square().sum())
@@ -326,8 +324,10 @@ def update_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Me
 def _clip_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Metrics:
     """Means over the tokens of all policy updates.
 
-    k1, k2, k3 estimate KL(pi_old || pi): with x = log pi - log pi_old they are -x, x^2 / 2 and e^x - 1 - x.
-    `clipped_high_prob` is the mean probability of the tokens beyond the upper edge of the clip.
+    The ratio is pi / pi_proximal, the one that is clipped: pi_proximal is pi_behavior under the corrections
+    `behavior` and `dis`, pi_old under the others. k1, k2, k3 estimate KL(pi_proximal || pi): with
+    x = log pi - log pi_proximal they are -x, x^2 / 2 and e^x - 1 - x. `clipped_high_prob` is the mean
+    probability of the tokens beyond the upper edge.
     """
     tokens = sums.get("tokens", 0.0)
     if not tokens:

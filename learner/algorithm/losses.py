@@ -3,7 +3,8 @@
 Axes: T response tokens laid end to end, B sequences, B1 boundaries of the sequences in T.
 
 Three log-probs of the same token: `behavior_logprobs` (recorded when it was drawn), `old_logprobs` (the
-policy at the start of the step), `logprobs` (the policy now; the only one with a gradient).
+policy at the start of the step), `logprobs` (the policy now; the only one with a gradient). The policy that a
+loss holds on to, pi_old or pi_behavior, is called proximal.
 
 Normalisation. A loss is SUM_t scale_t * loss_t, and the scale already holds the denominator: the count of
 tokens (or of responses) of the whole optimizer mini-batch, over all its micro-batches and all ranks. The
@@ -12,12 +13,28 @@ gradients. Tokens outside the mask have scale 0. Tokens that a correction reject
 the denominator.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from common.config import Correction
 
 LOG_RATIO_LIMIT = 20.0  # log-ratios are clamped to +-this before exp: e^20 is large, and finite in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegion:
+    """Where the ratio pi / pi_proximal ends to push: 1 - low and 1 + high.
+
+    PPO's clip stops A > 0 above and A < 0 below, and A < 0 beyond `dual` where there is one. A band (DIS) stops
+    both signs on both sides.
+    """
+
+    low: float
+    high: float
+    dual: float | None = None
+    is_band: bool = False
 
 
 def ratio(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
@@ -66,6 +83,10 @@ def correction_weights(
     """Weight of each token for having been drawn by another policy, from rho = pi_old / pi_behavior, (T,).
 
     none       1
+    behavior   min(rho, truncation). Its policy loss is `policy_loss` around pi_behavior, whose ratio holds all of
+               pi / pi_behavior, and takes no weight: one would count rho twice. These are for the
+               language-model loss, which has no ratio of its own; they are those of decoupled, so that the two
+               differ only in where the clip is
     decoupled  min(rho, truncation): AReaL's decoupled PPO (arXiv 2505.24298), where the clip is around pi_old
                and rho accounts for the rest, truncated
     tis        the same weights under the name of truncated importance sampling
@@ -80,7 +101,7 @@ def correction_weights(
     match correction:
         case Correction.none:
             return torch.ones_like(rho_T)
-        case Correction.decoupled | Correction.tis:
+        case Correction.behavior | Correction.decoupled | Correction.tis:
             return rho_T.clamp(max=truncation)
         case Correction.icepop:
             return torch.where((rho_T >= mask_low) & (rho_T <= mask_high), rho_T, 0.0)
@@ -95,7 +116,7 @@ def _in_dis_band(ratio_T: Tensor, dis_low: float, dis_high: float) -> Tensor:
 
 def policy_loss(
     logprobs_T: Tensor,
-    old_logprobs_T: Tensor,
+    proximal_logprobs_T: Tensor,
     advantages_T: Tensor,
     weights_T: Tensor,
     scale_T: Tensor,
@@ -106,11 +127,12 @@ def policy_loss(
 ) -> Tensor:
     """Clipped policy loss: -SUM_t scale_t w_t min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t).
 
-    u = pi / pi_old; w are `correction_weights`, constants. VAPO eq. 8 (clip-higher) has 0.2 and 0.28.
+    u = pi / pi_proximal, where the proximal policy is pi_old, and the weights w are `correction_weights`,
+    constants; or it is pi_behavior, and they are 1. VAPO eq. 8 (clip-higher) has 0.2 and 0.28.
     Exactly at an edge of the clip the gradient is that of the inside. `dual_clip` = c > 1 bounds the term
     from below by c A where A < 0 (arXiv 1912.09729): a token with a huge ratio then has no gradient.
     """
-    u_T = ratio(logprobs_T, old_logprobs_T)
+    u_T = ratio(logprobs_T, proximal_logprobs_T)
     clipped_T = u_T.clamp(1.0 - clip_low, 1.0 + clip_high)
     surrogate_T = torch.minimum(u_T * advantages_T, clipped_T * advantages_T)
     if dual_clip is not None:

@@ -35,7 +35,6 @@ def count(batch: Batch, experience: Experience, mini: list[MicroBatches]) -> Cou
 
 def policy_terms(
     algorithm: AlgorithmConfig,
-    is_on_policy: bool,
     micro: Batch,
     e: Experience,
     logprobs_T: Tensor,
@@ -45,14 +44,13 @@ def policy_terms(
     """The weighted terms of the policy's loss by name; their sum is minimised (VAPO eq. 10 by default).
 
     `micro` and `e` hold the same responses; logprobs_T and entropy_T (T,) are the policy's on them, now.
-    `is_on_policy` says that max_staleness is 0: every correction is then plain PPO.
     """
     if algorithm.aggregation is Aggregation.token:
         scale_T = losses.token_scale(e.mask_T, counts.tokens)
     else:
         cu_seqlens_B1 = micro.response_cu_seqlens_B1.to(e.mask_T.device)
         scale_T = losses.sequence_scale(e.mask_T, cu_seqlens_B1, counts.responses)
-    terms = {"pg_loss": _surrogate(algorithm, is_on_policy, e, logprobs_T, scale_T)}
+    terms = {"pg_loss": _surrogate(algorithm, e, logprobs_T, scale_T)}
     if algorithm.positive_lm_weight != 0.0:
         lm_loss = losses.positive_lm_loss(logprobs_T, e.weights_T, e.lm_mask_T, counts.lm_tokens)
         terms["lm_loss"] = algorithm.positive_lm_weight * lm_loss
@@ -64,14 +62,27 @@ def policy_terms(
     return terms
 
 
-def _surrogate(
-    algorithm: AlgorithmConfig, is_on_policy: bool, e: Experience, logprobs_T: Tensor, scale_T: Tensor
-) -> Tensor:
-    """PPO's clipped loss with correction weights, or that of DIS, which knows no old policy."""
-    if algorithm.correction is Correction.dis and not is_on_policy:
+def trust_region(algorithm: AlgorithmConfig) -> losses.TrustRegion:
+    """Of the ratio to the policy of `proximal_logprobs`."""
+    if algorithm.correction is Correction.dis:
+        return losses.TrustRegion(low=algorithm.dis_low, high=algorithm.dis_high, is_band=True)
+    return losses.TrustRegion(low=algorithm.clip_low, high=algorithm.clip_high, dual=algorithm.dual_clip)
+
+
+def proximal_logprobs(algorithm: AlgorithmConfig, e: Experience) -> Tensor:
+    """Log-probs of the policy that the trust region is around, (T,): pi_behavior or pi_old."""
+    if algorithm.correction in (Correction.behavior, Correction.dis):
+        return e.behavior_logprobs_T
+    return e.old_logprobs_T
+
+
+def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, scale_T: Tensor) -> Tensor:
+    """PPO's clipped loss, or that of DIS. Around pi_behavior the ratio is the whole correction: no weights."""
+    proximal_T = proximal_logprobs(algorithm, e)
+    if algorithm.correction is Correction.dis:
         return losses.dis_loss(
             logprobs_T,
-            e.behavior_logprobs_T,
+            proximal_T,
             e.advantages_T,
             scale_T,
             dis_low=algorithm.dis_low,
@@ -79,9 +90,9 @@ def _surrogate(
         )
     return losses.policy_loss(
         logprobs_T,
-        e.old_logprobs_T,
+        proximal_T,
         e.advantages_T,
-        e.weights_T,
+        torch.ones_like(e.weights_T) if algorithm.correction is Correction.behavior else e.weights_T,
         scale_T,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,

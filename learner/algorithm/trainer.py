@@ -28,7 +28,7 @@ from common.config import AdvantageEstimator, Config, Device, OverAge
 from learner.algorithm import diagnostics, losses
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
-from learner.algorithm.objective import Counts, count, policy_terms
+from learner.algorithm.objective import Counts, count, policy_terms, proximal_logprobs, trust_region
 from learner.algorithm.optimised import Optimised, StateDict
 from learner.algorithm.packing import Batch, MicroBatches, partition
 
@@ -78,7 +78,7 @@ class Trainer:
         with clock.stage("score"):
             mine, scores = self._score(batch, plans[0])
         with clock.stage("estimate"):
-            experience = estimate(self.config, batch, mine, scores, version, self.group)
+            experience = estimate(self.config, batch, mine, scores, version, is_warmup, self.group)
         work = Work(batch, experience, is_warmup, Totals(self.device), clock)
         for plan in plans:
             for mini in plan:
@@ -188,21 +188,19 @@ class Trainer:
         algorithm, max_staleness = self.config.algorithm, self.config.staleness.max_staleness
         for micro, e in work.share(mini[self.rank]):
             logprobs_T, entropy_T = self._run_policy(self.policy.network, micro)
-            terms = policy_terms(algorithm, max_staleness == 0, micro, e, logprobs_T, entropy_T, counts)
+            terms = policy_terms(algorithm, micro, e, logprobs_T, entropy_T, counts)
             torch.stack(list(terms.values())).sum().backward()
             for name, term in terms.items():
                 work.totals.add(f"policy/{name}", term)
             diagnostics.add_policy_totals(
                 work.totals,
                 logprobs_T,
-                e.old_logprobs_T,
+                proximal_logprobs(algorithm, e),
                 e.advantages_T,
                 e.gap_T,
                 e.mask_T,
                 num_gaps=max_staleness + 1,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                dual_clip=algorithm.dual_clip,
+                region=trust_region(algorithm),
             )
         work.totals.add_shared("policy/grad_norm", self.policy.apply())
         work.totals.add_shared("policy/updates", torch.ones(()))

@@ -20,6 +20,7 @@ from learner.algorithm.diagnostics import (
     token_metrics,
     update_metrics,
 )
+from learner.algorithm.losses import TrustRegion
 from tests.learner.algorithm.test_trainer import make_batch
 
 CPU = torch.device("cpu")
@@ -143,6 +144,19 @@ def test_means_over_nothing_are_left_out() -> None:
     assert critic_metrics(x_T, torch.ones(1), torch.ones(1).bool(), none_T, cu_seqlens_B1, (0.0, 1.0)) == {}
 
 
+def test_outside_a_band_tokens_of_both_signs_count_as_clipped() -> None:
+    """u = 7 and 0.6 are outside (0.7, 6), whatever the sign of A; a clip would count one of each pair."""
+    u, advantages = tensor(7.0, 7.0, 0.6, 0.6, 1.0), tensor(1.0, -1.0, 1.0, -1.0, 1.0)
+    fractions = {}
+    for is_band in (True, False):
+        totals, region = Totals(CPU), TrustRegion(low=0.3, high=5.0, is_band=is_band)
+        inputs = (u.log(), tensor(0, 0, 0, 0, 0), advantages, torch.zeros(5, dtype=torch.int64), torch.ones(5).bool())
+        add_policy_totals(totals, *inputs, num_gaps=1, region=region)
+        metrics = update_metrics(*totals.reduce(None))
+        fractions[is_band] = (metrics["policy/clip_fraction_high"], metrics["policy/clip_fraction_low"])
+    assert fractions == {True: (0.4, 0.4), False: (0.2, 0.2)}
+
+
 def test_update_totals_of_pieces_are_those_of_the_whole() -> None:
     """u = 1.5 (A > 0, beyond the upper edge), 0.5 (A < 0, beyond the lower), 12 (A < 0: dual), 1, and one masked."""
     u = tensor(1.5, 0.5, 12.0, 1.0, 99.0)
@@ -156,7 +170,7 @@ def test_update_totals_of_pieces_are_those_of_the_whole() -> None:
             piece = slice(start, end)
             add_policy_totals(
                 totals, logprobs_T[piece], old_T[piece], advantages_T[piece], gap_T[piece], mask_T[piece],
-                num_gaps=2, clip_low=0.2, clip_high=0.28, dual_clip=10.0,
+                num_gaps=2, region=TrustRegion(low=0.2, high=0.28, dual=10.0),
             )  # fmt: skip
         totals.add("policy/pg_loss", tensor(3.0).sum())
         totals.add_shared("policy/updates", torch.tensor(2.0))

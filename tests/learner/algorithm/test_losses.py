@@ -120,6 +120,7 @@ def test_huge_log_ratios_stay_finite() -> None:
     ("correction", "expected"),
     [
         (Correction.none, [1.0, 1.0, 1.0, 1.0, 1.0]),
+        (Correction.behavior, [0.25, 0.6, 1.0, 2.0, 2.0]),
         (Correction.decoupled, [0.25, 0.6, 1.0, 2.0, 2.0]),
         (Correction.tis, [0.25, 0.6, 1.0, 2.0, 2.0]),
         (Correction.icepop, [0.0, 0.6, 1.0, 3.0, 0.0]),

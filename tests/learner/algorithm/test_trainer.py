@@ -213,7 +213,7 @@ def test_the_first_update_is_the_policy_gradient_computed_by_hand() -> None:
     """One mini-batch, on-policy, no LM loss: d loss / d table = -(1/N) SUM_t A_t d logprob_t / d table."""
     cfg = config(mini_batches=1, positive_lm_weight=0.0, max_staleness=0, policy_lambda=1.0)
     cfg = replace(cfg, algorithm=replace(cfg.algorithm, length_adaptive_alpha=None))
-    trainer, batch = make_trainer(cfg), make_batch(LENGTHS)
+    trainer, batch = make_trainer(cfg), on_policy(make_batch(LENGTHS), TablePolicy())
     table = TablePolicy().table
     logprobs_T, _ = TablePolicy()(batch.token_ids_S, batch.cu_seqlens_B1, batch.prompt_lengths_B, 1.0)
     policy = TablePolicy()
@@ -230,7 +230,7 @@ def test_the_first_update_is_the_policy_gradient_computed_by_hand() -> None:
 
 def test_the_lm_loss_reads_only_correct_responses_that_are_not_truncated() -> None:
     cfg = config(mini_batches=1, learning_rate=0.0, positive_lm_weight=0.1, max_staleness=0)
-    batch = make_batch([4, 3, 2, 5])  # responses 0 and 3 are correct
+    batch = on_policy(make_batch([4, 3, 2, 5]), TablePolicy())  # responses 0 and 3 are correct
     logprobs_T, _ = TablePolicy()(batch.token_ids_S, batch.cu_seqlens_B1, batch.prompt_lengths_B, 1.0)
     both = make_trainer(cfg).step(batch, 0, is_warmup=False)["policy/lm_loss"]
     mean = torch.cat([logprobs_T[:4], logprobs_T[9:]]).mean().item()
@@ -261,20 +261,28 @@ def test_the_number_of_micro_batches_changes_nothing(correction: Correction, agg
 
 @pytest.mark.parametrize("target", list(ValueTarget))
 @pytest.mark.parametrize("correction", list(Correction))
-def test_at_max_staleness_zero_every_correction_is_plain_ppo(correction: Correction, target: ValueTarget) -> None:
-    """Even with behaviour log-probs that are off, as a second engine's are."""
-    plain = make_trainer(config(max_staleness=0, mini_batches=4, correction=Correction.none))
-    other = make_trainer(config(max_staleness=0, mini_batches=4, correction=correction, value_target=target))
+def test_with_an_exact_engine_the_first_update_on_policy_is_plain_ppo(
+    correction: Correction, target: ValueTarget
+) -> None:
+    """pi = pi_old = pi_behavior: nothing is clipped, no token weighs more than another."""
+    batch = uneven_rewards(on_policy(make_batch(LENGTHS), TablePolicy()))
+    plain = make_trainer(config(max_staleness=0, mini_batches=1, correction=Correction.none))
+    other = make_trainer(config(max_staleness=0, mini_batches=1, correction=correction, value_target=target))
     for trainer in (plain, other):
-        for seed in (0, 1):
-            trainer.step(make_batch(LENGTHS, seed=seed), 0, is_warmup=False)
+        trainer.step(batch, 0, is_warmup=False)
     for a, b in zip(parameters(plain), parameters(other), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("max_staleness", [0, 2])
 @pytest.mark.parametrize("correction", [c for c in Correction if c is not Correction.none])
-def test_off_policy_every_correction_changes_the_update(correction: Correction) -> None:
-    plain, other = make_trainer(config(correction=Correction.none)), make_trainer(config(correction=correction))
+def test_recorded_logprobs_that_differ_change_the_update_under_every_correction(
+    correction: Correction, max_staleness: int
+) -> None:
+    """At max_staleness 0 as well, where only the engine's arithmetic can differ."""
+    plain, other = (
+        make_trainer(config(max_staleness=max_staleness, correction=c)) for c in (Correction.none, correction)
+    )
     for trainer in (plain, other):
         trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
     assert not torch.allclose(parameters(plain)[0], parameters(other)[0], atol=1e-4)
@@ -370,8 +378,19 @@ def test_vtrace_targets_shrink_with_the_ratio_of_old_to_behavior() -> None:
     log_rho_T = torch.tensor([0.4, 1.6]).log()
     batch = replace(batch, behavior_logprobs_T=batch.behavior_logprobs_T - log_rho_T)
     cfg = config(value_target=ValueTarget.vtrace, mini_batches=1)
-    loss = make_trainer(cfg).step(batch, 0, is_warmup=True)["critic/value_loss"]
+    loss = make_trainer(cfg).step(batch, 0, is_warmup=False)["critic/value_loss"]
     assert loss == pytest.approx((0.4**2 + 1.0) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("later", [{"critic_lambda": 0.95}, {"value_target": ValueTarget.vtrace}])
+def test_in_warm_up_every_token_learns_the_outcome_whatever_the_target_is_later(later: dict[str, object]) -> None:
+    """The first token of a response of 101 is told 1.0 then, not 0.95^100; zero critic: the loss is half its square."""
+    batch = replace(make_batch([101, 101]), rewards_B=torch.ones(2))
+    plain, other = make_trainer(config(mini_batches=1)), make_trainer(config(mini_batches=1, **later))
+    assert plain.step(batch, 0, is_warmup=True)["critic/value_loss"] == pytest.approx(0.5)
+    assert other.step(batch, 0, is_warmup=True)["critic/value_loss"] == pytest.approx(0.5)
+    assert torch.equal(parameters(plain)[1], parameters(other)[1])
+    assert other.step(batch, 0, is_warmup=False)["critic/value_loss"] < 0.45
 
 
 def test_learning_rate_warms_up_linearly() -> None:
