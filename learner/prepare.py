@@ -1,8 +1,8 @@
-"""Builds the small base model of a procedural task: `run.py prepare TASK`.
+"""Builds a small base model of a procedural task: `run.py prepare MODEL`.
 
 A character tokenizer, a Qwen2 model of about 150k parameters, and supervised training on imperfect
 demonstrations in phases: the first ones teach the format and the skill, the last, short one teaches bad
-habits for reinforcement learning to remove. The result is a Hugging Face folder in float32 that
+habits for reinforcement learning to remove. A recipe may start from another shipped model. The result is a Hugging Face folder in float32 that
 transformers and vLLM load without a network.
 
 The same seed gives the same bytes: data, initial weights and sampling come from seeded generators, on one
@@ -22,11 +22,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from common.config import RECIPES as SHIPPED
 from common.config import ConfigError, TaskConfig
 from common.tasks import chain_sum, load_task, number_walk
 from common.types import JSON, Prompt, Verdict
 
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
+MODELS = SHIPPED / "models"
 SAMPLES_PER_PROMPT = 4  # k of the reported avg@k
 MAX_POSITIONS = 256  # prompt + response tokens; both tasks stay below 180
 POOL_BATCHES = 32  # batches drawn at once and sorted by length, so that a batch has next to no padding
@@ -55,8 +57,10 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is particular to one task's base model."""
+    """What is particular to one base model."""
 
+    task: str
+    start_from: str | None = None  # shipped model to go on from; None: fresh weights
     characters: str
     max_response_tokens: int
     phases: tuple[Phase, ...]
@@ -72,10 +76,16 @@ def _walks(right_direction: float, careless_landing: float, near_share: float) -
     return lambda rng: number_walk.sample_demonstration(rng, right_direction, careless_landing, near_share)
 
 
+def _wanderings(rng: Random) -> Demonstration:
+    """Walks that first wander and then go home, 40 moves at most: longer than the task allows."""
+    return number_walk.sample_demonstration(rng, 0.97, 0.0, 0.3, wandering_moves=28, max_moves=40)
+
+
 # Measured after the first phases: chain_sum 0.998, number_walk 0.82. Short walks teach landing and long walks
 # arithmetic; long walks alone did not teach landing in the same time.
 RECIPES = {
     chain_sum.NAME: Recipe(
+        task=chain_sum.NAME,
         characters=chain_sum.CHARACTERS,
         max_response_tokens=chain_sum.MAX_RESPONSE_TOKENS,
         verify=chain_sum.verify,
@@ -98,6 +108,7 @@ RECIPES = {
         ),
     ),
     number_walk.NAME: Recipe(
+        task=number_walk.NAME,
         characters=number_walk.CHARACTERS,
         max_response_tokens=number_walk.MAX_RESPONSE_TOKENS,
         verify=number_walk.verify,
@@ -122,6 +133,31 @@ RECIPES = {
                 batch_size=24,
                 learning_rate=5e-4,
                 demonstrate=_walks(right_direction=0.75, careless_landing=0.6, near_share=0.0),
+                warmup_steps=10,
+            ),
+        ),
+    ),
+    # First a walker that finds its way from wherever it is (measured: 0.83), then one that prefers the wrong way.
+    "contrary_walk": Recipe(
+        task=number_walk.NAME,
+        start_from=number_walk.NAME,
+        characters=number_walk.CHARACTERS,
+        max_response_tokens=number_walk.MAX_RESPONSE_TOKENS,
+        verify=number_walk.verify,
+        phases=(
+            Phase(
+                label="wandering walks",
+                num_steps=1500,
+                batch_size=24,
+                learning_rate=1.5e-3,
+                demonstrate=_wanderings,
+            ),
+            Phase(
+                label="contrary walks",
+                num_steps=160,
+                batch_size=24,
+                learning_rate=6e-4,
+                demonstrate=_walks(right_direction=0.43, careless_landing=0.6, near_share=0.0),
                 warmup_steps=10,
             ),
         ),
@@ -169,6 +205,12 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     nn.init.normal_(model.lm_head.weight, std=0.02)
     # Nothing about sampling: an engine that reads this file must not find a top-k or a temperature in it.
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model
+
+
+def _load_shipped(name: str) -> Qwen2ForCausalLM:
+    model = Qwen2ForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
+    assert isinstance(model, Qwen2ForCausalLM)
     return model
 
 
@@ -275,7 +317,7 @@ def build_base_model(recipe: Recipe, heldout: list[Prompt], out_dir: Path, seed:
     """Trains a base model, writes its folder and returns its held-out accuracy."""
     with _deterministic(seed):
         tokenizer = build_tokenizer(recipe.characters)
-        model = build_model(tokenizer)
+        model = build_model(tokenizer) if recipe.start_from is None else _load_shipped(recipe.start_from)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
         model.train()
         excluded = frozenset(prompt.text for prompt in heldout)
@@ -291,13 +333,14 @@ def build_base_model(recipe: Recipe, heldout: list[Prompt], out_dir: Path, seed:
     return accuracy
 
 
-def prepare(task_name: str, out_dir: str | None, seed: int) -> None:
-    """Builds the base model of `task_name` in `out_dir` (None: configs/models/TASK); prints its accuracy.
+def prepare(model_name: str, out_dir: str | None, seed: int) -> None:
+    """Builds the base model `model_name` in `out_dir` (None: configs/models/NAME); prints its accuracy.
 
-    Raises ConfigError for a task without a base model.
+    Raises ConfigError for a model without a recipe.
     """
-    if task_name not in RECIPES:
-        raise ConfigError(f"there is no base model for task '{task_name}'; prepare knows: {', '.join(RECIPES)}.")
-    heldout = list(load_task(TaskConfig(name=task_name)).heldout)
-    folder = Path(out_dir) if out_dir is not None else Path("configs") / "models" / task_name
-    build_base_model(RECIPES[task_name], heldout, folder, seed)
+    if model_name not in RECIPES:
+        raise ConfigError(f"there is no base model '{model_name}'; prepare knows: {', '.join(RECIPES)}.")
+    recipe = RECIPES[model_name]
+    heldout = list(load_task(TaskConfig(name=recipe.task)).heldout)
+    folder = Path(out_dir) if out_dir is not None else Path("configs") / "models" / model_name
+    build_base_model(recipe, heldout, folder, seed)

@@ -80,25 +80,36 @@ def _step_choices(position: int, direction: int) -> list[int]:
 
 
 def sample_demonstration(
-    rng: Random, right_direction: float, careless_landing: float, near_share: float = 0.0
+    rng: Random,
+    right_direction: float,
+    careless_landing: float,
+    near_share: float = 0.0,
+    *,
+    wandering_moves: int = 0,
+    max_moves: int = MAX_MOVES,
 ) -> tuple[str, str]:
     """A (prompt, response) pair; the arithmetic is always right, the way is not.
 
     Each move goes towards the target with probability `right_direction` and has a uniform digit. Within
     nine of the target the move lands on it exactly, except with probability `careless_landing`, when it is
-    drawn like any other. A walk that has not arrived after 16 moves gives up with `#` where it is. A share
-    `near_share` of the demonstrations starts at most 15 from the target, which gives landings more weight.
+    drawn like any other. A walk that has not arrived after `max_moves` moves gives up with `#` where it is. A
+    share `near_share` of the demonstrations starts at most 15 from the target, which gives landings more weight.
+
+    The first moves, a uniform number of them in 0..`wandering_moves`, wander: they go either way and never
+    land on purpose. A model of such walks finds its way from wherever it is, whatever it did before.
     """
     problem = sample_problem(rng, NEAR_DISTANCE if rng.random() < near_share else MAX_DISTANCE)
     position = problem.start
+    wandering = rng.randint(0, wandering_moves) if wandering_moves else 0
     moves: list[str] = []
-    while position != problem.target and len(moves) < MAX_MOVES:
+    while position != problem.target and len(moves) < max_moves:
         distance = problem.target - position
         towards = 1 if distance > 0 else -1
-        if abs(distance) <= 9 and rng.random() >= careless_landing:
+        wanders = len(moves) < wandering
+        if not wanders and abs(distance) <= 9 and rng.random() >= careless_landing:
             move = distance
         else:
-            direction = towards if rng.random() < right_direction else -towards
+            direction = towards if rng.random() < (0.5 if wanders else right_direction) else -towards
             move = rng.choice(_step_choices(position, direction) or _step_choices(position, -direction))
         position += move
         moves.append(f"{move:+d}{position:02d}")
