@@ -138,6 +138,7 @@ class AlgorithmConfig:
     value_target: ValueTarget = ValueTarget.gae
     vtrace_rho_bar: float = 1.0
     vtrace_c_bar: float = 1.0
+    value_gate: bool = False  # advantages of a batch whose outcomes the critic does not explain: reward - mean (EVPO)
     whiten_advantages: bool = False  # over the whole batch, all ranks
     clip_low: float = 0.2  # eq. 8
     clip_high: float = 0.28  # eq. 8, clip-higher

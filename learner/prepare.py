@@ -2,8 +2,8 @@
 
 A character tokenizer, a Qwen2 model of about 150k parameters, and supervised training on imperfect
 demonstrations in phases: the first ones teach the format and the skill, the last, short one teaches bad
-habits for reinforcement learning to remove. A recipe may start from another shipped model. The result is a Hugging Face folder in float32 that
-transformers and vLLM load without a network.
+habits for reinforcement learning to remove. A recipe may start from another shipped model. The result is a
+Hugging Face folder in float32 that transformers and vLLM load without a network.
 
 The same seed gives the same bytes: data, initial weights and sampling come from seeded generators, on one
 thread.

@@ -207,10 +207,20 @@ def _sum_by_group(x_B: Tensor, group_B: Tensor, count_G: Tensor) -> Tensor:
 def whiten(x_T: Tensor, mask_T: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over the masked tokens of all ranks, 0 elsewhere, (T,).
 
-    Each rank passes its own tokens. The three sums are accumulated in float64 (float32 on devices without
-    it would lose a small variance beside a large mean) and all-reduced over `process_group`. Every rank of
-    the group must call this, with zero tokens too: a rank that stays away blocks the others. None means
-    there is one rank.
+    Each rank passes its own tokens. A collective, see `moments`.
+    """
+    mean, variance = moments(x_T, mask_T, process_group)
+    whitened_T = ((x_T.double() - mean) * (variance + 1e-8).rsqrt()).to(x_T.dtype)
+    return torch.where(mask_T, whitened_T, 0.0)
+
+
+@torch.no_grad()
+def moments(x_T: Tensor, mask_T: Tensor, process_group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """(mean, variance) of x over the masked tokens of all ranks, float64 scalars; 0 without any.
+
+    The three sums are accumulated in float64 (float32 on devices without it would lose a small variance
+    beside a large mean) and all-reduced over `process_group`. Every rank of the group must call this, with
+    zero tokens too: a rank that stays away blocks the others. None means there is one rank.
     """
     kept_T = torch.where(mask_T, x_T, 0.0).double()
     sums = torch.stack([kept_T.sum(), kept_T.square().sum(), mask_T.sum().double()])
@@ -218,6 +228,4 @@ def whiten(x_T: Tensor, mask_T: Tensor, process_group: dist.ProcessGroup | None 
         dist.all_reduce(sums, group=process_group)
     count = sums[2].clamp(min=1.0)
     mean = sums[0] / count
-    variance = (sums[1] / count - mean.square()).clamp(min=0.0)
-    whitened_T = ((x_T.double() - mean) * (variance + 1e-8).rsqrt()).to(x_T.dtype)
-    return torch.where(mask_T, whitened_T, 0.0)
+    return mean, (sums[1] / count - mean.square()).clamp(min=0.0)

@@ -18,6 +18,9 @@ from learner.algorithm import advantages as adv
 from learner.algorithm.losses import correction_weights
 from learner.algorithm.packing import Batch
 
+# Relative: below it a difference of variances says nothing, so that a constant value explains nothing.
+ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -44,11 +47,12 @@ class Experience:
     values_T: Tensor | None  # None without a critic, like the targets
     value_targets_T: Tensor | None
     reference_logprobs_T: Tensor | None  # None without a KL term
+    uses_values: bool | None  # whether algorithm.value_gate let the values into the advantages; None without it
 
     def select(self, tokens: Tensor) -> "Experience":
         """The tokens at these places in T."""
         streams = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Experience(**{name: None if x is None else x[tokens] for name, x in streams.items()})
+        return Experience(**{name: x[tokens] if isinstance(x, Tensor) else x for name, x in streams.items()})
 
 
 @torch.no_grad()
@@ -81,7 +85,8 @@ def estimate(
         dis_low=algorithm.dis_low,
         dis_high=algorithm.dis_high,
     )
-    advantages_T = policy_advantages(algorithm, batch, mine, scores.values_T)
+    uses_values = value_gate(algorithm, share, scores.values_T, process_group)
+    advantages_T = policy_advantages(algorithm, batch, mine, scores.values_T, uses_values is not False)
     if algorithm.whiten_advantages:
         advantages_T = adv.whiten(advantages_T, share.loss_mask_T.to(device), process_group)
     mine_T = {
@@ -99,6 +104,7 @@ def estimate(
         lm_mask_T=lm_mask_T.to(device),
         gap_T=(version - batch.versions_T).to(device),
         behavior_logprobs_T=batch.behavior_logprobs_T.to(device),
+        uses_values=uses_values,
         **_put_together(mine_T, tokens, batch.num_response_tokens, process_group),
     )
 
@@ -116,8 +122,34 @@ def policy_lambda(algorithm: AlgorithmConfig, lengths_B: Tensor) -> Tensor:
     return adv.length_adaptive_lambda(lengths_B, algorithm.length_adaptive_alpha)
 
 
-def policy_advantages(algorithm: AlgorithmConfig, batch: Batch, mine: Tensor, values_T: Tensor | None) -> Tensor:
+def value_gate(
+    algorithm: AlgorithmConfig, share: Batch, values_T: Tensor | None, process_group: dist.ProcessGroup | None
+) -> bool | None:
+    """Whether the advantages of this batch use the critic's values; None without algorithm.value_gate.
+
+    They do when Var(R - V) < Var(R) over the batch's trainable tokens, R being the outcome of a token's response,
+    which is an explained variance above 0: otherwise the values add more variance to the advantages than they
+    take away (EVPO, arXiv 2604.19485). One decision for all ranks: a collective.
+    """
+    if not algorithm.value_gate:
+        return None
+    assert values_T is not None, "the gate judges a critic"
+    device, cu_seqlens_B1 = values_T.device, share.response_cu_seqlens_B1
+    outcome_T = adv.expand(share.rewards_B, cu_seqlens_B1, share.num_response_tokens).to(device)
+    mask_T = share.loss_mask_T.to(device)
+    _, unexplained = adv.moments(outcome_T - values_T, mask_T, process_group)
+    _, variance = adv.moments(outcome_T, mask_T, process_group)
+    return bool(unexplained < variance * (1.0 - ROUNDING))
+
+
+def policy_advantages(
+    algorithm: AlgorithmConfig, batch: Batch, mine: Tensor, values_T: Tensor | None, uses_values: bool = True
+) -> Tensor:
     """Advantages of the share at `mine` before whitening, (T,): from `values_T`, or from its groups' rewards.
+
+    With `uses_values` False (see `value_gate`) the value is the mean reward of the batch everywhere and lambda
+    is 1, so that every token of a response gets its outcome minus that mean: under a smaller lambda a constant
+    value would leave nothing for all but the last tokens.
 
     With V-trace targets the advantages stay GAE: the correction weight of the loss already accounts for the
     policy that sampled, and V-trace's own advantage would count it twice.
@@ -127,6 +159,9 @@ def policy_advantages(algorithm: AlgorithmConfig, batch: Batch, mine: Tensor, va
         assert values_T is not None, "GAE needs values"
         cu_seqlens_B1 = share.response_cu_seqlens_B1.to(values_T.device)
         lambda_B = policy_lambda(algorithm, cu_seqlens_B1.diff())
+        if not uses_values:
+            values_T = torch.full_like(values_T, batch.rewards_B.mean().item())
+            lambda_B = torch.ones_like(lambda_B)
         return adv.gae(values_T, share.rewards_B.to(values_T.device), cu_seqlens_B1, lambda_B, algorithm.gamma)
     is_grpo = algorithm.advantage is AdvantageEstimator.grpo
     estimator = adv.group_normalised_advantages if is_grpo else adv.leave_one_out_advantages

@@ -234,6 +234,8 @@ class Trainer:
                 cu_seqlens_B1,
                 (self.config.reward.wrong, self.config.reward.correct),
             )
+        if e.uses_values is not None and not work.is_warmup:
+            metrics["critic/gate_open"] = float(e.uses_values)
         return metrics | diagnostics.update_metrics(*work.totals.reduce(self.group)) | self._learning_rates()
 
     def _learning_rates(self) -> Metrics:
