@@ -55,6 +55,13 @@ class Correction(StrEnum):
     dis = "dis"  # pi / pi_behavior times the advantage, tokens outside a band rejected; no clip
 
 
+class Schedule(StrEnum):
+    """The learning rate after its warm-up."""
+
+    constant = "constant"  # VAPO
+    linear = "linear"  # falls to zero over the updates of the run
+
+
 class ValueTarget(StrEnum):
     gae = "gae"  # lambda-return with critic_lambda; exactly the Monte-Carlo return at critic_lambda = 1
     vtrace = "vtrace"  # off-policy corrected return (IMPALA); from the end of critic warm-up on
@@ -166,7 +173,8 @@ class AlgorithmConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 1e-6
-    warmup_steps: int = 10  # optimizer steps of linear warm-up, then constant
+    warmup_steps: int = 10  # optimizer steps of linear warm-up
+    schedule: Schedule = Schedule.constant  # not in the paper: linear
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from common.config import OptimizerConfig
+from common.config import OptimizerConfig, Schedule
 
 StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON values
 
@@ -15,12 +15,13 @@ StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON value
 class Optimised:
     """AdamW over a network's parameters, gradients clipped over all shards.
 
-    The learning rate of update k = 0, 1, ... is learning_rate * min(1, (k + 1) / warmup_steps).
+    The learning rate of update k = 0, 1, ... is learning_rate * min(1, (k + 1) / warmup_steps), and with
+    schedule=linear that times 1 - k / total_updates, which is 0 from there on.
     """
 
-    def __init__(self, name: str, network: nn.Module, config: OptimizerConfig) -> None:
-        """`name` is what errors and metrics call the network."""
-        self.name, self.network, self.config = name, network, config
+    def __init__(self, name: str, network: nn.Module, config: OptimizerConfig, total_updates: int) -> None:
+        """`name` is what errors and metrics call the network; `total_updates` is at most how many the run makes."""
+        self.name, self.network, self.config, self.total_updates = name, network, config, total_updates
         self.num_updates = 0
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
@@ -32,7 +33,10 @@ class Optimised:
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return self.config.learning_rate * min(1.0, (self.num_updates + 1) / max(self.config.warmup_steps, 1))
+        rate = self.config.learning_rate * min(1.0, (self.num_updates + 1) / max(self.config.warmup_steps, 1))
+        if self.config.schedule is Schedule.linear:
+            rate *= max(0.0, 1.0 - self.num_updates / max(self.total_updates, 1))
+        return rate
 
     def apply(self) -> Tensor:
         """One update with the gradients that are there, which are then gone; their norm before clipping.

@@ -58,8 +58,12 @@ class Trainer:
         if (algorithm.kl_weight > 0.0) != (reference is not None):
             raise ValueError(f"algorithm.kl_weight={algorithm.kl_weight}: a reference policy goes with a positive one")
         self.config, self.rank, self.world = config, rank, world
-        self.policy = Optimised("policy", policy, config.learner.policy)
-        self.critic = None if critic is None else Optimised("critic", critic, config.learner.critic)
+        learner = config.learner
+        self.policy = Optimised("policy", policy, learner.policy, learner.steps * learner.mini_batches)
+        passes = algorithm.critic_warmup_steps * algorithm.critic_warmup_epochs
+        passes += learner.steps * algorithm.critic_updates_per_step
+        updates = passes * learner.mini_batches
+        self.critic = None if critic is None else Optimised("critic", critic, learner.critic, updates)
         self.reference = reference
         self.num_steps = 0  # taken so far, warm-up included; seeds the shuffling
         self.group = dist.group.WORLD if world > 1 else None

@@ -22,6 +22,7 @@ from common.config import (
     OptimizerConfig,
     OverAge,
     RolloutConfig,
+    Schedule,
     StalenessConfig,
     ValueTarget,
 )
@@ -403,6 +404,18 @@ def test_learning_rate_warms_up_linearly() -> None:
         rates.append(metrics["policy/learning_rate"])
     assert rates == [0.25, 0.75, 1.0, 1.0]
     assert trainer.policy.optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_linear_schedule_ends_at_zero_with_the_run() -> None:
+    cfg = config(mini_batches=2, learning_rate=1.0, critic_warmup_steps=1, critic_warmup_epochs=2)
+    linear = replace(cfg.learner.policy, schedule=Schedule.linear)
+    trainer = make_trainer(replace(cfg, learner=replace(cfg.learner, steps=2, policy=linear, critic=linear)))
+    rates = []
+    for is_warmup in (True, False, False, False):
+        metrics = trainer.step(make_batch(LENGTHS), 0, is_warmup)
+        rates.append((metrics["policy/learning_rate"], metrics["critic/learning_rate"]))
+    # The policy has 2 x 2 updates, the critic (1 x 2 + 2) x 2; what goes on beyond them learns nothing more.
+    assert rates == [(1.0, 0.5), (0.5, 0.25), (0.0, 0.0), (0.0, 0.0)]
 
 
 def test_a_restored_trainer_goes_on_exactly_like_the_saved_one(tmp_path: Path) -> None:
