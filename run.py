@@ -101,7 +101,7 @@ def _actor(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     from learner.prepare import prepare
 
-    prepare(arguments.task, arguments.out, arguments.seed)
+    prepare(arguments.model, arguments.out, arguments.seed)
     return 0
 
 
@@ -180,10 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     actor.add_argument("--name", required=True, help="unique among the actors of a run")
     _add_config(actor)
 
-    prepare = commands.add_parser("prepare", help="make the small base model of a built-in task")
+    prepare = commands.add_parser("prepare", help="make a small base model of a built-in task")
     prepare.set_defaults(command=_prepare)
-    prepare.add_argument("task", help="chain_sum or number_walk")
-    prepare.add_argument("--out", help="folder to write (default: configs/models/TASK)")
+    prepare.add_argument("model", help="chain_sum, number_walk or contrary_walk")
+    prepare.add_argument("--out", help="folder to write (default: configs/models/MODEL)")
     prepare.add_argument("--seed", type=int, default=0)
 
     inspect = commands.add_parser("inspect", help="print the summary of a run")

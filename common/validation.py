@@ -152,7 +152,7 @@ def _check_models(config: Config) -> None:
         _refuse_if(
             value is not None and not (Path(value) / "config.json").is_file(),
             f"{key}={value} is not a Hugging Face model folder (no config.json there): give one, "
-            "or make the base model of a built-in task with `run.py prepare TASK`",
+            "or make the base model of a built-in task with `run.py prepare MODEL`",
         )
 
 

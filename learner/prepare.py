@@ -22,8 +22,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from common.config import RECIPES as SHIPPED
 from common.config import ConfigError, TaskConfig
+from common.loading import RECIPES as SHIPPED
 from common.tasks import chain_sum, load_task, number_walk
 from common.types import JSON, Prompt, Verdict
 

@@ -1,4 +1,4 @@
-"""chain_sum: add up a chain of one-digit terms, one written step per term. The demo's task.
+"""chain_sum: add up a chain of one-digit terms, one written step per term.
 
     prompt      47a+3b-8=
     response    a+3=50b-8=42#42        then end of sequence

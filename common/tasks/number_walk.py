@@ -1,4 +1,4 @@
-"""number_walk: walk from one number to another in one-digit moves. The task on which the algorithms differ.
+"""number_walk: walk from one number to another in one-digit moves. The demo's task.
 
     prompt      47>83=
     response    +956+965+974+983#      then end of sequence
