@@ -123,7 +123,9 @@ def _tensor_names(file: Path, name: str) -> list[str]:
             header = json.loads(stream.read(length)) if 8 + length <= size else None
             ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
         except (ValueError, AttributeError, TypeError, LookupError):
-            raise ConfigError(f"{name} has a damaged file: {file.name} is no safetensors file: fetch it again") from None
+            raise ConfigError(
+                f"{name} has a damaged file: {file.name} is no safetensors file: fetch it again"
+            ) from None
     if 8 + length + max(ends, default=0) > size:
         raise ConfigError(
             f"{name} has a damaged file: {file.name} has {size} bytes and should have "
