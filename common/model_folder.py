@@ -116,22 +116,19 @@ def _check_weights(folder: Path, name: str) -> None:
 
 def _tensor_names(file: Path, name: str) -> list[str]:
     """From the header: 8 bytes with its length, little-endian, then JSON with type, shape and place of each tensor."""
+    size = file.stat().st_size
+    damaged = f"{name} has a damaged file: {file.name}"
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
         try:
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-            ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
+            header = json.loads(stream.read(length) if 8 + length <= size else b"")
+            tensors = {tensor: entry["data_offsets"] for tensor, entry in header.items() if tensor != "__metadata__"}
+            end = 8 + length + max((int(stop) for _, stop in tensors.values()), default=0)
         except (ValueError, AttributeError, TypeError, LookupError):
-            raise ConfigError(
-                f"{name} has a damaged file: {file.name} is no safetensors file: fetch it again"
-            ) from None
-    if 8 + length + max(ends, default=0) > size:
-        raise ConfigError(
-            f"{name} has a damaged file: {file.name} has {size} bytes and should have "
-            f"{8 + length + max(ends)}: fetch it again"
-        )
-    return [tensor for tensor in header if tensor != "__metadata__"]
+            raise ConfigError(f"{damaged} is no safetensors file or was cut off: fetch it again") from None
+    if end > size:
+        raise ConfigError(f"{damaged} has {size} bytes and should have {end}: fetch it again")
+    return list(tensors)
 
 
 def _check_tokenizer(folder: Path, vocab_size: int | None, name: str) -> None:
