@@ -8,7 +8,6 @@ dictionaries.
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
@@ -18,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 
@@ -84,7 +84,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        _refresh_tied_head(self.model)
+        _refresh_tied_heads(self.model)
 
     def shutdown(self) -> None:
         self._group = None
@@ -103,18 +103,18 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         ]
 
 
-def _refresh_tied_head(model: Any) -> None:
-    """Points a tied output layer at the reloaded embedding again.
+def _refresh_tied_heads(model: torch.nn.Module) -> None:
+    """Prepares output layers that share the reloaded embedding's weight again, whatever the model calls them.
 
-    On CPUs the output layer keeps a prepacked copy of its weight. A reload skips the tied layer, because the
-    checkpoint has no tensor for it, and generation would silently go on with the old copy.
+    On CPUs the output layer keeps a prepacked copy of its weight. A reload writes the new embedding into the shared
+    weight but skips the tied layer, because the checkpoint has no tensor for it, and generation would silently go on
+    with the old copy.
     """
-    head = getattr(model, "lm_head", None)
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is None or embedding is None or not model.config.tie_word_embeddings:
-        return
-    head.weight = embedding.weight
-    head.quant_method.process_weights_after_loading(head)
+    tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    embeddings = {table.weight.data_ptr() for table in tables if not isinstance(table, ParallelLMHead)}
+    for head in tables:
+        if isinstance(head, ParallelLMHead) and head.weight.data_ptr() in embeddings:
+            head.quant_method.process_weights_after_loading(head)
 
 
 def register_gloo() -> None:

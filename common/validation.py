@@ -1,13 +1,12 @@
 """What cannot work is refused when the configuration is loaded, in one sentence with values and the way out.
 
 Types and names are checked by common/loading.py, which calls `validate`, a task's own settings by common/tasks;
-nothing here looks at the machine, except that model folders must exist.
+nothing here looks at the machine, except at model folders (common/model_folder.py).
 """
 
 import operator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from common.config import (
@@ -22,6 +21,7 @@ from common.config import (
     TransferBackend,
     ValueTarget,
 )
+from common.model_folder import check_model_folder
 
 INF = float("inf")
 
@@ -149,11 +149,8 @@ def _check_name(config: Config) -> None:
 
 def _check_models(config: Config) -> None:
     for key, value in (("model.path", config.model.path), ("model.critic_path", config.model.critic_path)):
-        _refuse_if(
-            value is not None and not (Path(value) / "config.json").is_file(),
-            f"{key}={value} is not a Hugging Face model folder (no config.json there): give one, "
-            "or make the base model of a built-in task with `run.py prepare MODEL`",
-        )
+        if value is not None:
+            check_model_folder(key, value, config.model.max_model_len)
 
 
 def _check_critic_path(config: Config) -> None:

@@ -3,6 +3,8 @@ in the pack.
 
 Registered with transformers under the name "packed", so it serves every causal language model whose
 attention goes through `AttentionInterface`. No mask is registered with it: transformers then builds none.
+What else a model asks of its attention (capped scores, sinks, a bias) is refused, never ignored;
+learner/networks/reference.py finds what does not pass through here at all.
 
     CPU, or float32   sequences of equal or near-equal length go through one batched causal SDPA call
     CUDA              flash-attention's varlen kernel, which torch carries. Tested with a stand-in for the
@@ -24,9 +26,16 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from common.config import ConfigError
 from learner.algorithm.packing import boundaries, spans
 
 IMPLEMENTATION = "packed"
+
+# Keywords of transformers' attention calls without influence on causal attention over the packed stream: a model's
+# forward hands down whatever it was called with. Dropout is left out on purpose.
+WITHOUT_EFFECT = frozenset(
+    ("dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position")
+)
 
 # Padding costs (longest^2 - length^2) x heads x head width of wasted multiply-adds; another call costs its
 # overhead. Measured on one core: a call is worth about this many.
@@ -137,27 +146,49 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: object,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence. query [1, heads, S, width], key and value [1, kv heads, S,
-    width].
+    """Causal attention within each sequence. query [1, heads, S, width], key [1, kv heads, S, width], value
+    [1, kv heads, S, value width].
 
-    Returns [1, S, heads, width], as transformers expects. Dropout is never applied: a policy's log-probs
-    must be reproducible. `sliding_window` counts the token itself.
+    Returns [1, S, heads, value width], as transformers expects. Dropout is never applied: a policy's log-probs
+    must be reproducible. `sliding_window` counts the token itself. Raises ConfigError for a keyword that would
+    change the result and is not computed here.
     """
-    assert attention_mask is None, "packed attention takes no mask"
+    if packing is None:
+        raise ConfigError(f"the model does not tell its {type(module).__name__} where the packed sequences end")
+    _refuse_unknown(module, attention_mask, is_causal, others)
     has_kernel = query.is_cuda and query.dtype is not torch.float32
     attend = _attend_varlen if has_kernel else _attend_batched
     return attend(query, key, value, packing, scaling, sliding_window), None
 
 
+def _refuse_unknown(
+    module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None, others: dict[str, object]
+) -> None:
+    asked = {name: value for name, value in others.items() if value is not None and name not in WITHOUT_EFFECT}
+    if attention_mask is not None:
+        asked["attention_mask"] = attention_mask
+    if is_causal is False:
+        asked["is_causal"] = is_causal
+    if asked:
+        settings = ", ".join(
+            name if isinstance(value, Tensor) else f"{name}={value!r}" for name, value in asked.items()
+        )
+        raise ConfigError(
+            f"the model's {type(module).__name__} asks for attention with {settings}, which the learner's packed "
+            "attention does not compute: train another model"
+        )
+
+
 def _attend_batched(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    num_heads, width = query.shape[1], query.shape[3]
+    num_heads, width, value_width = query.shape[1], query.shape[3], value.shape[3]
     buckets = packing.buckets_for(num_heads * width)
     sizes = [count * length for count, length in buckets.shapes]
     parts = []
@@ -167,16 +198,17 @@ def _attend_batched(
         parts.append(rows_NW.split(sizes))
     outputs = []
     for (count, length), *rows in zip(buckets.shapes, *parts, strict=True):
-        q, k, v = (part.view(count, length, -1, width).transpose(1, 2) for part in rows)
+        widths = (width, width, value_width)
+        q, k, v = (part.view(count, length, -1, w).transpose(1, 2) for part, w in zip(rows, widths, strict=True))
         is_causal = window is None or length <= window
         mask = None if is_causal else _banded_mask(length, window, query.device)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=k.shape[1] != num_heads
         )
-        outputs.append(out.transpose(1, 2).reshape(count * length, num_heads * width))
+        outputs.append(out.transpose(1, 2).reshape(count * length, num_heads * value_width))
     rows_NW = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     rows_SW = rows_NW if buckets.is_identity else _ToStream.apply(rows_NW, buckets)
-    return rows_SW.view(1, -1, num_heads, width)
+    return rows_SW.view(1, -1, num_heads, value_width)
 
 
 def _banded_mask(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -28,11 +28,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from common.config import Config, Device, DType
+from common.config import Config, ConfigError, Device, DType
 from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
+from learner.networks.parallel import refusals_of_rank_0
 from learner.networks.pretrained import load_causal_lm, load_value_model, stored_names, write_folder
+from learner.networks.reference import check_hidden_states, check_logprobs
 
 Network = TypeVar("Network", "Policy", "Critic")
 
@@ -128,22 +130,31 @@ class Critic(nn.Module):
 
 
 def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:
-    """The policy of model.path, ready to train. Raises ValueError (see learner/networks/pretrained.py)."""
-    path = config.model.path
-    model = load_causal_lm(path, config.model.tie_word_embeddings, _reads_weights(mesh))
-    _check_names(model, path)
-    policy = Policy(model, config.learner.logprob_chunk_tokens)
-    return _prepare(policy, model, config, device, mesh)
+    """The policy of model.path, ready to train. Raises ConfigError for a folder that cannot be trained."""
+    path, reads = config.model.path, _reads_weights(mesh)
+    with refusals_of_rank_0(mesh):
+        model = load_causal_lm(path, config.model.tie_word_embeddings, reads)
+        _check_names(model, path)
+        policy = Policy(model, config.learner.logprob_chunk_tokens)
+        _set_to_train(policy, model, config)
+        if reads:
+            check_logprobs(model, lambda *packed: policy(*packed, 1.0)[0], config.model.max_model_len, path)
+    return _place(policy, model, config, device, mesh)
 
 
 def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Critic:
     """The critic: from model.critic_path, else a copy of the policy's backbone under a zero head."""
-    reads = _reads_weights(mesh)
-    if config.model.critic_path is None:
-        backbone, head = load_causal_lm(config.model.path, None, reads).base_model, None
-    else:
-        backbone, head = load_value_model(config.model.critic_path, reads)
-    return _prepare(Critic(backbone, head), backbone, config, device, mesh)
+    path, reads = config.model.critic_path or config.model.path, _reads_weights(mesh)
+    with refusals_of_rank_0(mesh):
+        if config.model.critic_path is None:
+            backbone, head = load_causal_lm(path, None, reads).base_model, None
+        else:
+            backbone, head = load_value_model(path, reads)
+        critic = Critic(backbone, head)
+        _set_to_train(critic, backbone, config)
+        if reads:
+            check_hidden_states(backbone, lambda *packed: _run(backbone, *packed)[1], config.model.max_model_len, path)
+    return _place(critic, backbone, config, device, mesh)
 
 
 def export_hf(
@@ -202,26 +213,29 @@ def _check_names(model: PreTrainedModel, path: str) -> None:
     names = {name for name, _ in model.named_parameters()}
     unknown = sorted(names - stored - {"lm_head.weight"}) if stored else []
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"model folder {path} names its weights otherwise than its modules (such as {unknown[0]}), "
             "which weight publication does not support"
         )
 
 
-def _prepare(
-    network: Network,
-    hf_model: PreTrainedModel,
-    config: Config,
-    device: torch.device,
-    mesh: DeviceMesh | None,
-) -> Network:
-    """Dropout off, activation checkpointing as configured, then sharded over `mesh` or moved to `device`."""
+def _set_to_train(network: nn.Module, hf_model: PreTrainedModel, config: Config) -> None:
+    """Dropout off, activation checkpointing as configured."""
     for module in hf_model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):  # a probability for torch.nn.functional.dropout
+                setattr(module, name, 0.0)
     if config.learner.activation_checkpointing:
         hf_model.gradient_checkpointing_enable({"use_reentrant": False})
     network.train()
+
+
+def _place(
+    network: Network, hf_model: PreTrainedModel, config: Config, device: torch.device, mesh: DeviceMesh | None
+) -> Network:
+    """Sharded over `mesh`, or moved to `device`."""
     if mesh is None:
         return network.to(device)
     full = {name: p.detach() for name, p in network.named_parameters()} if dist.get_rank() == 0 else {}
@@ -252,7 +266,7 @@ def _decoder_layers(hf_model: PreTrainedModel) -> list[nn.Module]:
     names = set(hf_model._no_split_modules or ())
     layers = [module for module in hf_model.modules() if type(module).__name__ in names]
     if not layers:
-        raise ValueError(f"{type(hf_model).__name__} names no decoder layers to shard, choose another model")
+        raise ConfigError(f"{type(hf_model).__name__} names no decoder layers to shard, choose another model")
     return layers
 
 

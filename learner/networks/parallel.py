@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.config import Config, ConfigError, Device, DType
 
+REFUSAL_BYTES = 2048  # of the sentence in which rank 0 refuses a model; what is longer is cut off
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -84,3 +86,28 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def refusals_of_rank_0(mesh: DeviceMesh | None) -> Iterator[None]:
+    """What rank 0 refuses inside (a ConfigError), every rank refuses in the same words; a collective with a mesh.
+
+    Otherwise the others would wait for rank 0 in their next collective, and whose end the user sees would be chance.
+    """
+    refusal: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as error:
+        if mesh is None or dist.get_rank() != 0:
+            raise
+        refusal = error
+    if mesh is None:
+        return
+    sentence = torch.zeros(REFUSAL_BYTES, dtype=torch.uint8)
+    if refusal is not None:
+        words = torch.tensor(list(str(refusal).encode()[:REFUSAL_BYTES]), dtype=torch.uint8)
+        sentence[: len(words)] = words
+    dist.broadcast(sentence, 0)
+    text = bytes(sentence.tolist()).rstrip(b"\0").decode(errors="replace")
+    if text:
+        raise refusal or ConfigError(text)

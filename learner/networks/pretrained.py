@@ -6,6 +6,7 @@ Everything is loaded on the CPU in float32 (master weights); learner/networks/mo
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from common.config import ConfigError
+from common.model_folder import check_settings
 from learner.networks.attention import IMPLEMENTATION
 
-# Settings that change the logits after the output layer; learner/networks/logprobs.py computes a plain linear layer.
-UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 SHARD_BYTES = 4 << 30
 
@@ -34,13 +35,16 @@ def load_causal_lm(path: str, tie_word_embeddings: bool | None, has_weights: boo
     the folder says). Without `has_weights` the parameters are allocated but not read, for ranks that
     receive them.
 
-    Raises ValueError when the folder is missing, is no causal language model, lacks weights, or
+    Raises ConfigError when the folder is missing, is no causal language model, lacks weights, or
     post-processes its logits.
     """
     config = read_config(path)
     model = _load(AutoModelForCausalLM, path, config) if has_weights else allocate(AutoModelForCausalLM, config)
-    if model.get_output_embeddings().bias is not None:
-        raise ValueError(f"the output layer of {path} has a bias, which is not supported")
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise ConfigError(f"model folder {path} cannot be trained: {type(model).__name__} has no output layer to find")
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(f"model folder {path} has an output layer with a bias, which the learner does not compute")
     tie = config.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings
     set_tied(model, tie)
     return model
@@ -54,34 +58,44 @@ def load_value_model(path: str, has_weights: bool) -> tuple[PreTrainedModel, Ten
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return load_causal_lm(path, None, has_weights).base_model, None
     if config.num_labels != 1:
-        raise ValueError(f"critic folder {path} has {config.num_labels} labels, a value model has one")
+        raise ConfigError(f"critic folder {path} has {config.num_labels} labels, a value model has one")
     auto_class = AutoModelForSequenceClassification
     model = _load(auto_class, path, config) if has_weights else allocate(auto_class, config)
     return model.base_model, model.score.weight.detach()
 
 
 def read_config(path: str) -> PreTrainedConfig:
-    """The folder's configuration. Raises ValueError when there is none or it is not supported."""
+    """The folder's configuration. Raises ConfigError when there is none or it is not supported."""
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model folder {path} has no config.json, set model.path to a Hugging Face model folder")
-    config = AutoConfig.from_pretrained(path)
-    for name in UNSUPPORTED_LOGITS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"model folder {path} sets {name}, which the learner's log-probs do not support")
+        raise ConfigError(f"model folder {path} has no config.json, set model.path to a Hugging Face model folder")
+    with _in_one_sentence(path):
+        config = AutoConfig.from_pretrained(path)
+    check_settings(config.to_dict(), f"model folder {path}")  # again: with the defaults that config.json leaves out
     return config
+
+
+@contextmanager
+def _in_one_sentence(path: str) -> Iterator[None]:
+    """What transformers raises about a folder is the user's to mend, whatever its type."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(f"model folder {path} does not load: {type(error).__name__}: {reason}") from error
 
 
 def _load(auto_class: AutoClass, path: str, config: PreTrainedConfig) -> PreTrainedModel:
     hf_logging.disable_progress_bar()  # logs are files
-    model, report = auto_class.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation=IMPLEMENTATION,
-        output_loading_info=True,
-    )
+    with _in_one_sentence(path):
+        model, report = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=IMPLEMENTATION,
+            output_loading_info=True,
+        )
     if report["missing_keys"]:
-        raise ValueError(f"model folder {path} lacks the weights {sorted(report['missing_keys'])}")
+        raise ConfigError(f"model folder {path} lacks the weights {sorted(report['missing_keys'])}")
     return model
 
 

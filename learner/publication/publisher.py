@@ -117,6 +117,8 @@ class Publisher:
     _engine: TrainerWeightTransferEngine[Any] | None = field(default=None, init=False)
     _client: ControlClient | None = field(default=None, init=False)
     _source: PolicySource = field(init=False)
+    # Members of the last publication whose probe agreed, and at which version
+    _agreed: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value))
@@ -240,16 +242,31 @@ class Publisher:
         for actor, report in reports.items():
             if report.error is None and len(report.probe_logprobs) == len(expected):
                 differences[actor] = float(np.abs(report.probe_logprobs - expected).max())
-        for actor in members:
-            difference = differences.get(actor, float("inf"))
-            if not difference <= weights.probe_tolerance:
-                self.control.quarantine(
-                    actor,
-                    f"its log-probs of the probe differ from the learner's by {difference:.3g} after version {version} "
-                    f"(weights.probe_tolerance is {weights.probe_tolerance:g}): a tensor was not loaded",
-                )
         good = tuple(actor for actor in members if differences.get(actor, np.inf) <= weights.probe_tolerance)
+        for actor in members:
+            if actor in differences and actor not in good:
+                self.control.quarantine(actor, self._disagreement(actor, version, differences[actor]))
+            elif actor not in good:
+                report = reports.get(actor)
+                problem = "it did not answer" if report is None else report.error or "it scored another sequence"
+                self.control.quarantine(actor, f"no log-probs of the probe after version {version}: {problem}")
+        self._agreed = dict.fromkeys(good, version)
         return good, max(differences.values(), default=0.0)
+
+    def _disagreement(self, actor: str, version: int, difference: float) -> str:
+        """What it means that a member's probe differs: it computes another function, or lost a tensor on the way."""
+        tolerance = f"(weights.probe_tolerance is {self.config.weights.probe_tolerance:g})"
+        if actor in self._agreed:
+            return (
+                f"its log-probs of the probe agreed with the learner's at version {self._agreed[actor]} and differ by "
+                f"{difference:.3g} nats after version {version} {tolerance}: a tensor was not loaded"
+            )
+        cause = "its engine computes this model otherwise than the learner, or in another dtype"
+        return (
+            f"its log-probs of the probe never agreed with the learner's: they differ by {difference:.3g} nats at "
+            f"version {version}, the first that it was sent {tolerance}: {cause}"
+            + (", or a tensor was not loaded" if version > 0 else "")
+        )
 
     def _own_probe(self) -> np.ndarray[Any, Any]:
         """The learner's log-probs of the probe sequence at temperature 1 (a collective): float32 [tokens - 1]."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from actors.engine import Engine
 from common.config import ActorsConfig, Config, ModelConfig, RolloutConfig, WeightsConfig
@@ -18,18 +18,15 @@ from common.types import Lease, Purpose, WeightsPhase, WeightsReport
 Result = TypeVar("Result")
 
 CHARACTERS = "0123456789+-=#>ab"
+VOCABULARY = len(CHARACTERS) + 2
 
 
 def make_model(path: Path, tied: bool, seed: int = 0) -> str:
     """A random two-layer Qwen2 with one token per character, as a Hugging Face folder."""
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {character: i + 2 for i, character in enumerate(CHARACTERS)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
+    write_tokenizer(path)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(vocabulary),
+        vocab_size=VOCABULARY,
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -45,6 +42,27 @@ def make_model(path: Path, tied: bool, seed: int = 0) -> str:
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5 if not tied else 0.1)
     model.save_pretrained(path)
     return str(path)
+
+
+def make_gpt2(path: Path) -> str:
+    """A random GPT-2: tied, its embedding and output layer under names of their own, learned positions."""
+    write_tokenizer(path)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=512, eos_token_id=1, bos_token_id=1
+    )
+    model = GPT2LMHeadModel(config)
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.1)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def write_tokenizer(path: Path) -> None:
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {character: i + 2 for i, character in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
 
 
 def engine_config(path: str, **weights: Any) -> Config:
