@@ -226,6 +226,7 @@ class EvalConfig:
     num_prompts: int = 256  # held-out rows used; at most the held-out set
     samples_per_prompt: int = 4  # k of avg@k
     temperature: float = 1.0
+    share: float = 0.5  # of each actor's leases and room while training waits too; alone, evaluation has all of it
 
 
 @dataclass(frozen=True)

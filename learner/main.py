@@ -148,7 +148,7 @@ class Learner:
         if self._rank_0_says(is_open):
             self.warmup_steps = self.step
             if self.leader is not None:
-                self.leader.service.end_warmup(self.step)
+                self.leader.service.set_warmup(self.step)
 
     def _publish_when_due(self, is_warmup: bool) -> dict[str, Value]:
         """Publishes the next version when this step completes one; metrics of what it took."""
@@ -199,8 +199,8 @@ class Learner:
     def _led(self, ask: Callable[[Leader], Answer]) -> Answer | None:
         """Rank 0's answer there, None elsewhere; a collective.
 
-        An actor that joined late waits for weights: then all ranks publish the current version again, and rank 0
-        asks once more.
+        An actor that joined late waits for weights: then all ranks publish the current version again, as it was, and
+        rank 0 asks once more.
         """
         while True:
             answer, is_answered = None, True
@@ -212,7 +212,7 @@ class Learner:
                     is_answered = False
             if self._rank_0_says(is_answered):
                 return answer
-            self._publish(self.version)
+            self.publisher.publish(self.version)
 
     def _rank_0_says(self, answer: bool) -> bool:
         if self.world.size == 1:
