@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, DType
 from common.launcher import QUIET_ENVIRONMENT
 from common.loading import load_config
 
@@ -121,7 +121,8 @@ def _grade(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from learner.export import main as run_export
 
-    return run_export(arguments.run, arguments.step, arguments.out)
+    dtype = None if arguments.dtype is None else DType(arguments.dtype)
+    return run_export(arguments.run, arguments.step, arguments.out, arguments.critic, dtype)
 
 
 def _begin_role(name: str) -> None:
@@ -190,10 +191,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("run", help="run directory")
 
-    export = commands.add_parser("export", help="write a checkpoint's policy as a Hugging Face folder")
+    export = commands.add_parser("export", help="write a checkpoint's policy or critic as a Hugging Face folder")
     export.set_defaults(command=_export)
     export.add_argument("run", help="run directory")
     export.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    export.add_argument("--critic", action="store_true", help="the critic, for model.critic_path of other runs")
+    export.add_argument(
+        "--dtype", choices=[str(dtype) for dtype in DType], help="type of the weights (default: the base model's own)"
+    )
     export.add_argument("--out", required=True, help="folder to write")
 
     grade = commands.add_parser("grade", help="grade a file of answers with the mathematical verifier")

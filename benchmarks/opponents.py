@@ -54,7 +54,7 @@ class PaddedCritic(nn.Module):
     def __init__(self, backbone: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(head.in_features, 1)
+        self.head = nn.Linear(head.in_features, 1, bias=False)
         self.head.load_state_dict(head.state_dict())
 
     def forward(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:

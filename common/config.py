@@ -82,7 +82,8 @@ class TransferBackend(StrEnum):
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = MISSING  # Hugging Face folder of a causal language model with its tokenizer
-    critic_path: str | None = None  # folder the critic starts from; None: policy's backbone and a zero head
+    critic_path: str | None = None  # folder the critic starts from (`run.py export --critic` writes such folders,
+    # and any value or reward model of transformers is one); None: the policy's backbone and a zero head
     tie_word_embeddings: bool | None = None  # None: as the folder says; else share or split the output layer
     dtype: DType = DType.float32  # compute type of the learner and of generation; master weights are float32
     max_model_len: int = 256  # tokens of prompt + response that the engine reserves for
@@ -234,11 +235,12 @@ class EvalConfig:
     num_prompts: int = 256  # held-out rows used; at most the held-out set
     samples_per_prompt: int = 4  # k of avg@k
     temperature: float = 1.0
+    share: float = 0.5  # of each actor's leases and room while training waits too; alone, evaluation has all of it
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 0  # steps; 0: only at the end
+    every: int = 0  # steps, warm-up included; 0: only at the end of the critic's warm-up and of the run
     keep: int = 2  # newest complete checkpoints kept
     in_background: bool = True  # write while training goes on
 

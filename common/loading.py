@@ -38,7 +38,7 @@ def load_config(files: Sequence[str], overrides: Sequence[str]) -> Config:
         merged = _merge(merged, _read_yaml(path), str(path))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), "the command line")
-    config = _locate_model(_to_config(merged))
+    config = _locate_models(_to_config(merged))
     validate(config)
     return config
 
@@ -74,12 +74,18 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def _locate_model(config: Config) -> Config:
-    """A model folder that ships with the recipes is found from any working directory."""
-    shipped = RECIPES.parent / config.model.path
-    if Path(config.model.path).exists() or not shipped.exists():
-        return config
-    return replace(config, model=replace(config.model, path=str(shipped)))
+def _locate_models(config: Config) -> Config:
+    """Model folders that ship with the recipes are found from any working directory."""
+    critic = config.model.critic_path
+    located = replace(
+        config.model, path=_locate(config.model.path), critic_path=None if critic is None else _locate(critic)
+    )
+    return replace(config, model=located)
+
+
+def _locate(path: str) -> str:
+    shipped = RECIPES.parent / path
+    return path if Path(path).exists() or not shipped.exists() else str(shipped)
 
 
 def _read_yaml(path: Path) -> DictConfig:

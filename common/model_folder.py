@@ -48,7 +48,7 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(
             f"{name} is not a Hugging Face model folder (no config.json there): give one, "
-            "or make the base model of a built-in task with `run.py prepare TASK`"
+            "or make the base model of a built-in task with `run.py prepare MODEL`"
         )
     return _read_json(file, name)
 

@@ -96,6 +96,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eval.num_prompts": (1, INF, True),
     "eval.samples_per_prompt": (1, INF, True),
     "eval.temperature": (0, INF, True),
+    "eval.share": (0.01, 1, True),
     "checkpoint.every": (0, INF, True),
     "checkpoint.keep": (1, INF, True),
 }

@@ -1,36 +1,54 @@
-"""Model folders that a run writes: the policy of a checkpoint (`run.py export RUN --out DIR`), and RUN/model."""
+"""Model folders that a run writes: a network of a checkpoint (`run.py export RUN --out DIR`), and RUN/model."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from common.config import Config, ConfigError
+from common.config import AdvantageEstimator, Config, ConfigError, DType
 from common.loading import read_config
 from learner.checkpoint import complete_steps, load_parameters, step_folder
-from learner.networks.model import export_hf, load_policy
+from learner.networks.export import export_critic, export_policy
+from learner.networks.model import load_critic, load_policy
+
+CPU = torch.device("cpu")
 
 
-def main(run_dir: str, step: int | None, out_dir: str) -> int:
-    """Writes the policy after `step` (None: the newest checkpoint) to `out_dir`. Returns the exit code.
+def main(run_dir: str, step: int | None, out_dir: str, is_critic: bool, dtype: DType | None) -> int:
+    """Writes the policy, or the critic, after `step` (None: the newest checkpoint) to `out_dir`.
 
-    Raises ConfigError when there is no such checkpoint or `out_dir` is not an empty folder.
+    `dtype` is the type of the stored weights (None: that of the model that the run started from). Returns the exit
+    code. Raises ConfigError when there is no such checkpoint or critic, or `out_dir` is not an empty folder.
     """
     run, out = Path(run_dir), Path(out_dir)
     config = read_config(run / "config.yaml")
+    folder, chosen = _checkpoint(run, step)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder: choose another --out")
+    base, torch_dtype = config.model.path, None if dtype is None else getattr(torch, dtype.value)
+    if not is_critic:
+        policy = load_policy(config, CPU, None)
+        load_parameters(folder, "policy", policy)
+        export_policy(policy, base, out, torch_dtype)
+    elif config.algorithm.advantage is AdvantageEstimator.gae:
+        critic = load_critic(config, CPU, None)
+        load_parameters(folder, "critic", critic)
+        export_critic(critic, base, out, torch_dtype)
+    else:
+        raise ConfigError(f"{run} has no critic: algorithm.advantage={config.algorithm.advantage} trains none")
+    print(f"wrote the {'critic' if is_critic else 'policy'} after step {chosen} to {out}")
+    return 0
+
+
+def _checkpoint(run: Path, step: int | None) -> tuple[Path, int]:
+    """(folder, step) of the checkpoint of `step`, or of the newest."""
     steps = complete_steps(run / "checkpoints")
     if not steps:
         raise ConfigError(f"{run} has no complete checkpoint to export")
     if step is not None and step not in steps:
         raise ConfigError(f"{run} has no checkpoint of step {step}: choose --step among {', '.join(map(str, steps))}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not an empty folder: choose another --out")
     chosen = steps[-1] if step is None else step
-    policy = load_policy(config, torch.device("cpu"), None)
-    load_parameters(step_folder(run / "checkpoints", chosen), "policy", policy)
-    export_hf(policy, config.model.path, out)
-    print(f"wrote the policy after step {chosen} to {out}")
-    return 0
+    return step_folder(run / "checkpoints", chosen), chosen
 
 
 def with_tying(config: Config) -> Config:
@@ -40,5 +58,5 @@ def with_tying(config: Config) -> Config:
     has an output layer of its own keeps that layer.
     """
     out = config.run_dir / "model"
-    export_hf(load_policy(config, torch.device("cpu"), None), config.model.path, out)
+    export_policy(load_policy(config, CPU, None), config.model.path, out)
     return replace(config, model=replace(config.model, path=str(out), tie_word_embeddings=None))

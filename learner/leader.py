@@ -31,6 +31,7 @@ class Leader:
         self._heldout = list(heldout[: config.eval.num_prompts])
         self._timeout_s = config.learner.batch_timeout_s
         self._is_evaluating = False
+        self._evaluated_version: int | None = None  # the last that was started
         self._counters: dict[str, float] = {}
         self._recorded_at = time.monotonic()
         self._trained_tokens = trained_tokens  # before a resume
@@ -54,13 +55,15 @@ class Leader:
         return json.dumps({"service": self.service.state_dict(), "trained_tokens": self._trained_tokens}).encode()
 
     def evaluate(self, version: int) -> None:
-        """Starts a held-out evaluation, unless one is still running. Training goes on meanwhile."""
+        """Starts a held-out evaluation, unless one is still running or was of this version. Training goes on."""
+        if version == self._evaluated_version:
+            return
         if self._is_evaluating:
             logger.info("version %d is not evaluated: the evaluation before it is still running", version)
             return
         settings = self._config.eval
         self.service.evaluate(self._heldout, settings.samples_per_prompt, settings.temperature, version)
-        self._is_evaluating = True
+        self._is_evaluating, self._evaluated_version = True, version
 
     def record(
         self,
@@ -95,8 +98,10 @@ class Leader:
         return {
             "accuracy/heldout": result.accuracy,
             "accuracy/version": result.version,
+            "accuracy/version_newest": result.newest_version,
             "accuracy/length_mean": result.length_mean,
             "accuracy/truncated_fraction": result.truncated_fraction,
+            "time/evaluation_s": result.seconds,
         }
 
     def _since_last_step(self, values: dict[str, Value]) -> dict[str, Value]:

@@ -33,7 +33,8 @@ from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer, complete_steps, step_folder
 from learner.leader import Leader, version_gaps
-from learner.networks.model import Policy, export_hf, load_critic, load_policy
+from learner.networks.export import export_policy
+from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import World, make_mesh, process_group, seed_everything
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
@@ -76,13 +77,18 @@ class Learner:
     def run(self) -> None:
         """From where it stands to the end of the run."""
         self._begin()
-        while self.step < self.warmup_steps + self.config.learner.steps:
+        while self.step < self.num_steps:
             self._take_step()
-            if self._is_due(self.config.checkpoint.every):
+            if self._is_checkpoint_due():
                 self._save()
-            if self.leader is not None and self._is_due(self.config.eval.every):
+            if self.leader is not None and self._is_evaluation_due():
                 self.leader.evaluate(self.version)
         self._end()
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run, warm-up included."""
+        return self.warmup_steps + self.config.learner.steps
 
     def resume(self, step: int) -> None:
         """Continues after `step`, whose checkpoint must be complete."""
@@ -142,7 +148,7 @@ class Learner:
         if self._rank_0_says(is_open):
             self.warmup_steps = self.step
             if self.leader is not None:
-                self.leader.service.end_warmup(self.step)
+                self.leader.service.set_warmup(self.step)
 
     def _publish_when_due(self, is_warmup: bool) -> dict[str, Value]:
         """Publishes the next version when this step completes one; metrics of what it took."""
@@ -162,9 +168,15 @@ class Learner:
             self.leader.service.set_version(version, self.step)
         return publication
 
-    def _is_due(self, every: int) -> bool:
-        """After each `every` policy steps, but not after the last, which has an end of its own. 0: never."""
-        done = self.step - self.warmup_steps
+    def _is_checkpoint_due(self) -> bool:
+        """After each `every` steps, warm-up included, and after the warm-up, but not at the end, which saves anyway."""
+        every = self.config.checkpoint.every
+        is_due = self.step == self.warmup_steps or (every > 0 and self.step % every == 0)
+        return is_due and self.step < self.num_steps
+
+    def _is_evaluation_due(self) -> bool:
+        """After each `every` policy steps, but not after the last, which has an evaluation of its own. 0: never."""
+        every, done = self.config.eval.every, self.step - self.warmup_steps
         return every > 0 and 0 < done < self.config.learner.steps and done % every == 0
 
     def _save(self) -> None:
@@ -174,7 +186,8 @@ class Learner:
     def _end(self) -> None:
         """Saves and exports the model, evaluates it as published, and sends the actors home."""
         self._save()
-        export_hf(self.trainer.policy.network, self.config.model.path, self.config.run_dir / "checkpoints" / "final")
+        final = self.config.run_dir / "checkpoints" / "final"
+        export_policy(self.trainer.policy.network, self.config.model.path, final)
         finish = partial(Leader.finish_evaluation, step=self.step, version=self.version)
         self._led(finish)  # the one that may still be running
         if self.leader is not None:
@@ -186,8 +199,8 @@ class Learner:
     def _led(self, ask: Callable[[Leader], Answer]) -> Answer | None:
         """Rank 0's answer there, None elsewhere; a collective.
 
-        An actor that joined late waits for weights: then all ranks publish the current version again, and rank 0
-        asks once more.
+        An actor that joined late waits for weights: then all ranks publish the current version again, as it was, and
+        rank 0 asks once more.
         """
         while True:
             answer, is_answered = None, True
@@ -199,7 +212,7 @@ class Learner:
                     is_answered = False
             if self._rank_0_says(is_answered):
                 return answer
-            self._publish(self.version)
+            self.publisher.publish(self.version)
 
     def _rank_0_says(self, answer: bool) -> bool:
         if self.world.size == 1:

@@ -9,9 +9,8 @@ An empty micro-batch runs on one dummy sequence and returns empty tensors that s
 call backward on a SUM over them and the same collectives run with zero gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -33,7 +32,7 @@ from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
 from learner.networks.parallel import refusals_of_rank_0
-from learner.networks.pretrained import load_causal_lm, load_value_model, stored_names, write_folder
+from learner.networks.pretrained import load_causal_lm, load_value_model, stored_names
 from learner.networks.reference import check_hidden_states, check_logprobs
 
 Network = TypeVar("Network", "Policy", "Critic")
@@ -98,22 +97,20 @@ class Policy(nn.Module):
         A collective when sharded: every rank iterates to the end, in lockstep. `dtype` casts (None: master
         type). The tensor may alias the parameter: copy what must outlive the next optimizer step.
         """
-        for name, parameter in self.model.named_parameters():
-            full = parameter
-            if isinstance(parameter, DTensor):  # gathered in host memory when offloaded, but NCCL sends none of that
-                full = parameter.full_tensor().to(parameter.device_mesh.device_type)
-            yield name, full.detach().to(dtype or full.dtype)
+        yield from _full_tensors(self.model.named_parameters(), dtype)
 
 
 class Critic(nn.Module):
-    """V(state) for every response token: its own backbone and a scalar head that starts at zero."""
+    """V(state) for every response token: its own backbone and a scalar head that starts at zero.
+
+    The head has no bias, like those of transformers' value and reward models, so that either reads the other's.
+    """
 
     def __init__(self, backbone: PreTrainedModel, head_weight: Tensor | None = None) -> None:
         """`head_weight` [1, D] is a pretrained head; None starts at V = 0 everywhere."""
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size, 1)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
         if head_weight is not None:
             self.head.weight.data.copy_(head_weight)
@@ -125,8 +122,19 @@ class Critic(nn.Module):
         The head computes in float32 whatever the backbone's type.
         """
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
-        values_T = hidden_TD.float() @ self.head.weight[0].float() + self.head.bias.float()
+        values_T = hidden_TD.float() @ self.head.weight[0].float()
         return values_T if len(prompt_lengths_B) else _emptied(values_T)
+
+    def hf_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters as they are (sharded or not) under the names of transformers' sequence classification."""
+        prefix = self.backbone.base_model_prefix
+        backbone = {f"{prefix}.{name}": parameter for name, parameter in self.backbone.named_parameters()}
+        return backbone | {"score.weight": self.head.weight}
+
+    @torch.no_grad()
+    def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The full tensors of `hf_parameters`, as Policy.named_hf_parameters yields its own."""
+        yield from _full_tensors(self.hf_parameters().items(), dtype)
 
 
 def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:
@@ -157,22 +165,14 @@ def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     return _place(critic, backbone, config, device, mesh)
 
 
-def export_hf(
-    policy: Policy, tokenizer_path: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None
-) -> None:
-    """Writes the policy as a Hugging Face folder that transformers and vLLM load, with the tokenizer's files.
-
-    A collective when sharded; rank 0 writes. `dtype` is the type of the stored weights (None: float32).
-    """
-    tensors = policy.named_hf_parameters(dtype)
-    if dist.is_initialized() and dist.get_rank() != 0:
-        for _ in tensors:
-            pass
-        return
-    config = type(policy.config).from_dict(policy.config.to_dict())
-    config.dtype = dtype or torch.float32
-    config.architectures = [type(policy.model).__name__]
-    write_folder(Path(out_dir), config, ((n, t.cpu()) for n, t in tensors), Path(tokenizer_path))
+def _full_tensors(
+    parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in parameters:
+        full: Tensor = parameter
+        if isinstance(parameter, DTensor):  # gathered in host memory when offloaded, but NCCL sends none of that
+            full = parameter.full_tensor().to(parameter.device_mesh.device_type)
+        yield name, full.detach().to(dtype or full.dtype)
 
 
 def _emptied(dummy_T: Tensor) -> Tensor:

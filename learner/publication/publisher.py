@@ -107,7 +107,14 @@ class Publication:
 
 @dataclass
 class Publisher:
-    """Publishes versions to all members. `control` is None on ranks other than 0."""
+    """Publishes versions to all members. `control` is None on ranks other than 0.
+
+    A version names one set of weights: who joins late gets what the others got, also when the policy has moved on
+    since. For that a copy is kept where it can happen, with weights.publish_every > 1 or staleness.exact: one set of
+    weights in host memory, shared out over the ranks like the policy. It is the smallest mend: joiners that wait for
+    the next publication would deadlock a run without other actors, and a version in between would break the count
+    that the staleness bound rests on. After a resume, the version under way is the weights of the checkpoint.
+    """
 
     config: Config
     policy: Policy
@@ -119,18 +126,24 @@ class Publisher:
     _source: PolicySource = field(init=False)
     # Members of the last publication whose probe agreed, and at which version
     _agreed: dict[str, int] = field(default_factory=dict, init=False)
+    _version: int | None = field(default=None, init=False)  # the last one that was published
+    _expected: np.ndarray[Any, Any] = field(init=False)  # its probe
 
     def __post_init__(self) -> None:
-        self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value))
+        moves_on = self.config.weights.publish_every > 1 or self.config.staleness.exact
+        self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value), keeps=moves_on)
 
     def publish(self, version: int) -> Publication:
-        """Brings every member to the policy's present weights as `version`. Called by all ranks together.
+        """Brings every member to `version`: the policy's present weights, or, when it is the version that was
+        published last, those of that time. Called by all ranks together.
 
         With no actor connected it reaches nobody: whoever comes later is served before it gets a lease. Raises
         PublishError on every rank when MAX_ATTEMPTS attempts failed.
         """
         started = time.monotonic()
-        expected = self._own_probe()
+        if version != self._version:
+            self._source.hold()
+            self._expected, self._version = self._own_probe(), version
         for attempt in range(1, MAX_ATTEMPTS + 1):
             if self._agree(None if self.control is None or self.control.members() else "no actor is connected"):
                 logger.warning("version %d is published to nobody: no actor is connected", version)
@@ -143,7 +156,7 @@ class Publisher:
                 break
             if attempt == MAX_ATTEMPTS:
                 raise PublishError(f"version {version} was not published in {attempt} attempts: {problem}")
-        members, difference = self._finish(version, expected)
+        members, difference = self._finish(version, self._expected)
         return Publication(
             version=version,
             members=members,

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed.tensor import DTensor
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -35,23 +36,59 @@ class PolicySource(WeightSource):
     rest there, or the other ranks would wait for it for ever.
     """
 
-    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+    def __init__(self, policy: Policy, dtype: torch.dtype, keeps: bool) -> None:
+        """`keeps`: passes send the weights as of the last `hold`, of which a copy is kept; else as they are."""
         self._policy = policy
         self._dtype = dtype  # of the tensors on their way: the engine's own
+        self._keeps = keeps
+        self._held: HeldWeights | None = None
         self._pass: Iterator[tuple[str, torch.Tensor]] = iter(())
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(spec.name, spec.dtype, spec.shape) for spec in self._policy.hf_specs(self._dtype)]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._pass
+        return (item for item in self._pass)  # a transfer that gives up closes this, not the pass
+
+    def hold(self) -> None:
+        """From here on, passes send what the policy is now."""
+        if self._keeps:
+            self._held = None  # never two copies at once
+            self._held = HeldWeights(self._policy, self._dtype)
 
     def begin_pass(self) -> None:
-        self._pass = iter(self._policy.named_hf_parameters(self._dtype))
+        self._pass = iter(self._policy.named_hf_parameters(self._dtype) if self._held is None else self._held)
 
     def finish_pass(self) -> None:
         for _ in self._pass:
             pass
+
+
+class HeldWeights:
+    """A copy of the policy's weights in host memory: each rank's own shards, in the type in which they travel."""
+
+    @torch.no_grad()
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self._shards: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # name, parameter, copy of this rank's shard
+        for name, parameter in policy.model.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            self._shards.append((name, parameter, local.detach().to("cpu", dtype, copy=True)))
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As Policy.named_hf_parameters: the full tensors, where the policy computes; a collective when sharded."""
+        for name, parameter, local in self._shards:
+            if isinstance(parameter, DTensor):
+                whole = DTensor.from_local(
+                    local,
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+                yield name, whole.full_tensor()
+            else:
+                yield name, local.to(parameter.device)
 
 
 @dataclass

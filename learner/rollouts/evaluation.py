@@ -20,6 +20,7 @@ class EvalResult:
     num_prompts: int
     num_samples: int  # responses that were sampled, of all prompts
     num_failed: int  # prompts that no actor could sample; they are not in the means
+    seconds: float  # from its start to the arrival of its last group
 
 
 @dataclass
@@ -30,15 +31,19 @@ class Evaluation:
     samples_per_prompt: int
     temperature: float
     version: int
+    started_s: float = 0.0  # on the coordinator's clock
     pending: deque[Prompt] = field(init=False)
     _groups: list[CompletedGroup] = field(default_factory=list, init=False)
     _num_failed: int = field(default=0, init=False)
+    _ended_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.pending = deque(self.prompts)
+        self._ended_s = self.started_s
 
-    def add(self, group: CompletedGroup) -> None:
+    def add(self, group: CompletedGroup, now: float) -> None:
         self._groups.append(group)
+        self._ended_s = now
 
     def fail(self) -> None:
         self._num_failed += 1
@@ -61,4 +66,5 @@ class Evaluation:
             num_prompts=len(self.prompts),
             num_samples=num_samples,
             num_failed=self._num_failed,
+            seconds=self._ended_s - self.started_s,
         )

@@ -1,4 +1,4 @@
-"""One lease and what comes back for it: making the lease, and checking a group against it."""
+"""Leases and what comes back for them: making one, keeping those that are out, checking a group against its lease."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.config import Config
+from common.config import Config, OverAge, StalenessConfig
 from common.types import CompletedGroup, Lease, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.evaluation import Evaluation
 
@@ -20,6 +20,36 @@ class Slot:
     actor: str
     granted_s: float
     group: TrajectoryGroup | None = None
+
+
+class Slots:
+    """The leases that are out or buffered, by id. Ids count up and are never used twice."""
+
+    def __init__(self) -> None:
+        self.train: dict[int, Slot] = {}  # ascending
+        self.evaluation: dict[int, Slot] = {}
+        self.next_lease_id = 0
+
+    def __getitem__(self, lease_id: int) -> Slot:
+        return self.train[lease_id] if lease_id in self.train else self.evaluation[lease_id]
+
+    @property
+    def num_in_flight(self) -> int:
+        """Training leases without a group."""
+        return sum(slot.group is None for slot in self.train.values())
+
+    def add(self, slot: Slot) -> Slot:
+        """`slot` under next_lease_id, which its lease must have."""
+        assert slot.lease.lease_id == self.next_lease_id
+        self.next_lease_id += 1
+        self._of(slot)[slot.lease.lease_id] = slot
+        return slot
+
+    def remove(self, slot: Slot) -> None:
+        del self._of(slot)[slot.lease.lease_id]
+
+    def _of(self, slot: Slot) -> dict[int, Slot]:
+        return self.train if slot.lease.purpose is Purpose.TRAIN else self.evaluation
 
 
 def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int]) -> Lease:
@@ -68,6 +98,12 @@ def problem_with(group: CompletedGroup, lease: Lease, newest_version: int) -> st
     if not (np.isfinite(group.behavior_logprobs).all() and np.isfinite(group.rewards).all()):
         return "log-probs or rewards that are not finite"
     return None
+
+
+def is_over_age(staleness: StalenessConfig, group: TrajectoryGroup, version: int) -> bool:
+    """Whether the group is too old to be trained at `version`; with over_age=mask the trainer masks tokens instead."""
+    is_old = version - group.oldest_version > staleness.max_staleness
+    return is_old and staleness.over_age is OverAge.drop
 
 
 def _hashed(text: str) -> int:

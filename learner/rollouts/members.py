@@ -29,6 +29,7 @@ class Member:
     probe_logprobs: Float32Array | None = None  # [probe tokens - 1], as reported with Ready
     held: dict[int, None] = field(default_factory=dict)  # lease ids, oldest first
     void: list[int] = field(default_factory=list)  # leases taken from it, to be cancelled there
+    leases_since_eval: int = 0  # training leases
     nudged_s: float = float("-inf")
     heartbeat: Heartbeat | None = None
 
@@ -65,6 +66,11 @@ class Members:
 
     def ready(self) -> tuple[str, ...]:
         return tuple(sorted(member.name for member in self if member.presence is Presence.READY))
+
+    def ready_probes(self) -> dict[str, Float32Array]:
+        """Of each ready actor that reported one."""
+        probes = {name: self[name].probe_logprobs for name in self.ready()}
+        return {name: probe for name, probe in probes.items() if probe is not None}
 
     def work(self) -> dict[str, float]:
         """Generated tokens, busy and up seconds, from everybody's last heartbeat."""

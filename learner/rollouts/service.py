@@ -117,10 +117,10 @@ class LearnerService:
         with self._locked():
             self._coordinator.set_version(version, steps_done)
 
-    def end_warmup(self, steps: int) -> None:
-        """The warm-up gate opened after `steps` steps; those that follow are policy steps."""
+    def set_warmup(self, steps: int) -> None:
+        """The critic's warm-up takes `steps` steps; those that follow are policy steps."""
         with self._locked():
-            self._coordinator.end_warmup(steps)
+            self._coordinator.pace.warmup_steps = steps
 
     # ---- members and weights
 
@@ -173,9 +173,10 @@ class LearnerService:
     # ---- evaluation
 
     def evaluate(self, prompts: Sequence[Prompt], samples_per_prompt: int, temperature: float, version: int) -> None:
-        """Start an evaluation; its leases go out before training leases. RuntimeError while another one runs."""
+        """Start an evaluation, which shares the actors with training. RuntimeError while another one runs."""
         with self._locked():
-            self._coordinator.evaluate(Evaluation(prompts, samples_per_prompt, temperature, version))
+            evaluation = Evaluation(prompts, samples_per_prompt, temperature, version, started_s=time.monotonic())
+            self._coordinator.evaluate(evaluation)
 
     def poll_evaluation(self) -> EvalResult | None:
         """The finished evaluation's result, once; else None."""

@@ -286,3 +286,11 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, words: str) -> Non
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     message = refusal([], ["dmo"])
     assert "dmo" in message and "demo" in message and "ablations/no_clip_higher" in message
+
+
+def test_a_shipped_critic_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = "configs/models/chain_sum"
+    config = load_config(["demo"], [f"model.critic_path={shipped}"])
+    assert config.model.critic_path is not None
+    assert Path(config.model.critic_path).is_absolute() and (Path(config.model.critic_path) / "config.json").is_file()

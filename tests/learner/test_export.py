@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import run
 from common.config import AdvantageEstimator, AlgorithmConfig, Config, LearnerConfig, ModelConfig, OptimizerConfig
-from common.loading import save_config
+from common.loading import load_config, save_config
 from learner.algorithm.packing import Batch, boundaries
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer
-from learner.networks.model import load_policy
+from learner.networks.model import load_critic, load_policy
 from tests.support.tiny_models import naive_logprobs, packed, write_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -30,33 +30,41 @@ PROBE = packed([90], prompt_length=1, seed=4)  # one sequence, every token but t
 
 @dataclass(frozen=True)
 class Trained:
-    """A run folder with checkpoints of steps 2 and 3, and the policy's log-probs of PROBE after each."""
+    """A run folder with checkpoints of steps 2 and 3, and log-probs and values of PROBE after each."""
 
     run_dir: Path
     logprobs: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]  # none without a critic
 
 
-def make_run(folder: Path, model_path: str, vocabulary: int) -> Trained:
-    """Three steps of GRPO on random responses, saved as the learner saves them."""
+GRPO = AlgorithmConfig(advantage=AdvantageEstimator.grpo, length_adaptive_alpha=None, critic_warmup_steps=0)
+VAPO = AlgorithmConfig(critic_warmup_steps=0)
+
+
+def make_run(folder: Path, model_path: str, vocabulary: int, algorithm: AlgorithmConfig = GRPO) -> Trained:
+    """Three steps on random responses, saved as the learner saves them."""
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
     config = Config(
-        name="trained",
+        name=f"trained_{algorithm.advantage}",
         runs_dir=str(folder),
         model=ModelConfig(path=model_path),
-        algorithm=AlgorithmConfig(advantage=AdvantageEstimator.grpo, length_adaptive_alpha=None, critic_warmup_steps=0),
-        learner=LearnerConfig(mini_batches=2, policy=optimizer),
+        algorithm=algorithm,
+        learner=LearnerConfig(mini_batches=2, policy=optimizer, critic=optimizer),
     )
     config.run_dir.mkdir()
     save_config(config, config.run_dir / "config.yaml")
     policy = load_policy(config, CPU, None)
-    trainer, logprobs = Trainer(config, policy, None, 0, 1), {}
+    critic = load_critic(config, CPU, None) if algorithm is VAPO else None
+    trainer, logprobs, values = Trainer(config, policy, critic, 0, 1), {}, {}
     with Checkpointer(config.run_dir / "checkpoints", keep=2) as checkpointer:
         for step in (1, 2, 3):
             trainer.step(random_batch(step, vocabulary), version=step - 1, is_warmup=False)
             checkpointer.save(step, step, trainer)
             with torch.no_grad():
                 logprobs[step] = policy(*probe(vocabulary), 1.0)[0]
-    return Trained(config.run_dir, logprobs)
+                if critic is not None:
+                    values[step] = critic(*probe(vocabulary))
+    return Trained(config.run_dir, logprobs, values)
 
 
 def probe(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,6 +150,45 @@ def test_the_step_that_is_asked_for_is_exported_or_else_the_newest(
     assert run.main(["export", str(trained.run_dir), *arguments, "--out", str(out)]) == 0
     found, _ = naive_logprobs(AutoModelForCausalLM.from_pretrained(out), PROBE, 1.0)
     torch.testing.assert_close(found, trained.logprobs[step], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_an_exported_critic_starts_another_run_with_the_values_of_its_checkpoint(tmp_path: Path, is_tied: bool) -> None:
+    path = write_tiny_model(tmp_path / "base", is_tied=is_tied)
+    trained, out = make_run(tmp_path, path, 37, VAPO), tmp_path / "critic"
+    assert run.main(["export", str(trained.run_dir), "--critic", "--step", "2", "--out", str(out)]) == 0
+    settings = [f"model.path={path}", f"model.critic_path={out}", "algorithm.critic_warmup_steps=0"]
+    critic = load_critic(load_config([], settings), CPU, None)
+    with torch.no_grad():
+        torch.testing.assert_close(critic(*PROBE), trained.values[2], rtol=0, atol=1e-6)
+    assert trained.values[2].std() > 1e-3
+    assert not torch.equal(trained.values[2], trained.values[3])
+
+
+def test_a_run_without_a_critic_has_none_to_export(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, str(trained.run_dir), "--critic", "--out", str(tmp_path / "out"))
+    assert "has no critic: algorithm.advantage=grpo" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_stored_in_the_base_models_own_type_unless_another_is_asked_for(tmp_path: Path) -> None:
+    base = Path(write_tiny_model(tmp_path / "base"))
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    trained = make_run(tmp_path, str(base), 37, VAPO)
+    sizes = {}
+    for name, extra in {"own": [], "critic": ["--critic"], "float32": ["--dtype", "float32"]}.items():
+        out = tmp_path / name
+        assert run.main(["export", str(trained.run_dir), *extra, "--out", str(out)]) == 0
+        sizes[name] = (out / "model.safetensors").stat().st_size
+        assert json.loads((out / "config.json").read_text())["dtype"] == ("float32" if extra[1:] else "bfloat16")
+    assert sizes["own"] == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.01)
+    assert sizes["float32"] == pytest.approx(2 * sizes["own"], rel=0.2)
+    found, _ = naive_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype="auto"), PROBE, 1.0)
+    torch.testing.assert_close(found, trained.logprobs[3], rtol=0, atol=1e-5)
+    found, _ = naive_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype="auto"), PROBE, 1.0)
+    torch.testing.assert_close(found.float(), trained.logprobs[3], rtol=0, atol=0.3)
 
 
 def test_whoever_may_read_the_configuration_may_read_the_weights(trained: Trained, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClas
 from common.config import Config, Device, DType, LearnerConfig, ModelConfig
 from learner.networks import attention
 from learner.networks import logprobs as logprobs_module
+from learner.networks.export import export_policy
 from learner.networks.logprobs import token_logprobs
-from learner.networks.model import Policy, export_hf, load_critic, load_policy
+from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
 from tests.support.tiny_models import VOCAB, Packed, naive_logprobs, packed, pick, tiny_run, write_tiny_model
 
@@ -274,45 +275,6 @@ def test_chunk_size_changes_log_probs_by_rounding_only() -> None:
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("override", [None, False, True])
-def test_export_loads_in_transformers_with_equal_log_probs(
-    tmp_path: Path, is_tied: bool, override: bool | None
-) -> None:
-    policy = policy_of(tmp_path / "base", is_tied=is_tied, tie=override)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.01)
-    export_hf(policy, tmp_path / "base", tmp_path / "out")
-    expects_tied = is_tied if override is None else override
-    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is expects_tied
-    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
-    names = [name for name, _ in policy.named_hf_parameters()]
-    assert ("lm_head.weight" in names) is not expects_tied
-    assert len(names) == len(set(names))
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    inputs = packed(LENGTHS)
-    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5)
-
-
-def test_export_in_bfloat16_stores_bfloat16(tmp_path: Path) -> None:
-    export_hf(policy_of(tmp_path / "base"), tmp_path / "base", tmp_path / "out", torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
-def test_export_in_several_shards_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learner.networks.pretrained.SHARD_BYTES", 6000)
-    policy = policy_of(tmp_path / "base")
-    export_hf(policy, tmp_path / "base", tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
-    assert not list((tmp_path / "out").glob("*.partial"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for (name, p), q in zip(policy.model.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
 def test_specs_describe_the_published_tensors(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
     for spec, (name, tensor) in zip(
@@ -358,7 +320,7 @@ def _one_step(config: Config, mesh: DeviceMesh | None, share: Packed, out: Path)
         for module in (policy, critic):
             torch.optim.SGD(module.parameters(), lr=0.1).step()
             module.zero_grad()
-    export_hf(policy, Path(config.model.path), out)
+    export_policy(policy, Path(config.model.path), out)
     state = {name: tensor.clone() for name, tensor in policy.named_hf_parameters()}
     for name, p in critic.named_parameters():
         state["critic." + name] = p.full_tensor() if isinstance(p, DTensor) else p.detach()

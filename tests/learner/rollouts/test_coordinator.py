@@ -1,6 +1,7 @@
 """The coordinator as a state machine: random interleavings first, then one behaviour at a time."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -16,6 +17,7 @@ from common.config import (
     AlgorithmConfig,
     Config,
     ConfigError,
+    EvalConfig,
     LearnerConfig,
     OverAge,
     RolloutConfig,
@@ -68,6 +70,7 @@ def make_config(
     dynamic: bool = False,
     over_age: OverAge = OverAge.drop,
     steps: int = 10_000,
+    share: float = 0.5,
 ) -> Config:
     return Config(
         rollout=RolloutConfig(prompts_per_step=prompts_per_step, group_size=2, max_tokens=8),
@@ -75,6 +78,7 @@ def make_config(
         algorithm=AlgorithmConfig(critic_warmup_steps=warmup, critic_warmup_gate=gate, dynamic_sampling=dynamic),
         learner=LearnerConfig(steps=steps),
         weights=WeightsConfig(publish_every=publish_every),
+        eval=EvalConfig(share=share),
         transport=TransportConfig(heartbeat_s=1.0, heartbeat_timeout_s=10.0),
     )
 
@@ -102,6 +106,7 @@ class Interleavings(RuleBasedStateMachine):
         warmup=st.integers(0, 3),
         has_gate=st.booleans(),
         dynamic=st.booleans(),
+        share=st.sampled_from([0.1, 0.5, 1.0]),
     )
     def begin(self, has_gate: bool, **settings: Any) -> None:
         self.config = make_config(gate=0.5 if has_gate else None, **settings)
@@ -240,7 +245,13 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.remove(name, "test", distrust=data.draw(st.booleans()))
 
     def restart_the_learner(self, data: st.DataObject) -> None:
-        """From a checkpoint; the actors greet again as new processes."""
+        """From a checkpoint, perhaps with other settings; the actors greet again as new processes."""
+        self.config = replace(
+            self.config,
+            rollout=replace(self.config.rollout, prompts_per_step=data.draw(st.integers(1, 3))),
+            staleness=StalenessConfig(max_staleness=data.draw(st.integers(0, 3))),
+            weights=WeightsConfig(publish_every=data.draw(st.integers(1, 3))),
+        )
         state = json.loads(json.dumps(self.coordinator.state_dict()))
         drawn = self.stream.drawn
         self.stream = CountingStream()
@@ -279,8 +290,7 @@ class Interleavings(RuleBasedStateMachine):
         self.trained += [item.lease.prompt_uid for item in batch]
         self.steps += 1
         if self.config.algorithm.critic_warmup_gate and self.steps < self.warmup and data.draw(st.booleans()):
-            self.warmup = self.steps
-            self.coordinator.end_warmup(self.steps)
+            self.coordinator.pace.warmup_steps = self.warmup = self.steps
         policy_steps = self.steps - self.warmup
         if policy_steps > 0 and policy_steps % self.config.weights.publish_every == 0:
             self.publish(data)
@@ -320,10 +330,17 @@ class Interleavings(RuleBasedStateMachine):
         assert self.coordinator.drops[DropReason.MALFORMED] == 0
 
     @invariant()
+    def sampling_runs_ahead_by_no_more_steps_than_the_staleness_bound_allows(self) -> None:
+        ahead = self.coordinator.admitted / self.config.rollout.prompts_per_step - self.steps
+        fresh = (1 + self.config.staleness.max_staleness) * self.config.weights.publish_every
+        assert ahead <= (max(2, fresh) if self.steps < self.warmup else fresh)
+
+    @invariant()
     def counters_agree(self) -> None:
         stats = self.coordinator.stats()
         assert stats["trained_groups"] == len(self.trained)
-        assert stats["in_flight_groups"] + stats["buffered_groups"] + len(self.trained) == stats["admitted_groups"]
+        taken = self.steps * self.config.rollout.prompts_per_step
+        assert stats["in_flight_groups"] + stats["buffered_groups"] + taken == stats["admitted_groups"]
         assert stats["actors_connected"] == len(self.present(lambda p: p.is_ready))
 
     def teardown(self) -> None:
@@ -383,38 +400,6 @@ def finish(
 def ids(groups: list[Any] | None) -> list[int]:
     assert groups is not None
     return [item.lease.lease_id for item in groups]
-
-
-@pytest.mark.parametrize(
-    ("max_staleness", "publish_every", "warmup", "expected"),
-    [(0, 1, 0, [2, 4, 6]), (2, 1, 0, [6, 8, 10]), (1, 3, 0, [12, 18, 24]), (0, 1, 5, [12, 14, 16])],
-)
-def test_the_window_is_the_admission_rule(max_staleness, publish_every, warmup, expected) -> None:
-    coordinator = make(
-        make_config(max_staleness=max_staleness, publish_every=publish_every, warmup=warmup), "a", capacity=1000
-    )
-    counts, total = [], 0
-    for version in range(3):
-        coordinator.loaded("a", version)
-        coordinator.set_version(version, 0)
-        total += len(granted(coordinator))
-        counts.append(total)
-    assert counts == expected
-
-
-def test_nothing_is_leased_beyond_the_last_step() -> None:
-    coordinator = make(make_config(max_staleness=5, warmup=1, steps=2), "a")
-    assert len(granted(coordinator)) == 2 * (1 + 2)
-
-
-def test_an_open_warm_up_gate_admits_only_what_is_young_enough_if_it_closes_now() -> None:
-    coordinator = make(make_config(max_staleness=0, warmup=50, gate=0.5), "a")
-    assert len(granted(coordinator)) == 2 * (1 + 1)
-    coordinator.set_version(0, 1)
-    assert len(granted(coordinator)) == 2
-    coordinator.end_warmup(2)
-    coordinator.set_version(0, 2)
-    assert len(granted(coordinator)) == 0
 
 
 def test_a_batch_waits_for_its_earliest_lease() -> None:
@@ -621,7 +606,7 @@ def test_a_distrusted_actor_takes_its_groups_of_the_last_version_with_it() -> No
     assert coordinator.state_dict()["untrained"] == [lease.prompt_uid for _, lease in leases]
 
 
-def test_evaluation_goes_first_and_is_not_admitted() -> None:
+def test_before_the_first_step_evaluation_goes_first_and_is_not_admitted() -> None:
     coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a")
     coordinator.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
     leases = granted(coordinator)
@@ -638,6 +623,68 @@ def test_evaluation_goes_first_and_is_not_admitted() -> None:
     assert (result.accuracy, result.num_samples, result.num_failed) == (6 / 12, 12, 0)
     assert result.length_mean == pytest.approx((8 * 1 + 4 * 2) / 12)
     assert coordinator.poll_evaluation() is None
+
+
+@settings(deadline=None)
+@given(
+    capacity=st.integers(1, 9),
+    share=st.floats(0.01, 1.0),
+    num_prompts=st.integers(1, 12),
+    order=st.lists(st.integers(0, 99), max_size=30),
+)
+def test_training_and_evaluation_never_starve_each_other(
+    capacity: int, share: float, num_prompts: int, order: list[int]
+) -> None:
+    """One actor, training groups waiting all the time; groups finish in the order that the numbers pick."""
+    coordinator = make(make_config(max_staleness=10_000, share=share), "a", capacity=capacity)
+    coordinator.set_version(0, 1)
+    leases = granted(coordinator)
+    heldout = [Prompt(uid=f"h{i}", text=f"{i}", reference="") for i in range(num_prompts)]
+    coordinator.evaluate(Evaluation(heldout, 2, 1.0, version=0))
+    period = math.ceil(1 / share)
+    grants: list[bool] = []  # whether for evaluation, from here on
+    while (result := coordinator.poll_evaluation()) is None:
+        assert len(grants) <= period * (num_prompts + 1) + 2 * capacity, "the evaluation does not end"
+        finish(coordinator, [leases.pop(order.pop() % len(leases) if order else 0)])
+        new = granted(coordinator)
+        assert len(new) == 1, "room is left empty"
+        leases += new
+        grants += [lease.purpose is Purpose.EVAL for _, lease in new]
+        assert sum(grants) <= share * len(grants) + 1
+        num_held = sum(lease.purpose is Purpose.EVAL for _, lease in leases)
+        assert num_held <= max(1, share * capacity)
+    assert result.num_samples == 2 * num_prompts
+
+
+def test_an_actor_of_one_group_takes_turns_between_training_and_evaluation() -> None:
+    coordinator = make(make_config(max_staleness=100, share=0.25), "a", capacity=1)
+    coordinator.set_version(0, 1)
+    coordinator.evaluate(Evaluation(HELDOUT[:2], 2, 1.0, version=0))
+    purposes = []
+    for _ in range(9):
+        leases = granted(coordinator)
+        purposes += [str(lease.purpose)[0] for _, lease in leases]
+        finish(coordinator, leases)
+    assert "".join(purposes) == "tttetttet"
+
+
+def test_evaluation_has_all_the_room_when_no_training_lease_may_go_out() -> None:
+    coordinator = make(make_config(prompts_per_step=1, max_staleness=0, share=0.1), "a", capacity=4)
+    finish(coordinator, granted(coordinator))
+    assert coordinator.take_batch() is not None
+    coordinator.set_version(0, 1)
+    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    assert [lease.purpose for _, lease in granted(coordinator)] == [Purpose.TRAIN] + [Purpose.EVAL] * 3
+
+
+def test_the_duration_of_an_evaluation_ends_with_its_last_group() -> None:
+    coordinator = make(make_config(), "a")
+    coordinator.evaluate(Evaluation(HELDOUT[:2], 2, 1.0, version=0, started_s=10.0))
+    leases = [lease for _, lease in granted(coordinator) if lease.purpose is Purpose.EVAL]
+    for now, lease in zip((11.5, 14.0), leases, strict=True):
+        coordinator.receive("a", group(lease.lease_id, [0]), now)
+    result = coordinator.poll_evaluation()
+    assert result is not None and result.seconds == 4.0
 
 
 def test_an_evaluation_survives_its_actor_and_uses_the_same_seeds_every_time() -> None:

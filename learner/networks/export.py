@@ -1,0 +1,65 @@
+"""Trained networks as Hugging Face folders, the tokenizer's files included.
+
+Both functions are collectives when the network is sharded; rank 0 writes. `base` is the model folder that the network
+came from: tokenizer files and, where `dtype` is None, the number type of the stored weights are taken from there.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from learner.networks.model import Critic, Policy
+from learner.networks.pretrained import read_config, write_folder
+
+
+def export_policy(policy: Policy, base: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a causal language model that transformers and vLLM load."""
+    config = _copy(policy.config)
+    config.architectures = [type(policy.model).__name__]
+    _export(policy, config, base, out_dir, dtype)
+
+
+def export_critic(critic: Critic, base: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a sequence classification with one label, the value, which model.critic_path and transformers read.
+
+    Raises ValueError when transformers has none for the critic's architecture.
+    """
+    config = _copy(critic.backbone.config)
+    config.num_labels = 1
+    config.architectures = [_value_architecture(critic, config)]
+    _export(critic, config, base, out_dir, dtype)
+
+
+def _export(
+    network: Policy | Critic, config: PreTrainedConfig, base: str | Path, out_dir: str | Path, dtype: torch.dtype | None
+) -> None:
+    config.dtype = dtype or read_config(str(base)).dtype or torch.float32
+    tensors = network.named_hf_parameters(config.dtype)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        for _ in tensors:
+            pass
+        return
+    write_folder(Path(out_dir), config, ((name, tensor.cpu()) for name, tensor in tensors), Path(base))
+
+
+def _copy(config: PreTrainedConfig) -> PreTrainedConfig:
+    return type(config).from_dict(config.to_dict())
+
+
+def _value_architecture(critic: Critic, config: PreTrainedConfig) -> str:
+    """The class that transformers reads the folder with, which must have exactly the critic's parameters."""
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        if {name for name, _ in model.named_parameters()} == critic.hf_parameters().keys():
+            return type(model).__name__
+    raise ValueError(
+        f"the critic's backbone {type(critic.backbone).__name__} cannot be exported: transformers has no sequence "
+        "classification with just this backbone and one score layer; its checkpoints stay usable with --resume"
+    )

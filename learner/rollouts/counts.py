@@ -1,0 +1,60 @@
+"""What a run counts on its data side; every counter is kept over checkpoints."""
+
+import logging
+from collections import Counter
+
+from common.types import JSON, CompletedGroup, DropReason
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_LEASES = 10_000  # ids of received groups, kept to tell a duplicate from an unknown lease
+
+_TOTALS = ("received_groups", "received_tokens", "generation_s", "verification_s", "lease_failures", "trained_groups")
+
+
+class Counts:
+    """Totals, drops by reason, failures by prompt, and which leases have been answered."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(_TOTALS, 0.0)
+        self.drops: Counter[DropReason] = Counter()
+        self.failures: Counter[str] = Counter()  # by prompt uid
+        self._received: dict[int, None] = {}
+
+    def drop(self, reason: DropReason, lease_id: int, actor: str) -> None:
+        self.drops[reason] += 1
+        logger.info("lease %d of actor %s dropped: %s", lease_id, actor, reason)
+
+    def receive(self, group: CompletedGroup) -> None:
+        self._received[group.lease_id] = None
+        if len(self._received) > REMEMBERED_LEASES:
+            del self._received[next(iter(self._received))]
+        self.totals["received_groups"] += 1
+        self.totals["received_tokens"] += len(group.token_ids)
+        self.totals["generation_s"] += group.generation_s
+        self.totals["verification_s"] += group.verification_s
+
+    def has_received(self, lease_id: int) -> bool:
+        """Whether a good group of this lease has come, as far as is remembered."""
+        return lease_id in self._received
+
+    def fail(self, uid: str) -> int:
+        """One more failure of this prompt; how many in a row."""
+        self.failures[uid] += 1
+        self.totals["lease_failures"] += 1
+        return self.failures[uid]
+
+    def stats(self) -> dict[str, float]:
+        return self.totals | {f"dropped/{reason}": self.drops[reason] for reason in DropReason}
+
+    def state_dict(self) -> dict[str, JSON]:
+        return {
+            "totals": dict(self.totals),
+            "drops": {str(reason): count for reason, count in self.drops.items()},
+            "failures": dict(self.failures),
+        }
+
+    def load_state_dict(self, state: dict[str, JSON]) -> None:
+        self.totals = dict(state["totals"])
+        self.drops = Counter({DropReason(reason): count for reason, count in state["drops"].items()})
+        self.failures = Counter(state["failures"])
