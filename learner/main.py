@@ -71,7 +71,7 @@ class Learner:
         self.step = 0
         self.version = 0
         self.warmup_steps = config.algorithm.critic_warmup_steps
-        self.sentinel = DriftSentinel(config.weights.drift_factor)
+        self.sentinel = DriftSentinel(config.weights.drift_factor, config.model.dtype)
 
     def run(self) -> None:
         """From where it stands to the end of the run."""
