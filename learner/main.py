@@ -131,7 +131,7 @@ class Learner:
         mismatch = values.get("offpolicy/mismatch_abs_mean")
         return self.sentinel.observe(
             mismatch if isinstance(mismatch, float) else None,
-            is_untrained=self.version == 0,
+            is_untrained=self.step <= self.warmup_steps,
             policy=self.trainer.policy.network,
         )
 
