@@ -26,7 +26,7 @@ USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, run the command, return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -156,6 +156,17 @@ def _is_raised_by_library(error: BaseException) -> bool:
 
 def _and_parents(path: Path) -> set[Path]:
     return {path, *path.parents}
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand on both sides of an option; argparse takes the first lot of them and leaves the rest over."""
+    parser = _parser()
+    arguments, left_over = parser.parse_known_args(argv)
+    if left_over and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in left_over)):
+        parser.error(f"unrecognized arguments: {' '.join(left_over)}")
+    if left_over:
+        arguments.overrides += left_over
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -107,6 +107,7 @@ class VerifierConfig:
     num_workers: int = 1  # worker processes per actor
     timeout_s: float = 3.0  # wall-clock limit for one answer
     memory_mb: int = 1024  # address-space limit of one worker
+    max_error_share: float = 0.1  # of a step's responses: when the verifier fails on more, the run ends
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class AlgorithmConfig:
     critic_updates_per_step: int = 1  # passes of the critic over the batch after warm-up
     value_clip: float | None = None
     dynamic_sampling: bool = False  # DAPO: replace groups that are all right or all wrong
+    max_uninformative: int = 1000  # so many replaced groups in a row end the run
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,8 @@ class TransportConfig:
 class EvalConfig:
     every: int = 10  # policy steps between held-out evaluations; 0: only before and after
     num_prompts: int = 256  # held-out rows used; at most the held-out set
-    samples_per_prompt: int = 4  # k of avg@k
-    temperature: float = 1.0
+    samples_per_prompt: int = 4  # k of avg@k; at temperature 0 one, because all are alike
+    temperature: float = 1.0  # 0: greedy
     share: float = 0.5  # of each actor's leases and room while training waits too; alone, evaluation has all of it
 
 

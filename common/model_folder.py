@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError
+from common.positions import num_positions
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -79,7 +80,12 @@ def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_positions(settings: dict[str, Any], name: str, max_model_len: int) -> None:
-    """LongRoPE: transformers and vLLM choose between the short and the long factors by different rules."""
+    """Too many, or LongRoPE: transformers and vLLM choose between short and long factors by different rules."""
+    positions = num_positions(settings)
+    if positions is not None and max_model_len > positions:
+        raise ConfigError(
+            f"model.max_model_len={max_model_len} is more than the {positions} positions of the model {name}: lower it"
+        )
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
         return

@@ -4,6 +4,7 @@ Types and names are checked by common/loading.py, which calls `validate`, a task
 nothing here looks at the machine, except at model folders (common/model_folder.py).
 """
 
+import math
 import operator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
@@ -24,17 +25,29 @@ from common.config import (
 from common.model_folder import check_model_folder
 
 INF = float("inf")
+LARGEST_INTEGER = 2**32 - 1  # of any setting: numpy's and vLLM's seeds end there, counts and lengths earlier
+LONGEST_S = 1e6  # of any time-out: twelve days; the kernel's own end after twenty-five
+COLDEST = 0.01  # vLLM samples at this temperature when it is asked for less (except for 0, which is greedy)
 
 # key: (lowest, highest, whether the bounds themselves are allowed); None values (switched off) pass
 RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, LARGEST_INTEGER, True),
     "model.max_model_len": (2, INF, True),
-    "verifier.num_workers": (1, INF, True),
-    "verifier.timeout_s": (0, INF, False),
+    "task.seed": (-INF, INF, True),
+    "task.num_train": (1, 10_000_000, True),
+    "task.num_heldout": (1, INF, True),
+    "verifier.num_workers": (1, 4096, True),
+    "verifier.timeout_s": (0, LONGEST_S, False),
     "verifier.memory_mb": (64, INF, True),
+    "verifier.max_error_share": (0, 1, True),
+    "reward.correct": (-INF, INF, True),
+    "reward.wrong": (-INF, INF, True),
+    "reward.unanswered": (-INF, INF, True),
+    "reward.timed_out": (-INF, INF, True),
     "reward.overlong_buffer": (1, INF, True),
     "rollout.prompts_per_step": (1, INF, True),
     "rollout.group_size": (1, INF, True),
-    "rollout.temperature": (0, INF, False),
+    "rollout.temperature": (-INF, INF, True),
     "rollout.max_tokens": (1, INF, True),
     "staleness.max_staleness": (0, INF, True),
     "algorithm.gamma": (0, 1, True),
@@ -59,12 +72,14 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "algorithm.critic_warmup_gate": (-INF, 1, False),
     "algorithm.critic_updates_per_step": (1, INF, True),
     "algorithm.value_clip": (0, INF, False),
-    "learner.ranks": (1, INF, True),
-    "learner.replicas": (1, INF, True),
+    "algorithm.max_uninformative": (1, INF, True),
+    "learner.ranks": (1, 65536, True),
+    "learner.replicas": (1, 65536, True),
     "learner.steps": (0, INF, True),
     "learner.mini_batches": (1, INF, True),
+    "learner.tokens_per_micro_batch": (1, INF, True),
     "learner.logprob_chunk_tokens": (1, INF, True),
-    "learner.batch_timeout_s": (0, INF, False),
+    "learner.batch_timeout_s": (0, LONGEST_S, False),
     **{
         f"learner.{role}.{name}": bounds
         for role in ("policy", "critic")
@@ -77,20 +92,21 @@ RANGES: dict[str, tuple[float, float, bool]] = {
             "max_grad_norm": (0, INF, False),
         }.items()
     },
-    "actors.count": (0, INF, True),
+    "actors.count": (0, 65536, True),
     "actors.groups_in_flight": (1, INF, True),
-    "actors.gpu_memory_utilization": (0, 1, True),
+    "actors.gpu_memory_utilization": (0.01, 1, True),
     "actors.cpu_kv_cache_gib": (1, INF, True),
-    "actors.tensor_parallel_size": (1, INF, True),
-    "actors.start_timeout_s": (0, INF, False),
+    "actors.tensor_parallel_size": (1, 4096, True),
+    "actors.start_timeout_s": (0, LONGEST_S, False),
     "actors.restarts": (0, INF, True),
     "weights.publish_every": (1, INF, True),
-    "weights.timeout_s": (0, INF, False),
+    "weights.timeout_s": (0, LONGEST_S, False),
     "weights.probe_tokens": (2, INF, True),
+    "weights.drift_factor": (1, INF, True),
     "weights.probe_tolerance": (0, INF, False),
     "transport.port": (0, 65535, True),
-    "transport.heartbeat_s": (0, INF, False),
-    "transport.heartbeat_timeout_s": (0, INF, False),
+    "transport.heartbeat_s": (0, LONGEST_S, False),
+    "transport.heartbeat_timeout_s": (0, LONGEST_S, False),
     "transport.max_message_mb": (1, INF, True),
     "eval.every": (0, INF, True),
     "eval.num_prompts": (1, INF, True),
@@ -107,7 +123,9 @@ def validate(config: Config) -> None:
     _check_name(config)
     for key, bounds in RANGES.items():
         _check_range(key, operator.attrgetter(key)(config), *bounds)
+    _check_temperatures(config)
     _check_models(config)
+    _check_optimizers(config)
     _check_device(config)
     _check_staleness(config)
     _check_sizes(config)
@@ -123,7 +141,14 @@ def _refuse_if(condition: bool, message: str) -> None:
 
 
 def _check_range(key: str, value: float | None, low: float, high: float, closed: bool) -> None:
-    if value is None or (low <= value <= high if closed else low < value < high):
+    if value is None:
+        return
+    _refuse_if(isinstance(value, float) and not math.isfinite(value), f"{key}={value} must be a finite number")
+    _refuse_if(
+        isinstance(value, int) and abs(value) > LARGEST_INTEGER,
+        f"{key}={value} must be at most {LARGEST_INTEGER} in magnitude",
+    )
+    if low <= value <= high if closed else low < value < high:
         return
     words = ("at least", "at most") if closed else ("above", "below")
     limits = [f"{words[0]} {low:g}"] if low > -INF else []
@@ -152,6 +177,29 @@ def _check_models(config: Config) -> None:
     for key, value in (("model.path", config.model.path), ("model.critic_path", config.model.critic_path)):
         if value is not None:
             check_model_folder(key, value, config.model.max_model_len)
+
+
+def _check_temperatures(config: Config) -> None:
+    rollout, evaluation = config.rollout.temperature, config.eval.temperature
+    reason = f"vLLM samples at {COLDEST} when it is asked for less"
+    _refuse_if(
+        rollout < COLDEST,
+        f"rollout.temperature={rollout:g} must be at least {COLDEST}: {reason}, and the learner computes at what is "
+        "configured",
+    )
+    _refuse_if(
+        0 < evaluation < COLDEST,
+        f"eval.temperature={evaluation:g} must be 0, which is greedy, or at least {COLDEST}: {reason}",
+    )
+
+
+def _check_optimizers(config: Config) -> None:
+    for role, optimizer in (("policy", config.learner.policy), ("critic", config.learner.critic)):
+        for name in ("beta1", "beta2"):
+            _refuse_if(
+                getattr(optimizer, name) == 1,
+                f"learner.{role}.{name}=1 would never forget its first gradient: it must be below 1",
+            )
 
 
 def _check_critic_path(config: Config) -> None:
@@ -285,6 +333,7 @@ def _check_unused(algorithm: AlgorithmConfig, reward: RewardConfig) -> None:
         "dis_high": (correction is Correction.dis, "algorithm.correction=dis"),
         "vtrace_rho_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
         "vtrace_c_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
+        "max_uninformative": (algorithm.dynamic_sampling, "algorithm.dynamic_sampling=true"),
     }
     for name, (is_used, condition) in effect.items():
         _refuse_unused(

@@ -72,7 +72,7 @@ class Learner:
         self.step = 0
         self.version = 0
         self.warmup_steps = config.algorithm.critic_warmup_steps
-        self.sentinel = DriftSentinel(config.weights.drift_factor)
+        self.sentinel = DriftSentinel(config.weights.drift_factor, config.model.dtype)
 
     def run(self) -> None:
         """From where it stands to the end of the run."""
@@ -137,7 +137,7 @@ class Learner:
         mismatch = values.get("offpolicy/mismatch_abs_mean")
         return self.sentinel.observe(
             mismatch if isinstance(mismatch, float) else None,
-            is_untrained=self.version == 0,
+            is_untrained=self.step <= self.warmup_steps,
             policy=self.trainer.policy.network,
         )
 

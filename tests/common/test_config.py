@@ -29,12 +29,19 @@ def refusal(overrides: Sequence[str], files: Sequence[str] = ()) -> str:
     return message
 
 
+@pytest.fixture
+def long_model(tmp_path: Path) -> str:
+    """The setting of a model folder with as many positions as the paper's models have."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 131072}')
+    return f"model.path={tmp_path}"
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_recipe_loads(name: str) -> None:
+def test_every_shipped_recipe_loads(name: str, long_model: str) -> None:
     if name in WITH_OWN_MODEL:
         load_config([name], [])
     else:
-        load_config([name], [MODEL])
+        load_config([name], [long_model])
 
 
 @pytest.mark.parametrize("task", WITH_OWN_MODEL)
@@ -120,8 +127,8 @@ def test_all_ablations_together_are_ppo() -> None:
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
-def test_the_papers_recipes_run_vapo_with_the_papers_numbers(name: str) -> None:
-    config = load_config([name], [MODEL])
+def test_the_papers_recipes_run_vapo_with_the_papers_numbers(name: str, long_model: str) -> None:
+    config = load_config([name], [long_model])
     assert config.algorithm == load_config(["vapo"], [MODEL]).algorithm
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (512, 16)
     assert (config.learner.policy.learning_rate, config.learner.critic.learning_rate) == (1e-6, 2e-6)
@@ -238,6 +245,9 @@ def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str,
         (["transport.heartbeat_timeout_s=0.1"], ("heartbeat_timeout_s=0.1",)),
         (["verifier.function=module.function"], ("verifier.function=module.function", "module:function")),
         (["transport.port=70000"], ("transport.port=70000", "65535")),
+        (["model.max_model_len=1024"], ("model.max_model_len=1024 is more than the 256 positions",)),
+        (["learner.critic.beta2=1"], ("learner.critic.beta2=1",)),
+        (["algorithm.max_uninformative=9"], ("max_uninformative=9", "dynamic_sampling=true")),
     ],
 )
 def test_what_cannot_work_together_is_refused_with_the_values(overrides: list[str], words: tuple[str, ...]) -> None:

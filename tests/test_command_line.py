@@ -1,0 +1,45 @@
+"""What the command line takes, and how mistakes in it end."""
+
+import pytest
+
+from run import _parse, main
+
+RECIPE = ["-c", "demo"]
+ENDPOINT = ["--connect", "tcp://127.0.0.1:1", "--name", "extra"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", *RECIPE, "seed=1", "name=x"],
+        ["train", "seed=1", "name=x", *RECIPE],
+        ["train", "seed=1", *RECIPE, "name=x"],
+        ["train", "seed=1", *RECIPE, "--overwrite", "name=x"],
+        ["train", *RECIPE, "seed=1", "--overwrite", "name=x"],
+        ["actor", "seed=1", *ENDPOINT, *RECIPE, "name=x"],
+        ["actor", *ENDPOINT[:2], "seed=1", *ENDPOINT[2:], "name=x", *RECIPE],
+        ["learner", "seed=1", "--config", "demo", "name=x"],
+    ],
+)
+def test_settings_may_stand_on_either_side_of_an_option_and_keep_their_order(words: list[str]) -> None:
+    assert _parse(words).overrides == ["seed=1", "name=x"]
+
+
+def test_the_last_of_two_settings_wins_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "learner.steps=1", *RECIPE, "learner.steps=-1"]) == 2
+    assert "learner.steps=-1" in capsys.readouterr().err
+
+
+def test_what_is_no_setting_is_explained_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "name=x", *RECIPE, "number_walk"]) == 2
+    assert capsys.readouterr().err == "error: override 'number_walk' is not of the form section.key=value\n"
+
+
+@pytest.mark.parametrize("words", [["train", "name=x", *RECIPE, "--fast"], ["inspect", "runs/x", "seed=1"]])
+def test_unknown_options_and_settings_without_a_use_are_named(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
