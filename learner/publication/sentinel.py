@@ -6,8 +6,8 @@ responses that the current version drew whole, so age explains nothing of it: wh
 a tensor is not what it should be on one of the two sides.
 
 A floor is only believed as far as arithmetic goes. Measured: a right engine is 5e-7 to 3e-6 nats a token off in
-float32, and in bfloat16 0.037 on text and 0.067 on random tokens; of the engines that were wrong from the start the closest was
-1.2 off (another temperature, attention without its soft-cap, an old output layer: 1.2 to 5.5).
+float32, and in bfloat16 0.037 on text and 0.067 on random tokens; of the engines that were wrong from the start the
+closest was 1.2 off (another temperature, attention without its soft-cap, an old output layer: 1.2 to 5.5).
 """
 
 import logging
@@ -58,8 +58,8 @@ class DriftSentinel:
         if is_untrained and not mismatch <= LARGEST_FLOOR[self._dtype]:
             raise ConfigError(
                 f"vLLM's log-probs of the untrained model differ from the learner's by {mismatch:.3g} nats a token, "
-                f"and with model.dtype={self._dtype} arithmetic explains at most {LARGEST_FLOOR[self._dtype]:g}: the two "
-                "do not compute the same policy, so check model.path and the rollout settings"
+                f"and with model.dtype={self._dtype} arithmetic explains at most {LARGEST_FLOOR[self._dtype]:g}: the "
+                "two do not compute the same policy, so check model.path and the rollout settings"
             )
         if is_untrained or (self.floor is None and math.isfinite(mismatch)):
             self.floor = max(mismatch, self.floor or 0.0)
