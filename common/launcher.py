@@ -1,6 +1,7 @@
 """`run.py train`: which processes a configuration asks for on this machine, and how they find each other.
 
     RUN/config.yaml      the resolved configuration, which every child reads
+    RUN/data             what `run.py check` made of the data, before anything else starts
     RUN/endpoint         address of the learner's socket, written by rank 0; actors wait for it
     RUN/logs/ROLE.log    output of each child
 
@@ -10,11 +11,12 @@ Learner and actors start at the same time, because either needs half a minute.
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -23,10 +25,12 @@ from pathlib import Path
 from common.config import Config, ConfigError, Device
 from common.loading import save_config
 from common.processes import ChildSpec, Outcome, Supervisor, deal_cores
+from common.processtree import child_setup
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
 RUN_CONTENT = (
     "config.yaml",
+    "data",
     "metrics.jsonl",
     "ledger.jsonl",
     "endpoint",
@@ -59,12 +63,29 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
         prepare_run_dir(config, earlier)
         config = settle(config)
         save_config(config, config.run_dir / "config.yaml")
+        if (refusal := check(config, cores)) is not None:
+            return refusal
         specs = learner_specs(config, port) + actor_specs(config)
         shares = deal_cores(cores, len(specs))
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
         places = ", ".join(f"{spec.name} on {','.join(map(str, spec.cores))}" for spec in specs)
         print(f"{config.run_dir}: starting on cores: {places}; this takes about half a minute", flush=True)
         return Supervisor(specs, config.run_dir / "logs").run()
+
+
+def check(config: Config, cores: Collection[int]) -> Outcome | None:
+    """`run.py check` in a process of its own, because it loads torch; None when nothing speaks against the run."""
+    command = (sys.executable, str(RUN_PY), "check", "-c", str(config.run_dir / "config.yaml"))
+    environment = {**os.environ, **QUIET_ENVIRONMENT, **dict.fromkeys(THREAD_VARIABLES, "1")}
+    try:
+        code = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=child_setup(cores), check=False
+        ).returncode
+    except KeyboardInterrupt:
+        return Outcome(exit_code=128 + signal.SIGINT, message="interrupted by SIGINT")
+    if code < 0:
+        return Outcome(exit_code=128 - code, message=f"the check of the data ended with {signal.Signals(-code).name}")
+    return Outcome(exit_code=code, message=None) if code else None
 
 
 def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
