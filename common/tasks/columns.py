@@ -52,9 +52,9 @@ class Columns:
 def choose_columns(rows: Sequence[Row], path: Path, prompt_field: str | None, answer_field: str | None) -> Columns:
     """The columns of a file from its first rows. Raises ConfigError when none or several can be meant."""
     seen = rows[:LOOKED_AT]
-    prompt = prompt_field or _only(PROMPTS, seen, path, "prompt")
+    prompt = _only(PROMPTS if prompt_field is None else (prompt_field,), seen, path, "prompt")
     if answer_field is not None:
-        return Columns(prompt=prompt, answer=answer_field, part=Part.ALL)
+        return Columns(prompt=prompt, answer=_only((answer_field,), seen, path, "answer"), part=Part.ALL)
     if not any(_has(row, name) for row in seen for name in ANSWERS) and any(_has(row, WORKED_ANSWER) for row in seen):
         is_boxed = any("\\boxed" in str(row.get(WORKED_ANSWER)) for row in seen)
         return Columns(prompt=prompt, answer=WORKED_ANSWER, part=Part.BOXED if is_boxed else Part.ALL)
@@ -102,7 +102,7 @@ def kind_of(value: JSON) -> str:
 
 def _only(candidates: Sequence[str], rows: Sequence[Row], path: Path, what: str) -> str:
     found = [name for name in candidates if any(_has(row, name) for row in rows)]
-    found = found or [name for name in candidates if any(name in row for row in rows)]  # and nothing in it
+    found = found or [name for name in candidates if any(name in row for row in rows)]  # but nothing in it
     if len(found) == 1:
         return found[0]
     columns = ", ".join(sorted({str(name) for row in rows for name in row})) or "none"

@@ -24,6 +24,7 @@ from common.config import (
 )
 from common.transport import ActorConnection
 from common.types import (
+    PROTOCOL_VERSION,
     Ack,
     ActorMessage,
     Bye,
