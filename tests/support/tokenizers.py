@@ -10,7 +10,8 @@ SPECIAL = ("<pad>", "<bos>", "<eos>")
 CHARACTERS = "0123456789+-=?#|:abcdefghijklmnopqrstuvwxyz"
 BOS, EOS = 1, 2
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     "{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}|assistant:{% endif %}"
     "{% if think %}think{% endif %}"
 )
