@@ -210,7 +210,7 @@ def test_shipped_models_are_found_from_anywhere(tmp_path: Path, monkeypatch: pyt
         ("learner=3", ("learner=3",)),
         ("rollout.top_p=0.9", ("rollout.top_p", "from the whole distribution", "eval.top_p")),
         ("rollout.min_p=0.1", ("rollout.min_p", "importance weights are wrong")),
-        ("task.train_files=[{path: a.jsonl, wait: 2}]", ("task.train_files",)),
+        ("task.train_files=[{path: a.jsonl, wait: 2}]", ("unknown setting wait",)),
         ("task.on_bad_row=skip", ("task.on_bad_row=skip", "error, drop")),
         ("eval=null", ("eval=",)),
         ("cores=[a]", ("cores[0]=a",)),
