@@ -61,13 +61,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """Of a run directory also prepares the data for its learner."""
+    """With --data it also leaves there what the learner needs."""
     from common.tasks.dataset import describe, load_dataset
 
     config = load_config(arguments.config, arguments.overrides)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, here and in the processes that help
-    is_run = (config.run_dir / "config.yaml").is_file()
-    data = load_dataset(config, config.run_dir / "data" if is_run else None, len(os.sched_getaffinity(0)))
+    folder = Path(arguments.data) if arguments.data else None
+    data = load_dataset(config, folder, num_processes=len(os.sched_getaffinity(0)))
     for line in describe(data):
         print(line)
     return 0
@@ -198,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="look for mistakes in configuration and data; starts nothing")
     check.set_defaults(command=_check)
+    check.add_argument("--data", metavar="FOLDER", help="keep token ids and the list of bad rows there")
     _add_config(check)
 
     learner = commands.add_parser("learner", help="start one learner rank alone (or all of them with torchrun)")

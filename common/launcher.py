@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.config import Config, ConfigError, Device
 from common.loading import save_config
@@ -60,11 +61,17 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
     """
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
-        prepare_run_dir(config, earlier)
+        refuse_earlier(config, earlier)
+        with TemporaryDirectory(prefix=f".{config.name}.", dir=config.runs_dir) as staging:
+            is_resumed = earlier is EarlierRun.RESUME
+            data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
+            if (refusal := check(config, Path(staging), data, cores)) is not None:
+                return refusal  # and nothing has been made or deleted
+            prepare_run_dir(config, earlier)
+            if not is_resumed:
+                data.replace(config.run_dir / "data")
         config = settle(config)
         save_config(config, config.run_dir / "config.yaml")
-        if (refusal := check(config, cores)) is not None:
-            return refusal
         specs = learner_specs(config, port) + actor_specs(config)
         shares = deal_cores(cores, len(specs))
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
@@ -73,9 +80,13 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
         return Supervisor(specs, config.run_dir / "logs").run()
 
 
-def check(config: Config, cores: Collection[int]) -> Outcome | None:
-    """`run.py check` in a process of its own, because it loads torch; None when nothing speaks against the run."""
-    command = (sys.executable, str(RUN_PY), "check", "-c", str(config.run_dir / "config.yaml"))
+def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> Outcome | None:
+    """`run.py check` in a process of its own, because it loads torch. None when nothing speaks against the run.
+
+    `staging` is a folder for the configuration, `data` the one for what it makes of the data.
+    """
+    save_config(config, staging / "config.yaml")
+    command = (sys.executable, str(RUN_PY), "check", "-c", str(staging / "config.yaml"), "--data", str(data))
     environment = {**os.environ, **QUIET_ENVIRONMENT, **dict.fromkeys(THREAD_VARIABLES, "1")}
     try:
         code = subprocess.run(
@@ -90,19 +101,27 @@ def check(config: Config, cores: Collection[int]) -> Outcome | None:
 
 def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
     """Make RUN, with the configuration as it was asked for. An earlier learner's address goes in any case."""
+    refuse_earlier(config, earlier)
     run_dir = config.run_dir
     if run_dir.exists() and any(run_dir.iterdir()):
-        if not (run_dir / "config.yaml").is_file():
-            raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
-        if earlier is EarlierRun.REFUSE:
-            raise ConfigError(
-                f"{run_dir} already holds a run: choose another name=..., pass --overwrite, or use --resume {run_dir}"
-            )
         for name in RUN_CONTENT if earlier is EarlierRun.OVERWRITE else ("endpoint",):
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")  # from here on it is a run directory, whatever happens next
+
+
+def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
+    """Raises ConfigError when RUN holds what must stay."""
+    run_dir = config.run_dir
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
+    if earlier is EarlierRun.REFUSE:
+        raise ConfigError(
+            f"{run_dir} already holds a run: choose another name=..., pass --overwrite, or use --resume {run_dir}"
+        )
 
 
 @contextmanager

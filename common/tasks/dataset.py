@@ -68,7 +68,7 @@ def load_dataset(config: Config, folder: Path | None, num_processes: int = 1) ->
         check_template(config, prompts, task.place)
         results = _tokenized(config, prompts, num_processes)
         if folder is not None:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             _write(folder / "tokens.npz", key, results)
     bad = {p.uid: result for p, result in zip(prompts, results, strict=True) if isinstance(result, Refusal)}
     problems = [

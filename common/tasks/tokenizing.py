@@ -8,6 +8,7 @@ Importing this file does not load transformers; calling it does, and transformer
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from common.types import Prompt
 
 # Beside vocabulary files, what decides on the ids of a prompt: every small text file of a model folder might.
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_OTHERS = ("config.json", "generation_config.json")
 # What the template is called with in any case, or what would change what it returns.
 _OWN_KEYWORDS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
@@ -83,10 +85,11 @@ def check_template(config: Config, prompts: Iterable[Prompt], place: Callable[[P
 
 
 def fingerprint(model: ModelConfig) -> str:
-    """Of all files in the model folder that may decide on token ids."""
-    digest = hashlib.sha256()
+    """Of all files in the model folder that may decide on token ids; config.json only names the model's kind."""
+    settings = json.loads((Path(model.path) / "config.json").read_text())
+    digest = hashlib.sha256(str(settings.get("model_type")).encode())
     for file in sorted(Path(model.path).iterdir()):
-        if file.suffix in _TOKENIZER_SUFFIXES and not file.name.endswith(".index.json"):
+        if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _OTHERS and not file.name.endswith(".index.json"):
             digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "run.py", *arguments], cwd=RECIPES.parent, capture_output=True, text=True, timeout=60
+        [sys.executable, "run.py", *arguments], cwd=RECIPES.parent, capture_output=True, text=True, timeout=240
     )
 
 
@@ -165,14 +165,23 @@ def test_a_bad_row_ends_a_run_before_anything_starts(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}/train.jsonl, line 2: its prompt has 400 tokens, and with")
     assert result.stderr.count("\n") == 1 and result.stdout == ""
-    assert list((tmp_path / "trial" / "logs").iterdir()) == [], "no role has started"
+    assert not (tmp_path / "trial").exists(), "the same command runs once the row is mended"
 
 
 @pytest.mark.slow
-def test_check_says_what_a_run_would_use_and_keeps_it_beside_one(config: Config, tmp_path: Path) -> None:
+def test_a_bad_row_does_not_cost_the_earlier_run(tmp_path: Path) -> None:
+    arguments = data_arguments(tmp_path, '{"prompt": "", "answer": 42}\n')
+    (tmp_path / "trial").mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "trial" / name).write_text("seed: 1\n")
+    assert run("train", "--overwrite", *arguments).returncode == 2
+    assert (tmp_path / "trial" / "metrics.jsonl").read_text() == "seed: 1\n"
+
+
+@pytest.mark.slow
+def test_check_says_what_a_run_would_use_and_keeps_it_where_it_is_told(tmp_path: Path) -> None:
     rows = '{"prompt": "47a+3b-8=", "answer": 42}\n{"prompt": "", "answer": 1}\n'
-    prepare_run_dir(config, EarlierRun.REFUSE)
-    result = run("check", *data_arguments(tmp_path, rows), "task.on_bad_row=drop")
+    result = run("check", *data_arguments(tmp_path, rows), "task.on_bad_row=drop", "--data", str(tmp_path / "data"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"{tmp_path}/train.jsonl: prompt = column 'prompt', reference = column 'answer'",
@@ -181,7 +190,7 @@ def test_check_says_what_a_run_would_use_and_keeps_it_beside_one(config: Config,
         f"data: left out 1 row (no_prompt 1), first {tmp_path}/train.jsonl, line 2: column 'prompt' must be a text "
         "that is not blank or a list of messages with the strings role and content, not an empty string",
     ]
-    assert sorted(path.name for path in (config.run_dir / "data").iterdir()) == ["dropped.jsonl", "tokens.npz"]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dropped.jsonl", "tokens.npz"]
 
 
 def test_a_rank_started_alone_says_how_to_start_all(config: Config, tmp_path: Path) -> None:
