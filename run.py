@@ -13,6 +13,7 @@ Commands import what they need after parsing, so that `--help` needs neither tor
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,11 +52,25 @@ def _train(arguments: argparse.Namespace) -> int:
         files, earlier = [str(Path(arguments.resume) / "config.yaml")], EarlierRun.RESUME
     config = load_config(files, arguments.overrides)
     outcome = train(config, earlier, _settle)
-    if outcome.message is not None:
-        print(f"error: {outcome.message}", file=sys.stderr)
+    if outcome.exit_code != 0:
+        if outcome.message is not None:
+            print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
     print(f"\n{render(summary(config.run_dir))}")
     return outcome.exit_code
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """With --data it also leaves there what the learner needs."""
+    from common.tasks.dataset import describe, load_dataset
+
+    config = load_config(arguments.config, arguments.overrides)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, here and in the processes that help
+    folder = Path(arguments.data) if arguments.data else None
+    data = load_dataset(config, folder, num_processes=len(os.sched_getaffinity(0)))
+    for line in describe(data):
+        print(line)
+    return 0
 
 
 def _settle(config: Config) -> Config:
@@ -180,6 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.add_argument("--resume", metavar="RUN", help="continue an interrupted run from its newest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
+
+    check = commands.add_parser("check", help="look for mistakes in configuration and data; starts nothing")
+    check.set_defaults(command=_check)
+    check.add_argument("--data", metavar="FOLDER", help="keep token ids and the list of bad rows there")
+    _add_config(check)
 
     learner = commands.add_parser("learner", help="start one learner rank alone (or all of them with torchrun)")
     learner.set_defaults(command=_learner)

@@ -9,6 +9,8 @@ import gc
 import itertools
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +19,20 @@ import numpy as np
 from common.config import Config, Device, KVCache
 from common.types import FinishReason, Float32Array, Int32Array, Lease
 
+MAX_REASON = 500  # characters of what the engine says that travel to the learner
+
 
 class EngineError(RuntimeError):
     """The engine could not be started or has died; the message is one sentence."""
 
 
+class RequestRefused(ValueError):
+    """The engine lives but did not sample this request: its content, or a fault that concerns it alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled response of L tokens, the end-of-sequence token included when it was drawn."""
+    """One sampled response of L tokens, the end-of-sequence token or stop string included when it was drawn."""
 
     token_ids: Int32Array  # [L]
     behavior_logprobs: Float32Array  # [L], at the sampling temperature
@@ -45,6 +53,7 @@ class Engine:
         self._config = config
         self._request_ids = itertools.count()
         self._llm: Any = None
+        self._special_tokens: dict[str, int] = {}
         self._in_flight = 0
         self._paused = False
         self._busy_since: float | None = None
@@ -64,6 +73,8 @@ class Engine:
     def _start_llm(self) -> None:
         """Returns nothing, because what a pool's thread returns it also keeps, and the engine must be let go of."""
         self._llm = _build(self._config)
+        tokens = self._llm.get_tokenizer().added_tokens_decoder
+        self._special_tokens = {token.content: index for index, token in tokens.items() if token.special}
 
     async def shutdown(self) -> None:
         """Stops the engine's processes; blocks for some seconds, when nothing else is left to do."""
@@ -80,23 +91,12 @@ class Engine:
         return self._busy_s + running
 
     async def sample(self, lease: Lease) -> list[Completion]:
-        """All `lease.num_samples` completions of the lease, in order. Raises ValueError when the prompt is refused."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        """All `lease.num_samples` completions of the lease, in order.
 
-        parameters = SamplingParams(
-            n=lease.num_samples,
-            temperature=lease.temperature,
-            max_tokens=lease.max_tokens,
-            seed=lease.seed,
-            top_p=1.0,
-            top_k=-1,
-            min_p=0.0,
-            logprobs=0,
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        output = await self._run(lease.prompt_token_ids, parameters, f"lease-{lease.lease_id}")
+        Raises RequestRefused when this lease cannot be sampled, EngineError when the engine is dead.
+        """
+        with self._refusing():
+            output = await self._run(lease.prompt_token_ids, self._parameters(lease), f"lease-{lease.lease_id}")
         completions = [_completion(item) for item in sorted(output.outputs, key=lambda item: item.index)]
         self.generated_tokens += sum(len(completion.token_ids) for completion in completions)
         return completions
@@ -109,9 +109,31 @@ class Engine:
         parameters = SamplingParams(
             max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        output = await self._run(token_ids, parameters, "probe")
+        with self._refusing():
+            output = await self._run(token_ids, parameters, "probe")
         pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
         return np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
+
+    def _parameters(self, lease: Lease) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        special = self._special_tokens
+        return SamplingParams(
+            n=lease.num_samples,
+            temperature=lease.temperature,
+            max_tokens=lease.max_tokens,
+            seed=lease.seed,
+            top_p=lease.top_p,
+            top_k=lease.top_k,
+            min_p=0.0,
+            # Special tokens never appear in the text in which the engine looks for stop strings.
+            stop=[text for text in lease.stop if text not in special],
+            stop_token_ids=[special[text] for text in lease.stop if text in special],
+            logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     async def pause(self) -> None:
         """Stops scheduling; running requests stay. Their cache is kept, or emptied to be recomputed."""
@@ -159,6 +181,23 @@ class Engine:
             self._in_flight -= 1
             self._track()
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Tells a dead engine, which ends the actor, from a request that could not be served, which does not.
+
+        vLLM raises ValueError and VLLMError for a request that it does not accept, and an empty EngineGenerateError
+        around whatever else went wrong with one; a dead engine says so itself.
+        """
+        from vllm.exceptions import VLLMError
+
+        try:
+            yield
+        except (ValueError, VLLMError) as error:
+            text = str(error) or repr(error.__cause__)
+            if self._llm.errored:
+                raise EngineError(f"the engine died: {text}") from error
+            raise RequestRefused(text[:MAX_REASON]) from error
+
     def _track(self) -> None:
         """Keeps the busy clock: it runs while a request is in the engine and generation is not paused."""
         now, busy = time.monotonic(), self._in_flight > 0 and not self._paused
@@ -170,6 +209,9 @@ class Engine:
 
 
 def _completion(output: Any) -> Completion:
+    """Raises RequestRefused for one that did not end by itself, EngineError for one that does not add up."""
+    if output.finish_reason not in set(FinishReason) or not output.token_ids:
+        raise RequestRefused(f"a completion of {len(output.token_ids)} tokens ended with {output.finish_reason!r}")
     versions = np.empty(len(output.token_ids), dtype=np.int32)
     for span in output.weight_versions:
         versions[span.start : span.end] = int(span.version)
@@ -184,7 +226,8 @@ def _completion(output: Any) -> Completion:
         behavior_logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
         versions=versions,
         finish_reason=FinishReason(output.finish_reason),
-        text=output.text,
+        # The engine cuts the stop string off the text; the policy drew it, so it is trained and graded.
+        text=output.text + (output.stop_reason if isinstance(output.stop_reason, str) else ""),
     )
 
 
@@ -208,6 +251,7 @@ def _build(config: Config) -> Any:
 
     arguments = AsyncEngineArgs(
         model=config.model.path,
+        trust_remote_code=config.model.trust_remote_code,
         dtype=config.model.dtype.value,
         max_model_len=config.model.max_model_len,
         max_num_seqs=config.actors.groups_in_flight * config.rollout.group_size,

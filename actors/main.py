@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import Engine, EngineError
+from actors.engine import Engine, EngineError, RequestRefused
 from actors.rollout import complete
 from actors.verifier.pool import VerifierPool
 from common.config import Config
@@ -40,6 +40,7 @@ from common.types import (
     WeightsReport,
     Welcome,
 )
+from common.wire import WireError
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +128,12 @@ class Actor:
     async def _work(self, lease: Lease) -> None:
         try:
             group = await complete(lease, self._engine, self._verifier, self._config.reward)
-        except ValueError as error:
+            self._unacknowledged[lease.lease_id] = group
+            await self._connection.send(group)
+        except (RequestRefused, WireError) as error:  # its content alone: nothing that a lease asks for ends an actor
+            self._unacknowledged.pop(lease.lease_id, None)
+            logger.warning("lease %d, prompt %s: %s", lease.lease_id, lease.prompt_uid, error)
             await self._connection.send(LeaseFailed(lease_id=lease.lease_id, reason=str(error)))
-            return
-        self._unacknowledged[lease.lease_id] = group
-        await self._connection.send(group)
 
     async def _run_phases(self) -> None:
         while True:

@@ -15,7 +15,7 @@ from common.types import CompletedGroup, Lease
 async def complete(lease: Lease, engine: Engine, verifier: VerifierPool, rewards: RewardConfig) -> CompletedGroup:
     """The completed group of a lease. Truncated responses are graded as they stand.
 
-    Raises ValueError when the engine refuses the prompt; cancelling it aborts the engine's requests.
+    Raises RequestRefused when the engine cannot sample it; cancelling it aborts the engine's requests.
     """
     started = time.monotonic()
     completions = await engine.sample(lease)

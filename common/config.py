@@ -6,6 +6,7 @@ common/loading.py reads it from files, common/validation.py refuses what cannot 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -79,23 +80,42 @@ class TransferBackend(StrEnum):
     nccl = "nccl"
 
 
+class OnBadRow(StrEnum):
+    """What happens when a row of the data cannot be used (common/tasks/rows.py lists why)."""
+
+    error = "error"  # the first such row ends the run before it starts
+    drop = "drop"  # such rows are left out, counted by reason, and listed in RUN/data/dropped.jsonl
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = MISSING  # Hugging Face folder of a causal language model with its tokenizer
-    critic_path: str | None = None  # folder the critic starts from (`run.py export --critic` writes such folders,
-    # and any value or reward model of transformers is one); None: the policy's backbone and a zero head
+    path: str = MISSING  # causal language model with its tokenizer: Hugging Face folder, or OWNER/NAME on the Hub
+    critic_path: str | None = None  # what the critic starts from (`run.py export --critic` writes such folders, and
+    # any value or reward model of transformers is one); None: the policy's backbone and a zero head
+    trust_remote_code: bool = False  # run the Python code that a model or tokenizer brings along
     tie_word_embeddings: bool | None = None  # None: as the folder says; else share or split the output layer
     dtype: DType = DType.float32  # compute type of the learner and of generation; master weights are float32
-    max_model_len: int = 256  # tokens of prompt + response that the engine reserves for
+    max_model_len: int = 256  # tokens of prompt + response; a prompt may have this less rollout.max_tokens
+
+
+@dataclass(frozen=True)
+class TrainFile:
+    """One of several files that a training stream is mixed from."""
+
+    path: str = MISSING  # .jsonl or .parquet
+    weight: float = 1.0  # its share of the stream is weight / sum of all weights, whatever its number of rows
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "chain_sum"  # "chain_sum", "number_walk" (procedural) or "file"
     train_file: str | None = None  # name=file: .jsonl or .parquet, one prompt a row
+    train_files: list[TrainFile] | None = None  # name=file: several instead, mixed by weight
     heldout_file: str | None = None  # name=file: rows that are never trained on
-    prompt_field: str = "prompt"  # name=file: column with the prompt text, or a list of chat messages
-    answer_field: str = "answer"  # name=file: column with the reference answer
+    prompt_field: str | None = None  # name=file: column with text or chat messages; None: common/tasks/columns.py
+    answer_field: str | None = None  # name=file: column with the reference, as it stands; None: as above
+    on_bad_row: OnBadRow = OnBadRow.error  # name=file: rows that cannot be used
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # name=file: e.g. {enable_thinking: false}
     seed: int = 0  # procedural tasks: seed of the train and held-out sets (not of the run)
     num_train: int = 20000  # procedural tasks: rows in the train set
     num_heldout: int = 256  # procedural tasks: rows in the held-out set, disjoint from the train set
@@ -126,6 +146,7 @@ class RolloutConfig:
     group_size: int = 8  # n responses per prompt; VAPO: 16
     temperature: float = 1.0  # of sampling and of every log-prob
     max_tokens: int = 128  # response length limit
+    stop: list[str] = field(default_factory=list)  # strings that end a response, besides end-of-sequence; also in eval
 
 
 @dataclass(frozen=True)
@@ -238,6 +259,8 @@ class EvalConfig:
     samples_per_prompt: int = 4  # k of avg@k; at temperature 0 one, because all are alike
     temperature: float = 1.0  # 0: greedy
     share: float = 0.5  # of each actor's leases and room while training waits too; alone, evaluation has all of it
+    top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; 1: all (never in training)
+    top_k: int = 0  # sample from the k most probable tokens; 0: all (never in training)
 
 
 @dataclass(frozen=True)

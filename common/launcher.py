@@ -1,6 +1,7 @@
 """`run.py train`: which processes a configuration asks for on this machine, and how they find each other.
 
     RUN/config.yaml      the resolved configuration, which every child reads
+    RUN/data             what `run.py check` made of the data, before anything else starts
     RUN/endpoint         address of the learner's socket, written by rank 0; actors wait for it
     RUN/logs/ROLE.log    output of each child
 
@@ -10,23 +11,27 @@ Learner and actors start at the same time, because either needs half a minute.
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.config import Config, ConfigError, Device
 from common.loading import save_config
 from common.processes import ChildSpec, Outcome, Supervisor, deal_cores
+from common.processtree import child_setup
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
 RUN_CONTENT = (
     "config.yaml",
+    "data",
     "metrics.jsonl",
     "ledger.jsonl",
     "endpoint",
@@ -56,7 +61,15 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
     """
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
-        prepare_run_dir(config, earlier)
+        refuse_earlier(config, earlier)
+        with TemporaryDirectory(prefix=f".{config.name}.", dir=config.runs_dir) as staging:
+            is_resumed = earlier is EarlierRun.RESUME
+            data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
+            if (refusal := check(config, Path(staging), data, cores)) is not None:
+                return refusal  # and nothing has been made or deleted
+            prepare_run_dir(config, earlier)
+            if not is_resumed:
+                data.replace(config.run_dir / "data")
         config = settle(config)
         save_config(config, config.run_dir / "config.yaml")
         specs = learner_specs(config, port) + actor_specs(config)
@@ -67,21 +80,48 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
         return Supervisor(specs, config.run_dir / "logs").run()
 
 
+def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> Outcome | None:
+    """`run.py check` in a process of its own, because it loads torch. None when nothing speaks against the run.
+
+    `staging` is a folder for the configuration, `data` the one for what it makes of the data.
+    """
+    save_config(config, staging / "config.yaml")
+    command = (sys.executable, str(RUN_PY), "check", "-c", str(staging / "config.yaml"), "--data", str(data))
+    environment = {**os.environ, **QUIET_ENVIRONMENT, **dict.fromkeys(THREAD_VARIABLES, "1")}
+    try:
+        code = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=child_setup(cores), check=False
+        ).returncode
+    except KeyboardInterrupt:
+        return Outcome(exit_code=128 + signal.SIGINT, message="interrupted by SIGINT")
+    if code < 0:
+        return Outcome(exit_code=128 - code, message=f"the check of the data ended with {signal.Signals(-code).name}")
+    return Outcome(exit_code=code, message=None) if code else None
+
+
 def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
     """Make RUN, with the configuration as it was asked for. An earlier learner's address goes in any case."""
+    refuse_earlier(config, earlier)
     run_dir = config.run_dir
     if run_dir.exists() and any(run_dir.iterdir()):
-        if not (run_dir / "config.yaml").is_file():
-            raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
-        if earlier is EarlierRun.REFUSE:
-            raise ConfigError(
-                f"{run_dir} already holds a run: choose another name=..., pass --overwrite, or use --resume {run_dir}"
-            )
         for name in RUN_CONTENT if earlier is EarlierRun.OVERWRITE else ("endpoint",):
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")  # from here on it is a run directory, whatever happens next
+
+
+def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
+    """Raises ConfigError when RUN holds what must stay."""
+    run_dir = config.run_dir
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
+    if earlier is EarlierRun.REFUSE:
+        raise ConfigError(
+            f"{run_dir} already holds a run: choose another name=..., pass --overwrite, or use --resume {run_dir}"
+        )
 
 
 @contextmanager

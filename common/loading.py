@@ -17,7 +17,16 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from common.config import Config, ConfigError
+from common.hub import fetch_model, is_hub_name
 from common.validation import validate
+
+# Settings that a user of other trainers looks for, and why they are not here.
+_REFUSED = dict.fromkeys(
+    ("rollout.top_p", "rollout.top_k", "rollout.min_p"),
+    ": responses that are trained must be drawn from the whole distribution, because with tokens cut off the engine's "
+    "log-probs are of another policy than the learner's and the importance weights are wrong; eval.top_p and "
+    "eval.top_k cut off tokens in evaluations",
+)
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"  # shipped recipes and base models
 
@@ -75,17 +84,18 @@ def find_recipe(name: str) -> Path:
 
 
 def _locate_models(config: Config) -> Config:
-    """Model folders that ship with the recipes are found from any working directory."""
-    critic = config.model.critic_path
-    located = replace(
-        config.model, path=_locate(config.model.path), critic_path=None if critic is None else _locate(critic)
-    )
-    return replace(config, model=located)
+    """Folders in the place of names: shipped ones are found from anywhere, those of the Hub are fetched."""
+    model = config.model
+    path = _located(model.path, "model.path")
+    critic_path = _located(model.critic_path, "model.critic_path") if model.critic_path is not None else None
+    return replace(config, model=replace(model, path=path, critic_path=critic_path))
 
 
-def _locate(path: str) -> str:
+def _located(path: str, setting: str) -> str:
     shipped = RECIPES.parent / path
-    return path if Path(path).exists() or not shipped.exists() else str(shipped)
+    if not Path(path).exists() and shipped.exists():
+        return str(shipped)
+    return fetch_model(path, setting) if is_hub_name(path) else path
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -141,6 +151,8 @@ def _describe_value(error: OmegaConfBaseException, update: DictConfig) -> str:
 
 def _suggest(key: str) -> str:
     """A did-you-mean for an unknown key: the same name in another section, else the closest full key."""
+    if key in _REFUSED:
+        return _REFUSED[key]
     known = list(_full_keys(OmegaConf.structured(Config)))
     leaf = key.rpartition(".")[2]
     close = [name for name in known if name.rpartition(".")[2] == leaf]

@@ -48,8 +48,8 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ConfigError(
-            f"{name} is not a Hugging Face model folder (no config.json there): give one, "
-            "or make the base model of a built-in task with `run.py prepare MODEL`"
+            f"{name} is not a Hugging Face model folder (no config.json there): give one or the OWNER/NAME of a model "
+            "on the Hub, or make the base model of a built-in task with `run.py prepare MODEL`"
         )
     return _read_json(file, name)
 

@@ -57,7 +57,7 @@ class ChildSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: the exit code for the shell, and one sentence unless all went well."""
+    """How a run ended: the exit code for the shell, and one sentence unless all went well or it has been said."""
 
     exit_code: int
     message: str | None

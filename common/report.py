@@ -1,5 +1,6 @@
 """The closing summary of a run, from its files alone: `train` ends with it, `inspect` prints it again."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Summary:
     staleness_max: float | None
     staleness_hist: dict[int, float]  # version gap -> trained tokens
     drops: dict[str, int]  # reason -> groups
+    left_out: dict[str, int]  # reason -> rows of the data
 
 
 def summary(run_dir: str | Path) -> Summary:
@@ -80,6 +82,7 @@ def summary(run_dir: str | Path) -> Summary:
         staleness_max=max(_values(rows, "staleness/token_max"), default=None),
         staleness_hist=histogram,
         drops=_drops(rows),
+        left_out=_left_out(folder / "data" / "dropped.jsonl"),
     )
 
 
@@ -102,6 +105,7 @@ def render(summary: Summary) -> str:
         ("staleness", _staleness_text(summary)),
         *(("", line) for line in _bars(summary.staleness_hist)),
         ("dropped", _drops_text(summary.drops)),
+        *([("left out", _left_out_text(summary))] if summary.left_out else []),
         ("files", f"{summary.run_dir / 'metrics.jsonl'}, {summary.run_dir / 'ledger.jsonl'}"),
         ("curves", f"tensorboard --logdir {summary.run_dir / 'tensorboard'}"),
     ]
@@ -150,6 +154,12 @@ def _drops_text(drops: dict[str, int]) -> str:
     return f"{total} groups: {reasons}"
 
 
+def _left_out_text(summary: Summary) -> str:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in summary.left_out.items())
+    total = sum(summary.left_out.values())
+    return f"{total} rows of the data: {reasons} ({summary.run_dir / 'data' / 'dropped.jsonl'})"
+
+
 def _tokens_text(tokens: float | None, per_s: float | None) -> str:
     count = "tokens not counted" if tokens is None else f"{tokens:,.0f} tokens"
     return count if per_s is None else f"{count}, {per_s:,.0f} a second"
@@ -184,6 +194,10 @@ def _histogram(rows: Sequence[Row]) -> dict[int, float]:
 def _drops(rows: Sequence[Row]) -> dict[str, int]:
     names = sorted({name for row in rows for name in row if name.startswith("drops/")})
     return {name.removeprefix("drops/"): int(_last(rows, name) or 0) for name in names}
+
+
+def _left_out(path: Path) -> dict[str, int]:
+    return dict(Counter(row["reason"] for row in read_jsonl(path)).most_common()) if path.is_file() else {}
 
 
 def _mean_gap(histogram: dict[int, float], steps: Sequence[Row]) -> float | None:

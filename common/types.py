@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
@@ -47,7 +47,7 @@ class Verdict(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why sampling ended: the end-of-sequence token was drawn, or max_tokens was reached (truncated)."""
+    """Why sampling ended: end-of-sequence or a stop string was drawn, or max_tokens was reached (truncated)."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -111,6 +111,9 @@ class Lease:
     seed: int
     temperature: float
     max_tokens: int
+    stop: tuple[str, ...] = ()  # strings that end a completion, which holds them
+    top_p: float = 1.0  # less only in evaluations
+    top_k: int = 0  # 0: all tokens; otherwise only in evaluations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,6 +113,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eval.samples_per_prompt": (1, INF, True),
     "eval.temperature": (0, INF, True),
     "eval.share": (0.01, 1, True),
+    "eval.top_p": (0, 1, True),
+    "eval.top_k": (0, INF, True),
     "checkpoint.every": (0, INF, True),
     "checkpoint.keep": (1, INF, True),
 }
@@ -129,6 +131,7 @@ def validate(config: Config) -> None:
     _check_device(config)
     _check_staleness(config)
     _check_sizes(config)
+    _check_sampling(config)
     _check_rewards(config)
     _check_critic_path(config)
     _check_critic(config.algorithm)
@@ -280,6 +283,17 @@ def _check_sizes(config: Config) -> None:
         compares and rollout.group_size < 2,
         f"rollout.group_size={rollout.group_size} is too small: {reason} compares the responses of a "
         "group, so it needs at least 2",
+    )
+
+
+def _check_sampling(config: Config) -> None:
+    stop, top_p, top_k = config.rollout.stop, config.eval.top_p, config.eval.top_k
+    _refuse_if("" in stop, f"rollout.stop={stop} holds an empty string, which would end every response at once")
+    _refuse_if(top_p == 0, "eval.top_p=0 leaves no token to sample: use eval.temperature=0 for the most probable one")
+    cut = f"eval.top_p={top_p:g}" if top_p < 1 else f"eval.top_k={top_k}"
+    _refuse_if(
+        config.eval.temperature == 0 and (top_p < 1 or top_k > 0),
+        f"{cut} has no effect with eval.temperature=0, which takes the most probable token",
     )
 
 

@@ -21,13 +21,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoTokenizer
 
 from common.config import AdvantageEstimator, Config
 from common.metrics import RunLog, Value
-from common.tasks import load_task
+from common.tasks.dataset import load_dataset
+from common.tasks.tokenizing import load_tokenizer, tokenizing
 from common.transport import model_fingerprints
-from common.types import JSON, Prompt, TrajectoryGroup
+from common.types import JSON, TrajectoryGroup
 from learner.algorithm.optimised import StateDict
 from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
@@ -39,6 +39,8 @@ from learner.networks.parallel import World, make_mesh, process_group, seed_ever
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
 from learner.rollouts.service import LearnerService, MembersWaiting
+
+__all__ = ["Learner", "main", "make_trainer", "probe_tokens", "tokenizing", "write_endpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -262,13 +264,14 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
     if not world.is_main:
         yield None
         return
-    task = load_task(config.task)
+    data = load_dataset(config, config.run_dir / "data")
     service = LearnerService(
         config,
-        task.train,
-        tokenizing(config),
+        data.task.train,
+        data.token_ids,
         model_fingerprints(config.model.path),
         probe_tokens(config).tolist(),
+        data.task.shares,
     )
     state: JSON = None
     if resume_step is not None:
@@ -276,27 +279,12 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
         service.load_state_dict(state["service"])
     with service, RunLog(config.run_dir, keep_through=resume_step or 0) as log:
         write_endpoint(config.run_dir, service.endpoint)
-        yield Leader(config, service, log, task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
-
-
-def tokenizing(config: Config) -> Callable[[Prompt], list[int]]:
-    """A function from prompt to token ids: chat messages through the chat template, plain text as it stands."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-
-    def tokenize(prompt: Prompt) -> list[int]:
-        if prompt.messages is None:
-            ids: list[int] = tokenizer(prompt.text)["input_ids"]
-            return ids
-        text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return tokenize
+        yield Leader(config, service, log, data.task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
 
 
 def probe_tokens(config: Config) -> torch.Tensor:
     """The fixed sequence that actors and learner score after each update: int64 [probe_tokens]."""
-    vocabulary = AutoTokenizer.from_pretrained(config.model.path).vocab_size
+    vocabulary = load_tokenizer(config.model).vocab_size
     length = min(config.weights.probe_tokens, config.model.max_model_len - 1)
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(PROBE_SEED))
 

@@ -2,23 +2,44 @@
 
 `load_task` turns a TaskConfig into a train set, a held-out set that shares no prompt with it, and the name
 of the default verifier. `chain_sum` and `number_walk` are procedural; `file` reads JSONL or Parquet.
+`load_dataset` (common/tasks/dataset.py) adds the token ids and leaves out what a model cannot be asked.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Protocol
 
-from common.config import ConfigError, TaskConfig
+from common.config import ConfigError, OnBadRow, TaskConfig, TrainFile
 from common.tasks import chain_sum, file, number_walk
+from common.tasks.file import DataFile
+from common.tasks.rows import BadRow, Problem, settle
 from common.types import JSON, Prompt
 
 # Held-out prompts are drawn without repetition; the rarest lengths of either task have few distinct ones.
 MAX_HELDOUT = 2000
 
-_FILE_SETTINGS = ("train_file", "heldout_file", "prompt_field", "answer_field")
+_FILE_SETTINGS = (
+    "train_file",
+    "train_files",
+    "heldout_file",
+    "prompt_field",
+    "answer_field",
+    "on_bad_row",
+    "chat_template_kwargs",
+)
 _PROCEDURAL_SETTINGS = ("seed", "num_train", "num_heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A part of the training prompts, which lie one after another, and its weight in the stream."""
+
+    uid_prefix: str
+    num_prompts: int
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +50,39 @@ class Task:
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     verifier: str
+    shares: tuple[Share, ...] = ()  # of several train files; they add up to `train`
+    files: tuple[DataFile, ...] = ()  # that were read, the held-out one last
+    problems: tuple[Problem, ...] = ()  # rows that were left out
+
+    def place(self, prompt: Prompt) -> str:
+        """Where the user finds this prompt: "FILE, line N", or its uid."""
+        label, _, line = prompt.uid.rpartition(":")
+        path = next((f.path for f in self.files if f.uid_prefix == label), None)
+        return prompt.uid if path is None else file.place(path, line)
+
+    def without(self, problems: Sequence[Problem], bad: Callable[[Prompt], bool]) -> "Task":
+        """The task less the `bad` prompts, which are the rows of `problems`. ConfigError when a set is empty then."""
+        train = [prompt for prompt in self.train if not bad(prompt)]
+        heldout = [prompt for prompt in self.heldout if not bad(prompt)]
+        counts = Counter(_prefix(prompt) for prompt in train)
+        left = replace(
+            self,
+            train=train,
+            heldout=heldout,
+            shares=tuple(replace(share, num_prompts=counts[share.uid_prefix]) for share in self.shares),
+            problems=(*self.problems, *problems),
+        )
+        left._refuse_empty()
+        return left
+
+    def _refuse_empty(self) -> None:
+        labels = Counter(_prefix(prompt) for prompt in (*self.train, *self.heldout))
+        for data in self.files:
+            if not labels[data.uid_prefix]:
+                first = next(problem for problem in self.problems if problem.place.startswith(f"{data.path}, "))
+                raise ConfigError(
+                    f"{data.path}: none of its {data.num_rows} rows can be used; {first.place}: {first.text}."
+                )
 
 
 class _Problem(Protocol):
@@ -87,31 +141,86 @@ def _generate(config: TaskConfig) -> Task:
 
 def _load_files(config: TaskConfig) -> Task:
     _refuse_settings(config, _PROCEDURAL_SETTINGS, "belongs to the procedural tasks")
-    if config.train_file is None or config.heldout_file is None:
-        missing = "train_file" if config.train_file is None else "heldout_file"
-        raise ConfigError(f"task.{missing} is not set; task.name=file needs both of its files.")
+    sources = _train_files(config)
+    if config.heldout_file is None:
+        raise ConfigError("task.heldout_file is not set; task.name=file needs both of its files.")
     columns = (config.prompt_field, config.answer_field)
-    train = file.read_prompts(Path(config.train_file), "train", *columns)
-    heldout = file.read_prompts(Path(config.heldout_file), "heldout", *columns)
-    _refuse_overlap(train, heldout)
-    return Task(name=config.name, train=train, heldout=heldout, verifier=file.VERIFIER)
+    parts = [
+        file.read_file(Path(source.path), f"train/{label}", *columns)
+        for source, label in zip(sources, _labels(sources), strict=True)
+    ]
+    heldout = file.read_file(Path(config.heldout_file), f"heldout/{Path(config.heldout_file).name}", *columns)
+    problems = [problem for part in (*parts, heldout) for problem in part.problems]
+    settle(problems, config.on_bad_row)
+    task = Task(
+        name=config.name,
+        train=[prompt for part in parts for prompt in part.prompts],
+        heldout=heldout.prompts,
+        verifier=file.VERIFIER,
+        shares=tuple(
+            Share(uid_prefix=part.uid_prefix, num_prompts=len(part.prompts), weight=source.weight)
+            for source, part in zip(sources, parts, strict=True)
+        ),
+        files=(*parts, heldout),
+        problems=tuple(problems),
+    )
+    return _apart(task, config.on_bad_row)
+
+
+def _train_files(config: TaskConfig) -> list[TrainFile]:
+    """Raises ConfigError unless there is one file or a list of files with weights."""
+    if config.train_file is not None and config.train_files is not None:
+        raise ConfigError("task.train_file and task.train_files are both set; put all files into task.train_files.")
+    if config.train_file is not None:
+        return [TrainFile(path=config.train_file)]
+    if not config.train_files:
+        raise ConfigError("task.train_file is not set; task.name=file needs both of its files.")
+    for source in config.train_files:
+        if not 0 < source.weight < float("inf"):
+            raise ConfigError(f"task.train_files: weight={source.weight} of {source.path} must be above 0.")
+    paths = [source.path for source in config.train_files]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"task.train_files names {max(paths, key=paths.count)} twice; give it one larger weight.")
+    return config.train_files
+
+
+def _labels(sources: Sequence[TrainFile]) -> list[str]:
+    """What uids call each file: its name, or its whole path where two have the same name."""
+    names = Counter(Path(source.path).name for source in sources)
+    paths = [Path(source.path) for source in sources]
+    return [path.name if names[path.name] == 1 else path.as_posix() for path in paths]
+
+
+def _prefix(prompt: Prompt) -> str:
+    return prompt.uid.rpartition(":")[0]
 
 
 def _refuse_settings(config: TaskConfig, names: tuple[str, ...], reason: str) -> None:
     """Raises ConfigError when a setting that this task does not use differs from its default."""
-    defaults = {f.name: f.default for f in fields(TaskConfig)}
+    defaults = TaskConfig()
     for name in names:
         value: JSON = getattr(config, name)
-        if value != defaults[name]:
+        if value != getattr(defaults, name):
             raise ConfigError(f"task.{name} is {value!r}, but task.name is '{config.name}' and that {reason}.")
 
 
-def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    uid_of = {(prompt.text, repr(prompt.messages)): prompt.uid for prompt in train}
-    for prompt in heldout:
-        twin = uid_of.get((prompt.text, repr(prompt.messages)))
-        if twin is not None:
-            raise ConfigError(
-                f"the prompt of {prompt.uid} is also that of {twin}; remove it from one file, because "
-                f"held-out prompts must not be trained on."
-            )
+def _apart(task: Task, policy: OnBadRow) -> Task:
+    """No prompt is both trained on and held out: refused, or not trained on."""
+    uid_of = {(prompt.text, repr(prompt.messages)): prompt.uid for prompt in task.heldout}
+    twins = {
+        prompt.uid: uid_of[key] for prompt in task.train if (key := (prompt.text, repr(prompt.messages))) in uid_of
+    }
+    if twins and policy is OnBadRow.error:
+        trained, held_out = next(iter(twins.items()))
+        raise ConfigError(
+            f"the prompt of {held_out} is also that of {trained}; remove it from one file, because held-out prompts "
+            f"must not be trained on (or leave such rows out of training with task.on_bad_row=drop)."
+        )
+    problems = [
+        Problem(
+            place=task.place(prompt), reason=BadRow.HELD_OUT, text=f"its prompt is also that of {twins[prompt.uid]}"
+        )
+        for prompt in task.train
+        if prompt.uid in twins
+    ]
+    return task.without(problems, lambda prompt: prompt.uid in twins)

@@ -39,7 +39,8 @@ def export_critic(critic: Critic, base: str | Path, out_dir: str | Path, dtype: 
 def _export(
     network: Policy | Critic, config: PreTrainedConfig, base: str | Path, out_dir: str | Path, dtype: torch.dtype | None
 ) -> None:
-    config.dtype = dtype or read_config(str(base)).dtype or torch.float32
+    is_remote = type(config).__module__.startswith("transformers_modules.")  # then its code already runs here
+    config.dtype = dtype or read_config(str(base), is_remote).dtype or torch.float32
     tensors = network.named_hf_parameters(config.dtype)
     if dist.is_initialized() and dist.get_rank() != 0:
         for _ in tensors:

@@ -139,9 +139,9 @@ class Critic(nn.Module):
 
 def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:
     """The policy of model.path, ready to train. Raises ConfigError for a folder that cannot be trained."""
-    path, reads = config.model.path, _reads_weights(mesh)
+    path, reads, trust = config.model.path, _reads_weights(mesh), config.model.trust_remote_code
     with refusals_of_rank_0(mesh):
-        model = load_causal_lm(path, config.model.tie_word_embeddings, reads)
+        model = load_causal_lm(path, config.model.tie_word_embeddings, reads, trust)
         _check_names(model, path)
         policy = Policy(model, config.learner.logprob_chunk_tokens)
         _set_to_train(policy, model, config)
@@ -153,11 +153,12 @@ def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -
 def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Critic:
     """The critic: from model.critic_path, else a copy of the policy's backbone under a zero head."""
     path, reads = config.model.critic_path or config.model.path, _reads_weights(mesh)
+    trust = config.model.trust_remote_code
     with refusals_of_rank_0(mesh):
         if config.model.critic_path is None:
-            backbone, head = load_causal_lm(path, None, reads).base_model, None
+            backbone, head = load_causal_lm(path, None, reads, trust).base_model, None
         else:
-            backbone, head = load_value_model(path, reads)
+            backbone, head = load_value_model(path, reads, trust)
         critic = Critic(backbone, head)
         _set_to_train(critic, backbone, config)
         if reads:

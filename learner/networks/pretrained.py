@@ -30,7 +30,9 @@ AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification
 SHARD_BYTES = 4 << 30
 
 
-def load_causal_lm(path: str, tie_word_embeddings: bool | None, has_weights: bool) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, tie_word_embeddings: bool | None, has_weights: bool, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of folder `path`, its attention packed, its embeddings shared or split as asked (None: as
     the folder says). Without `has_weights` the parameters are allocated but not read, for ranks that
     receive them.
@@ -38,8 +40,8 @@ def load_causal_lm(path: str, tie_word_embeddings: bool | None, has_weights: boo
     Raises ConfigError when the folder is missing, is no causal language model, lacks weights, or
     post-processes its logits.
     """
-    config = read_config(path)
-    model = _load(AutoModelForCausalLM, path, config) if has_weights else allocate(AutoModelForCausalLM, config)
+    config = read_config(path, trust_remote_code)
+    model = _instantiate(AutoModelForCausalLM, path, config, has_weights, trust_remote_code)
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         raise ConfigError(f"model folder {path} cannot be trained: {type(model).__name__} has no output layer to find")
@@ -50,26 +52,27 @@ def load_causal_lm(path: str, tie_word_embeddings: bool | None, has_weights: boo
     return model
 
 
-def load_value_model(path: str, has_weights: bool) -> tuple[PreTrainedModel, Tensor | None]:
+def load_value_model(
+    path: str, has_weights: bool, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Tensor | None]:
     """(backbone, head weight [1, D]) of a critic's folder: a reward or value model (sequence classification
     with one label), or a causal language model, which has no head (None).
     """
-    config = read_config(path)
+    config = read_config(path, trust_remote_code)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        return load_causal_lm(path, None, has_weights).base_model, None
+        return load_causal_lm(path, None, has_weights, trust_remote_code).base_model, None
     if config.num_labels != 1:
         raise ConfigError(f"critic folder {path} has {config.num_labels} labels, a value model has one")
-    auto_class = AutoModelForSequenceClassification
-    model = _load(auto_class, path, config) if has_weights else allocate(auto_class, config)
+    model = _instantiate(AutoModelForSequenceClassification, path, config, has_weights, trust_remote_code)
     return model.base_model, model.score.weight.detach()
 
 
-def read_config(path: str) -> PreTrainedConfig:
+def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The folder's configuration. Raises ConfigError when there is none or it is not supported."""
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model folder {path} has no config.json, set model.path to a Hugging Face model folder")
     with _in_one_sentence(path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_settings(config.to_dict(), f"model folder {path}")  # again: with the defaults that config.json leaves out
     return config
 
@@ -84,7 +87,15 @@ def _in_one_sentence(path: str) -> Iterator[None]:
         raise ConfigError(f"model folder {path} does not load: {type(error).__name__}: {reason}") from error
 
 
-def _load(auto_class: AutoClass, path: str, config: PreTrainedConfig) -> PreTrainedModel:
+def _instantiate(
+    auto_class: AutoClass, path: str, config: PreTrainedConfig, has_weights: bool, trust_remote_code: bool
+) -> PreTrainedModel:
+    if has_weights:
+        return _load(auto_class, path, config, trust_remote_code)
+    return allocate(auto_class, config, trust_remote_code)
+
+
+def _load(auto_class: AutoClass, path: str, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     hf_logging.disable_progress_bar()  # logs are files
     with _in_one_sentence(path):
         model, report = auto_class.from_pretrained(
@@ -93,16 +104,22 @@ def _load(auto_class: AutoClass, path: str, config: PreTrainedConfig) -> PreTrai
             dtype=torch.float32,
             attn_implementation=IMPLEMENTATION,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
     if report["missing_keys"]:
         raise ConfigError(f"model folder {path} lacks the weights {sorted(report['missing_keys'])}")
     return model
 
 
-def allocate(auto_class: AutoClass, config: PreTrainedConfig) -> PreTrainedModel:
+def allocate(auto_class: AutoClass, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose parameters are uninitialised: untouched pages cost no RAM until they are written."""
     with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
+        model = auto_class.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=IMPLEMENTATION,
+            trust_remote_code=trust_remote_code,
+        )
     model = model.to_empty(device="cpu")
     if config.tie_word_embeddings and model.get_output_embeddings() is not None:
         set_tied(model, True)  # to_empty allocates shared parameters twice

@@ -27,6 +27,7 @@ from common.types import (
     DropReason,
     Float32Array,
     Heartbeat,
+    Int32Array,
     LearnerMessage,
     LeaseFailed,
     Prompt,
@@ -55,7 +56,9 @@ class Coordinator:
     or dropped for good. A lease is in `held` of the one member that its slot names until its group is buffered.
     """
 
-    def __init__(self, config: Config, stream: PromptStream, tokenize: Callable[[Prompt], Sequence[int]]) -> None:
+    def __init__(
+        self, config: Config, stream: PromptStream, tokenize: Callable[[Prompt], Sequence[int] | Int32Array]
+    ) -> None:
         self._config = config
         self._stream = stream
         self._tokenize = tokenize

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import Config, OverAge, StalenessConfig
-from common.types import CompletedGroup, Lease, Prompt, Purpose, TrajectoryGroup
+from common.types import CompletedGroup, Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.evaluation import Evaluation
 
 
@@ -52,7 +52,7 @@ class Slots:
         return self.train if slot.lease.purpose is Purpose.TRAIN else self.evaluation
 
 
-def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int]) -> Lease:
+def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int] | Int32Array) -> Lease:
     return Lease(
         lease_id=lease_id,
         purpose=Purpose.TRAIN,
@@ -64,11 +64,12 @@ def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequen
         seed=_hashed(f"{config.seed}/lease/{lease_id}"),
         temperature=config.rollout.temperature,
         max_tokens=config.rollout.max_tokens,
+        stop=tuple(config.rollout.stop),
     )
 
 
 def eval_lease(
-    config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int], evaluation: Evaluation
+    config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int] | Int32Array, evaluation: Evaluation
 ) -> Lease:
     """Every evaluation of a run uses the same seeds, so that two of them differ by their weights alone."""
     return Lease(
@@ -82,6 +83,9 @@ def eval_lease(
         seed=_hashed(f"{config.seed}/eval/{prompt.uid}"),
         temperature=evaluation.temperature,
         max_tokens=config.rollout.max_tokens,
+        stop=tuple(config.rollout.stop),
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
     )
 
 

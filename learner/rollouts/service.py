@@ -18,8 +18,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from common.config import Config, ConfigError
+from common.tasks import Share
 from common.transport import LINGER_MS, LearnerSocket
-from common.types import JSON, Float32Array, Prompt, TrajectoryGroup, WeightsPhase, WeightsReport
+from common.types import JSON, Float32Array, Int32Array, Prompt, TrajectoryGroup, WeightsPhase, WeightsReport
 from common.wire import WireError
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import EvalResult, Evaluation
@@ -50,19 +51,21 @@ class LearnerService:
     """Context manager. `__enter__` binds the socket (ConfigError when the port is taken) and starts the thread.
 
     Any thread may call any method. Every wait takes a time-out whose message says who was waited for.
-    `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins.
+    `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins; `tokenize`
+    gives a prompt's token ids; `shares` are those of PromptStream.
     """
 
     def __init__(
         self,
         config: Config,
         prompts: Sequence[Prompt],
-        tokenize: Callable[[Prompt], Sequence[int]],
+        tokenize: Callable[[Prompt], Sequence[int] | Int32Array],
         fingerprints: tuple[str, str],
         probe_token_ids: Sequence[int],
+        shares: Sequence[Share] = (),
     ) -> None:
         self._config = config
-        self._coordinator = Coordinator(config, PromptStream(prompts, config.seed), tokenize)
+        self._coordinator = Coordinator(config, PromptStream(prompts, config.seed, shares), tokenize)
         self._reception = Reception(config, self._coordinator, fingerprints, probe_token_ids)
         self._changed = threading.Condition()
         self._socket: LearnerSocket | None = None

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import Completion, Engine
+from actors.engine import Completion, Engine, RequestRefused
 from common.config import Config, KVCache
+from common.types import FinishReason
 from learner.networks.model import Policy, load_policy
 from learner.publication.publisher import Publisher
-from tests.support.vllm_support import LocalControl, LoopThread, engine_config, lease, make_gpt2, make_model
+from tests.support.vllm_support import (
+    CHARACTERS,
+    LocalControl,
+    LoopThread,
+    engine_config,
+    lease,
+    make_gpt2,
+    make_model,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
@@ -82,6 +91,36 @@ def test_behavior_logprobs_are_the_learners_at_version_gap_zero(bench: Bench) ->
         for completion in bench.sample(1, temperature=temperature):
             assert bench.mismatch(completion, temperature) < TOLERANCE
             assert (completion.versions == bench.version).all()
+
+
+def test_a_stop_string_ends_a_completion_and_belongs_to_it(bench: Bench) -> None:
+    stopped = [
+        completion
+        for completion in bench.sample(10, max_tokens=300, num_samples=8, stop=("#", "a+"))
+        if completion.text.endswith(("#", "a+"))
+    ]
+    assert stopped
+    for completion in stopped:
+        assert completion.finish_reason is FinishReason.STOP
+        assert completion.text == "".join(CHARACTERS[token - 2] for token in completion.token_ids)
+        assert completion.text.count("#") + completion.text.count("a+") == 1
+        assert bench.mismatch(completion) < TOLERANCE
+
+
+def test_evaluation_may_cut_off_tokens(bench: Bench) -> None:
+    greedy = bench.sample(11, temperature=0.0, num_samples=1, max_tokens=20)[0]
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}):
+        for completion in bench.sample(11, max_tokens=20, **cut):
+            assert completion.token_ids.tolist() == greedy.token_ids.tolist()
+
+
+@pytest.mark.parametrize("prompt", [[], [5] * 600, [5, 10**6]])
+def test_a_prompt_that_the_engine_does_not_take_is_refused_and_the_engine_goes_on(
+    bench: Bench, prompt: list[int]
+) -> None:
+    with pytest.raises(RequestRefused):
+        bench.sample(12, prompt_token_ids=np.array(prompt, dtype=np.int32))
+    assert len(bench.sample(13, max_tokens=4)) == 4
 
 
 def test_publishing_unchanged_weights_changes_nothing(bench: Bench) -> None:

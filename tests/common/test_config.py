@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.config import Aggregation, Config, ConfigError, TransferBackend
+from common.config import Aggregation, Config, ConfigError, OnBadRow, TrainFile, TransferBackend
 from common.loading import RECIPES, load_config, read_config, save_config
 
 MODEL = "model.path=configs/models/chain_sum"
@@ -157,8 +157,29 @@ def test_overrides_are_typed() -> None:
     assert config.name == "7"
 
 
+def test_lists_and_mappings_are_typed_too() -> None:
+    config = load_config(
+        [],
+        [
+            MODEL,
+            "task.train_files=[{path: a.jsonl, weight: 3}, {path: b.parquet}]",
+            "task.chat_template_kwargs={enable_thinking: false}",
+            "task.chat_template_kwargs.level=2",
+            "task.on_bad_row=drop",
+            "rollout.stop=['</answer>', \"\\n\\n\"]",
+        ],
+    )
+    assert config.task.train_files == [TrainFile(path="a.jsonl", weight=3.0), TrainFile(path="b.parquet")]
+    assert config.task.chat_template_kwargs == {"enable_thinking": False, "level": 2}
+    assert config.task.on_bad_row is OnBadRow.drop
+    assert config.rollout.stop == ["</answer>", "\n\n"]
+
+
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
-    config = load_config(["demo"], ["cores=[0]", "algorithm.dual_clip=3.0"])
+    config = load_config(
+        ["demo"],
+        ["cores=[0]", "algorithm.dual_clip=3.0", "task.train_files=[{path: a.jsonl}]", "task.chat_template_kwargs.x=1"],
+    )
     save_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
     assert load_config([str(tmp_path / "config.yaml")], []) == config
@@ -187,6 +208,10 @@ def test_shipped_models_are_found_from_anywhere(tmp_path: Path, monkeypatch: pyt
         ("learner.steps=1.5", ("learner.steps=1.5",)),
         ("algorithm.advantage=gea", ("algorithm.advantage=gea", "gae, grpo, rloo")),
         ("learner=3", ("learner=3",)),
+        ("rollout.top_p=0.9", ("rollout.top_p", "from the whole distribution", "eval.top_p")),
+        ("rollout.min_p=0.1", ("rollout.min_p", "importance weights are wrong")),
+        ("task.train_files=[{path: a.jsonl, wait: 2}]", ("unknown setting wait",)),
+        ("task.on_bad_row=skip", ("task.on_bad_row=skip", "error, drop")),
         ("eval=null", ("eval=",)),
         ("cores=[a]", ("cores[0]=a",)),
         ("learner.steps", ("'learner.steps'", "section.key=value")),
@@ -228,6 +253,11 @@ def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str,
         ),
         (["model.path=nowhere"], ("model.path=nowhere", "run.py prepare")),
         (["model.critic_path=nowhere"], ("model.critic_path=nowhere",)),
+        (["rollout.stop=['a', '']"], ("rollout.stop=['a', '']", "empty string")),
+        (["eval.top_p=0"], ("eval.top_p=0", "temperature=0")),
+        (["eval.top_p=1.5"], ("eval.top_p=1.5", "at most 1")),
+        (["eval.top_k=-1"], ("eval.top_k=-1", "at least 0")),
+        (["eval.top_k=5", "eval.temperature=0"], ("eval.top_k=5", "eval.temperature=0")),
         (["eval.num_prompts=300"], ("eval.num_prompts=300", "task.num_heldout=256")),
         (["reward.correct=-1"], ("reward.correct=-1",)),
         (["reward.overlong_penalty=true"], ("overlong_buffer=4096", "max_tokens=128")),

@@ -1,6 +1,7 @@
 """What `train` starts, how the pieces find each other, and what it refuses to touch."""
 
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -32,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "run.py", *arguments], cwd=RECIPES.parent, capture_output=True, text=True, timeout=60
+        [sys.executable, "run.py", *arguments], cwd=RECIPES.parent, capture_output=True, text=True, timeout=240
     )
 
 
@@ -148,6 +149,48 @@ def test_a_mistake_ends_with_one_sentence_and_code_2(arguments: tuple[str, ...],
     assert result.returncode == 2
     assert result.stderr.startswith(sentence)
     assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def data_arguments(folder: Path, train: str) -> tuple[str, ...]:
+    (folder / "train.jsonl").write_text(train)
+    (folder / "heldout.jsonl").write_text('{"question": "12a+9b-3=", "answer": "#### 18"}\n')
+    files = {name: f"task.{name}_file={folder / name}.jsonl" for name in ("train", "heldout")}
+    return ("-c", "demo", f"runs_dir={folder}", "name=trial", "task.name=file", *files.values())
+
+
+@pytest.mark.slow
+def test_a_bad_row_ends_a_run_before_anything_starts(tmp_path: Path) -> None:
+    rows = '{"prompt": "47a+3b-8=", "answer": 42}\n' + json.dumps({"prompt": "1a+2b" * 80, "answer": 1}) + "\n"
+    result = run("train", *data_arguments(tmp_path, rows))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path}/train.jsonl, line 2: its prompt has 400 tokens, and with")
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert not (tmp_path / "trial").exists(), "the same command runs once the row is mended"
+
+
+@pytest.mark.slow
+def test_a_bad_row_does_not_cost_the_earlier_run(tmp_path: Path) -> None:
+    arguments = data_arguments(tmp_path, '{"prompt": "", "answer": 42}\n')
+    (tmp_path / "trial").mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "trial" / name).write_text("seed: 1\n")
+    assert run("train", "--overwrite", *arguments).returncode == 2
+    assert (tmp_path / "trial" / "metrics.jsonl").read_text() == "seed: 1\n"
+
+
+@pytest.mark.slow
+def test_check_says_what_a_run_would_use_and_keeps_it_where_it_is_told(tmp_path: Path) -> None:
+    rows = '{"prompt": "47a+3b-8=", "answer": 42}\n{"prompt": "", "answer": 1}\n'
+    result = run("check", *data_arguments(tmp_path, rows), "task.on_bad_row=drop", "--data", str(tmp_path / "data"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        f"{tmp_path}/train.jsonl: prompt = column 'prompt', reference = column 'answer'",
+        f"{tmp_path}/heldout.jsonl: prompt = column 'question', reference = column 'answer' after its last ####",
+        "data: 1 prompts to train on and 1 held out, 9 to 9 tokens long",
+        f"data: left out 1 row (no_prompt 1), first {tmp_path}/train.jsonl, line 2: column 'prompt' must be a text "
+        "that is not blank or a list of messages with the strings role and content, not an empty string",
+    ]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dropped.jsonl", "tokens.npz"]
 
 
 def test_a_rank_started_alone_says_how_to_start_all(config: Config, tmp_path: Path) -> None:

@@ -72,6 +72,16 @@ def test_drops_are_listed_by_reason(tmp_path: Path) -> None:
     assert "4 groups: actor_lost 1, stale 3" in text
 
 
+def test_rows_that_were_left_out_of_the_data_are_counted_by_reason(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, [step(1.0)])
+    assert "left out" not in render(summary(folder))
+    (folder / "data").mkdir()
+    reasons = ("too_long", "no_answer", "too_long")
+    lines = [f'{{"place": "x", "reason": "{reason}", "text": "y"}}\n' for reason in reasons]
+    (folder / "data" / "dropped.jsonl").write_text("".join(lines))
+    assert "3 rows of the data: too_long 2, no_answer 1" in render(summary(folder))
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a run directory"):
         summary(tmp_path)

@@ -71,6 +71,7 @@ def groups(draw: st.DrawFn) -> CompletedGroup:
 leases = st.builds(
     Lease, lease_id=ints, purpose=st.sampled_from(Purpose), prompt_uid=texts, prompt_token_ids=int32s,
     reference=texts, row=rows, num_samples=ints, seed=ints, temperature=floats, max_tokens=ints,
+    stop=st.lists(texts, max_size=3).map(tuple), top_p=floats, top_k=ints,
 )  # fmt: skip
 messages: st.SearchStrategy[Any] = st.one_of(
     groups(),
@@ -128,13 +129,13 @@ def test_every_message_comes_back_as_it_was(message: Message) -> None:
 
 
 def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:
-    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x01\x81\xa8lease_id\x07\x90"]
+    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x02\x81\xa8lease_id\x07\x90"]
 
 
 def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
     frames = [bytes(frame) for frame in encode(GROUP)]
     assert frames[0] == (
-        b"\x94\xaeCompletedGroup\x01\x85\xa8lease_id\x07"
+        b"\x94\xaeCompletedGroup\x02\x85\xa8lease_id\x07"
         b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaefinish_reasons\x92\xa4stop\xa6length"
         b"\xacgeneration_s\xcb\x3f\xf8\0\0\0\0\0\0\xaeverification_s\xcb\x3f\xd0\0\0\0\0\0\0"
         b"\x95\x93\xa7lengths\xa5int32\x91\x02\x93\xa9token_ids\xa5int32\x91\x03"
@@ -146,6 +147,31 @@ def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
         b"\0\0\0\xbf\0\0\0\0\0\0\x80\xbf",
         b"\x03\0\0\0\x03\0\0\0\x04\0\0\0",
         b"\0\0\x80\x3f\0\0\x80\xbf",
+    ]
+
+
+def test_the_bytes_of_a_lease_never_change_within_a_protocol_version() -> None:
+    lease = Lease(
+        lease_id=7,
+        purpose=Purpose.EVAL,
+        prompt_uid="u",
+        prompt_token_ids=np.array([5, 256], np.int32),
+        reference="42",
+        row={"n": 1},
+        num_samples=2,
+        seed=3,
+        temperature=0.5,
+        max_tokens=9,
+        stop=("</a>",),
+        top_p=0.75,
+        top_k=4,
+    )
+    assert [bytes(frame) for frame in encode(lease)] == [
+        b"\x94\xa5Lease\x02\x8c\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
+        b"\xa3row\x81\xa1n\x01\xabnum_samples\x02\xa4seed\x03\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0"
+        b"\xaamax_tokens\x09\xa4stop\x91\xa4</a>\xa5top_p\xcb\x3f\xe8\0\0\0\0\0\0\xa5top_k\x04"
+        b"\x91\x93\xb0prompt_token_ids\xa5int32\x91\x02",
+        b"\x05\0\0\0\0\x01\0\0",
     ]
 
 

@@ -74,19 +74,19 @@ def engine_config(path: str, **weights: Any) -> Config:
     )
 
 
-def lease(lease_id: int, *, num_samples: int = 4, max_tokens: int = 40, temperature: float = 1.0) -> Lease:
-    return Lease(
-        lease_id=lease_id,
-        purpose=Purpose.TRAIN,
-        prompt_uid=f"p{lease_id}",
-        prompt_token_ids=np.array([3, 4, 5, 6], dtype=np.int32),
-        reference="",
-        row={},
-        num_samples=num_samples,
-        seed=lease_id,
-        temperature=temperature,
-        max_tokens=max_tokens,
-    )
+def lease(lease_id: int, **changes: Any) -> Lease:
+    values: dict[str, Any] = {
+        "purpose": Purpose.TRAIN,
+        "prompt_uid": f"p{lease_id}",
+        "prompt_token_ids": np.array([3, 4, 5, 6], dtype=np.int32),
+        "reference": "",
+        "row": {},
+        "num_samples": 4,
+        "seed": lease_id,
+        "temperature": 1.0,
+        "max_tokens": 40,
+    }
+    return Lease(lease_id=lease_id, **(values | changes))
 
 
 class LoopThread:

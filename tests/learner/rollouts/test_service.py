@@ -24,6 +24,7 @@ from common.config import (
 )
 from common.transport import ActorConnection
 from common.types import (
+    PROTOCOL_VERSION,
     Ack,
     ActorMessage,
     Bye,
@@ -222,7 +223,7 @@ def test_a_late_joiner_waits_for_the_current_weights(service: LearnerService) ->
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"protocol_version": 99}, "it speaks protocol version 99, the learner 1"),
+        ({"protocol_version": 99}, f"it speaks protocol version 99, the learner {PROTOCOL_VERSION}"),
         ({"model_fingerprint": "other"}, "its model has another architecture; give it the learner's model.path"),
         ({"tokenizer_fingerprint": "other"}, "its tokenizer is another one; give it the learner's model.path"),
         ({"capacity": 0}, "its capacity is 0; set actors.groups_in_flight to at least 1"),
@@ -269,7 +270,7 @@ def test_garbage_is_counted_and_harms_nobody(service: LearnerService) -> None:
         dealer.linger = 0
         dealer.rcvtimeo = 5000
         dealer.connect(service.endpoint)
-        for frames in ([b""], [b"\xc1", b"x"], [b"\x94\xa3Ack\x01\x81\xa8lease_id\x07\x90"]):
+        for frames in ([b""], [b"\xc1", b"x"], [b"\x94\xa3Ack\x02\x81\xa8lease_id\x07\x90"]):
             dealer.send_multipart(frames)
             assert b"malformed message" in dealer.recv()
         assert service.stats()["dropped/malformed"] == 3

@@ -1,0 +1,144 @@
+"""What one request provokes fails its lease; only a dead engine ends an actor. No engine is started here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, WeightVersionSpan
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from actors.engine import Engine, EngineError, RequestRefused
+from actors.main import Actor
+from common.config import Config, ModelConfig
+from common.types import CompletedGroup, FinishReason, LeaseFailed
+from common.wire import WireError
+from tests.support.fake_actors import group
+from tests.support.vllm_support import lease
+
+
+def output(**changes: Any) -> CompletionOutput:
+    values: dict[str, Any] = {
+        "index": 0,
+        "text": "ab",
+        "token_ids": [5, 6],
+        "cumulative_logprob": None,
+        "logprobs": SimpleNamespace(logprobs=[-0.5, -1.0]),
+        "finish_reason": "stop",
+        "weight_versions": [WeightVersionSpan("0", 0, 2)],
+    }
+    return CompletionOutput(**(values | changes))
+
+
+class FakeLLM:
+    """Answers every request with `result`, or raises it."""
+
+    def __init__(self, result: Any, errored: bool = False) -> None:
+        self.result, self.errored = result, errored
+        self.parameters: list[Any] = []
+
+    async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
+        self.parameters.append(parameters)
+        if isinstance(self.result, Exception):
+            raise self.result
+        yield SimpleNamespace(finished=True, outputs=[self.result])
+
+
+def engine_of(llm: FakeLLM) -> Engine:
+    engine = Engine(Config(model=ModelConfig(path="nowhere")))
+    engine._llm, engine._special_tokens = llm, {"<eot>": 3}
+    return engine
+
+
+def wrapped(cause: Exception) -> EngineGenerateError:
+    error = EngineGenerateError()
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (VLLMValidationError("The decoder prompt cannot be empty"), "prompt cannot be empty"),
+        (ValueError("prompt_token_ids is longer than max_model_len"), "longer than"),
+        (wrapped(TypeError("unhashable")), r"TypeError\('unhashable'\)"),
+        (output(finish_reason="abort"), "a completion of 2 tokens ended with 'abort'"),
+        (output(token_ids=[], finish_reason="length"), "a completion of 0 tokens"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_with_its_reason(result: Any, words: str) -> None:
+    with pytest.raises(RequestRefused, match=words):
+        asyncio.run(engine_of(FakeLLM(result)).sample(lease(0)))
+
+
+@pytest.mark.parametrize("error", [EngineDeadError(), ValueError("closed"), wrapped(KeyError("x"))])
+def test_a_dead_engine_is_not_the_request_s_fault(error: Exception) -> None:
+    with pytest.raises(EngineError, match="the engine died"):
+        asyncio.run(engine_of(FakeLLM(error, errored=True)).sample(lease(0)))
+
+
+def test_a_setting_that_the_engine_does_not_accept_is_refused_too() -> None:
+    with pytest.raises(RequestRefused, match="n must be 1 when using greedy sampling"):
+        asyncio.run(engine_of(FakeLLM(output())).sample(lease(0, temperature=0.0)))
+
+
+def test_stop_strings_and_cut_off_tokens_reach_the_engine() -> None:
+    llm = FakeLLM(output(stop_reason="</a>"))
+    asked = lease(0, stop=("</a>", "<eot>"), top_p=0.5, top_k=7)
+    (completion,) = asyncio.run(engine_of(llm).sample(asked))
+    (parameters,) = llm.parameters
+    assert (parameters.top_p, parameters.top_k) == (0.5, 7)
+    assert (parameters.stop, parameters.stop_token_ids) == (["</a>"], [3]), "a special token is not seen in a text"
+    assert completion.text == "ab</a>", "what the policy drew is what the verifier sees"
+    assert completion.finish_reason is FinishReason.STOP
+
+
+class Mailbox:
+    """The actor's connection; `too_large` messages do not fit."""
+
+    def __init__(self, too_large: tuple[type, ...] = ()) -> None:
+        self.sent: list[Any] = []
+        self._too_large = too_large
+
+    async def send(self, message: Any) -> None:
+        if isinstance(message, self._too_large):
+            raise WireError("CompletedGroup of 9 bytes: limit 8")
+        self.sent.append(message)
+
+
+class NoVerifier:
+    async def verify(self, *_: Any) -> Any:
+        raise AssertionError("nothing to verify")
+
+
+async def work(mailbox: Mailbox, llm: FakeLLM) -> BaseException | None:
+    """How the task of one lease ended."""
+    actor = Actor(Config(), mailbox, engine_of(llm), NoVerifier())  # type: ignore[arg-type]
+    actor._begin(lease(4))
+    await asyncio.wait(list(actor._tasks.values()), timeout=10.0)
+    assert actor._unacknowledged == {}
+    return actor._failure.exception() if actor._failure.done() else None
+
+
+def test_an_actor_reports_a_refused_lease_and_goes_on() -> None:
+    mailbox = Mailbox()
+    assert asyncio.run(work(mailbox, FakeLLM(VLLMValidationError("too long")))) is None
+    assert mailbox.sent == [LeaseFailed(lease_id=4, reason="too long")]
+
+
+def test_an_actor_ends_with_its_engine() -> None:
+    mailbox = Mailbox()
+    assert isinstance(asyncio.run(work(mailbox, FakeLLM(EngineDeadError(), errored=True))), EngineError)
+    assert mailbox.sent == []
+
+
+def test_a_group_that_no_message_can_carry_fails_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def complete(*_: Any) -> CompletedGroup:
+        return group(4, versions=[0])
+
+    monkeypatch.setattr("actors.main.complete", complete)
+    mailbox = Mailbox(too_large=(CompletedGroup,))
+    assert asyncio.run(work(mailbox, FakeLLM(output()))) is None
+    assert mailbox.sent == [LeaseFailed(lease_id=4, reason="CompletedGroup of 9 bytes: limit 8")]
