@@ -1,7 +1,9 @@
 """The order in which a run draws its prompts: a pure function of (prompts, seed, position)."""
 
+import hashlib
 import random
 from collections.abc import Sequence
+from functools import cached_property
 
 from common.config import ConfigError
 from common.types import JSON, Prompt
@@ -44,7 +46,21 @@ class PromptStream:
         return len(self._prompts)
 
     def state_dict(self) -> dict[str, JSON]:
-        return {"seed": self._seed, "epoch": self._epoch, "position": self._position, "count": len(self)}
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "count": len(self),
+            "fingerprint": self._fingerprint,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the prompts' uids and texts. References may be corrected between two parts of a run."""
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in self._prompts:
+            digest.update(repr((prompt.uid, prompt.text, prompt.messages)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         """Raises ConfigError when the state belongs to another training set."""
@@ -52,6 +68,11 @@ class PromptStream:
             raise ConfigError(
                 f"the checkpoint was made with {state['count']} training prompts, now there are "
                 f"{len(self._prompts)}; use the same data"
+            )
+        if state["fingerprint"] != self._fingerprint:
+            raise ConfigError(
+                f"the checkpoint was made with other training prompts, although as many ({len(self._prompts)}); "
+                "use the same data"
             )
         self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
         self._order = self._shuffled()
