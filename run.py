@@ -66,9 +66,7 @@ def _resume(run: Path, overrides: list[str]) -> int:
         config = replace(config, runs_dir=str(run.resolve().parent), name=run.resolve().name)
     stands = standing(config)
     if stands is not None and stands.is_complete:
-        print(
-            f"{run} is complete, all its {stands.policy_steps} policy steps are done: raise learner.steps to train on"
-        )
+        print(f"{run} is complete, {stands.policy_steps} policy steps are done: raise learner.steps to train on")
         return _report(config, None)
     return _report(config, train(config, EarlierRun.RESUME, _settle))
 

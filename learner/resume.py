@@ -63,7 +63,7 @@ def standing(config: Config) -> Standing | None:
     return Standing(
         step=step,
         policy_steps=policy_steps,
-        is_complete=is_trained and _is_delivered(config, step, state["version"]),
+        is_complete=is_trained and _is_delivered(config, state["version"]),
     )
 
 
@@ -92,9 +92,9 @@ def _check_warmup(config: Config, step: int, values: dict[str, JSON]) -> int:
     return wanted
 
 
-def _is_delivered(config: Config, step: int, version: int) -> bool:
-    """Whether the policy was exported and evaluated, which follows the last checkpoint."""
+def _is_delivered(config: Config, version: int) -> bool:
+    """Whether the policy was exported and its version evaluated, which follows the last checkpoint."""
     metrics = config.run_dir / "metrics.jsonl"
     if not (config.run_dir / "checkpoints" / "final" / "config.json").is_file() or not metrics.is_file():
         return False
-    return any(row["step"] == step and row.get("accuracy/version") == version for row in read_jsonl(metrics))
+    return any(row.get("accuracy/version") == version for row in read_jsonl(metrics))

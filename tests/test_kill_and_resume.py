@@ -29,6 +29,7 @@ from common.transport import model_fingerprints
 from common.types import CompletedGroup, FinishReason, Lease, Verdict
 from learner.checkpoint import complete_steps
 from tests.support.fake_actors import FakeActor
+from tests.support.runs import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 90.0
@@ -213,11 +214,10 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_batch_size_staleness
     overrides = [f"{section}.{setting}" for section, setting in zip(sections, changed, strict=True)]
     with learner(tmp_path, "run", 1, "learner.steps=9", *overrides) as processes:
         assert processes.wait(START_S) == [0], processes.log()
-    run = tmp_path / "run"
-    assert [row["step"] for row in steps(run)] == list(range(1, 12))
-    assert [row["version"] for row in steps(run)] == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
-    assert max(row["staleness/token_max"] for row in steps(run)[6:]) <= 2
-    ledger = rows(run / "ledger.jsonl")
+    found, ledger = steps(tmp_path / "run"), rows(tmp_path / "run" / "ledger.jsonl")
+    assert [row["step"] for row in found] == list(range(1, 12))
+    assert [row["version"] for row in found] == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
+    assert max(row["staleness/token_max"] for row in found[6:]) <= 2
     assert [sum(row["step"] == step for row in ledger) for step in range(1, 12)] == [4] * 6 + [6] * 5
     assert len({row["prompt_uid"] for row in ledger}) == len(ledger) == 54, "within the epoch no prompt comes twice"
 
@@ -246,7 +246,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capfd: pytest.CaptureFi
     moved = (tmp_path / "run").rename(tmp_path / "moved")  # a run is found where it is
     assert run.main(["train", "--resume", str(moved)]) == 0
     out = capfd.readouterr().out
-    assert f"{moved} is complete, all its 1 policy steps are done: raise learner.steps to train on" in out
+    assert f"{moved} is complete, 1 policy steps are done: raise learner.steps to train on" in out
     assert "accuracy" in out
     assert {
         tmp_path / "run" / path.relative_to(moved): path.read_bytes() for path in moved.rglob("*") if path.is_file()

@@ -31,7 +31,7 @@ from common.config import Config, Device, DType
 from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
-from learner.networks.pretrained import load_causal_lm, load_value_model, stored_names
+from learner.networks.pretrained import load_causal_lm, load_value_model, read_config, stored_names
 
 Network = TypeVar("Network", "Policy", "Critic")
 
@@ -151,6 +151,12 @@ def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         backbone, head = load_causal_lm(config.model.path, None, reads).base_model, None
     else:
         backbone, head = load_value_model(config.model.critic_path, reads)
+        known, needed = backbone.config.vocab_size, read_config(config.model.path).vocab_size
+        if known < needed:
+            raise ValueError(
+                f"model.critic_path={config.model.critic_path} knows {known} tokens, the policy has {needed}: choose a "
+                "critic with the policy's tokenizer"
+            )
     return _prepare(Critic(backbone, head), backbone, config, device, mesh)
 
 
