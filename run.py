@@ -16,11 +16,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.config import Config, ConfigError, DType
 from common.launcher import QUIET_ENVIRONMENT
 from common.loading import load_config
+from common.processes import Outcome
 
 USER_ERROR = 2
 
@@ -43,21 +45,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from common.launcher import EarlierRun, train
+
+    if arguments.resume is not None:
+        if arguments.config or arguments.overwrite:
+            raise ConfigError("--resume takes the configuration of its run: leave out -c and --overwrite")
+        return _resume(Path(arguments.resume), arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
+    earlier = EarlierRun.OVERWRITE if arguments.overwrite else EarlierRun.REFUSE
+    return _report(config, train(config, earlier, _settle))
+
+
+def _resume(run: Path, overrides: list[str]) -> int:
+    from common.launcher import EarlierRun, train
+    from learner.resume import standing
+
+    for override in overrides:
+        if override.partition("=")[0] in ("name", "runs_dir"):
+            raise ConfigError(f"{override} does not go with --resume {run}, which goes on in that folder: leave it out")
+    config = load_config([str(run / "config.yaml")], overrides)
+    if config.run_dir.resolve() != run.resolve():  # the folder was moved
+        config = replace(config, runs_dir=str(run.resolve().parent), name=run.resolve().name)
+    stands = standing(config)
+    if stands is not None and stands.is_complete:
+        print(f"{run} is complete, {stands.policy_steps} policy steps are done: raise learner.steps to train on")
+        return _report(config, None)
+    return _report(config, train(config, EarlierRun.RESUME, _settle))
+
+
+def _report(config: Config, outcome: Outcome | None) -> int:
+    """How the run ended (None: long ago), and its closing summary if it ended well. The exit code."""
     from common.report import render, summary
 
-    files, earlier = arguments.config, EarlierRun.OVERWRITE if arguments.overwrite else EarlierRun.REFUSE
-    if arguments.resume is not None:
-        if files or arguments.overwrite:
-            raise ConfigError("--resume takes the configuration of its run: leave out -c and --overwrite")
-        files, earlier = [str(Path(arguments.resume) / "config.yaml")], EarlierRun.RESUME
-    config = load_config(files, arguments.overrides)
-    outcome = train(config, earlier, _settle)
-    if outcome.exit_code != 0:
+    if outcome is not None and outcome.exit_code != 0:
         if outcome.message is not None:
             print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
     print(f"\n{render(summary(config.run_dir))}")
-    return outcome.exit_code
+    return 0 if outcome is None else outcome.exit_code
 
 
 def _check(arguments: argparse.Namespace) -> int:

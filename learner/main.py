@@ -31,13 +31,14 @@ from common.types import JSON, TrajectoryGroup
 from learner.algorithm.optimised import StateDict
 from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
-from learner.checkpoint import Checkpointer, complete_steps, step_folder
+from learner.checkpoint import Checkpointer, step_folder
 from learner.leader import Leader, version_gaps
 from learner.networks.export import export_policy
 from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import World, make_mesh, process_group, seed_everything
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
+from learner.resume import WARMUP, settings, standing
 from learner.rollouts.service import LearnerService, MembersWaiting
 
 __all__ = ["Learner", "main", "make_trainer", "probe_tokens", "tokenizing", "write_endpoint"]
@@ -96,13 +97,20 @@ class Learner:
         """Continues after `step`, whose checkpoint must be complete."""
         resumed = self.checkpointer.load(step, self)
         self.step, self.version = resumed.step, resumed.version
+        if self.leader is not None:
+            self.leader.service.set_warmup(self.warmup_steps)
 
     def state_dict(self) -> StateDict:
-        own = {"warmup_steps": self.warmup_steps, "mismatch_floor": self.sentinel.floor}
+        own = {
+            "warmup_steps": self.warmup_steps,
+            "mismatch_floor": self.sentinel.floor,
+            "settings": settings(self.config),
+        }
         return self.trainer.state_dict() | own
 
     def load_state_dict(self, state_dict: StateDict, /) -> None:
-        self.warmup_steps = state_dict["warmup_steps"]
+        if state_dict["settings"][WARMUP] == self.config.algorithm.critic_warmup_steps:  # else it was changed since
+            self.warmup_steps = state_dict["warmup_steps"]
         self.sentinel.floor = state_dict["mismatch_floor"]
         self.trainer.load_state_dict(state_dict)
 
@@ -227,10 +235,14 @@ class Learner:
 def main(config: Config) -> int:
     """Runs one rank to the end of the run, from the newest complete checkpoint if there is one.
 
-    Returns the exit code; a failure is raised.
+    Returns the exit code; a failure is raised. A run that is complete is left as it is.
     """
+    stands = standing(config)
+    if stands is not None and stands.is_complete:
+        logger.info("%s is complete: nothing is left to do", config.run_dir)
+        return 0
+    resume_step = None if stands is None else stands.step
     checkpoints = config.run_dir / "checkpoints"
-    resume_step = max(complete_steps(checkpoints), default=None)
     with process_group(config.device, config.learner.batch_timeout_s + config.actors.start_timeout_s) as world:
         seed_everything(config.seed)
         mesh = make_mesh(config)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import run
 from common.config import Config
 from common.launcher import rank_environment, reserve_port
 from common.loading import load_config, save_config
@@ -28,6 +29,7 @@ from common.transport import model_fingerprints
 from common.types import CompletedGroup, FinishReason, Lease, Verdict
 from learner.checkpoint import complete_steps
 from tests.support.fake_actors import FakeActor
+from tests.support.runs import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 90.0
@@ -137,8 +139,8 @@ class LearnerProcesses:
 
 
 @contextmanager
-def learner(tmp_path: Path, name: str, num_ranks: int = 1) -> Iterator[LearnerProcesses]:
-    overrides = [*SETTINGS, f"runs_dir={tmp_path}", f"name={name}", f"learner.ranks={num_ranks}"]
+def learner(tmp_path: Path, name: str, num_ranks: int = 1, *others: str) -> Iterator[LearnerProcesses]:
+    overrides = [*SETTINGS, f"runs_dir={tmp_path}", f"name={name}", f"learner.ranks={num_ranks}", *others]
     config = load_config([], overrides)
     config = replace(config, model=replace(config.model, path=str(ROOT / config.model.path)))
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -199,3 +201,55 @@ def test_killed_at_random_and_resumed_on_one_or_two_ranks(tmp_path: Path) -> Non
     with learner(tmp_path, "killed", num_ranks) as processes:
         assert processes.wait(START_S) == [0] * num_ranks, processes.log()
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_more_steps_and_another_batch_size_staleness_and_publish_interval(
+    tmp_path: Path,
+) -> None:
+    with learner(tmp_path, "run", 1, "learner.steps=4") as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+    changed = ("prompts_per_step=6", "group_size=3", "max_staleness=2", "publish_every=2")
+    sections = ("rollout", "rollout", "staleness", "weights")
+    overrides = [f"{section}.{setting}" for section, setting in zip(sections, changed, strict=True)]
+    with learner(tmp_path, "run", 1, "learner.steps=9", *overrides) as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+    found, ledger = steps(tmp_path / "run"), rows(tmp_path / "run" / "ledger.jsonl")
+    assert [row["step"] for row in found] == list(range(1, 12))
+    assert [row["version"] for row in found] == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
+    assert max(row["staleness/token_max"] for row in found[6:]) <= 2
+    assert [sum(row["step"] == step for row in ledger) for step in range(1, 12)] == [4] * 6 + [6] * 5
+    assert len({row["prompt_uid"] for row in ledger}) == len(ledger) == 54, "within the epoch no prompt comes twice"
+
+
+@pytest.mark.slow
+def test_a_critic_is_trained_alone_exported_and_started_from(tmp_path: Path) -> None:
+    with learner(tmp_path, "critic", 1, "learner.steps=0", "algorithm.critic_warmup_steps=3") as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+    run_dir, folder = tmp_path / "critic", tmp_path / "exported"
+    assert [row["step"] for row in steps(run_dir)] == [1, 2, 3]
+    evaluations = [row["accuracy/version"] for row in rows(run_dir / "metrics.jsonl") if "accuracy/heldout" in row]
+    assert evaluations == [0], "the policy has not changed: it is evaluated once"
+    assert run.main(["export", str(run_dir), "--critic", "--out", str(folder)]) == 0
+    started = ("learner.steps=2", "algorithm.critic_warmup_steps=0", f"model.critic_path={folder}")
+    with learner(tmp_path, "policy", 1, *started) as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+    assert steps(tmp_path / "policy")[0]["critic/value_mean"] != 0.0
+    assert steps(run_dir)[0]["critic/value_mean"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with learner(tmp_path, "run", 1, "learner.steps=1") as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    moved = (tmp_path / "run").rename(tmp_path / "moved")  # a run is found where it is
+    assert run.main(["train", "--resume", str(moved)]) == 0
+    out = capfd.readouterr().out
+    assert f"{moved} is complete, 1 policy steps are done: raise learner.steps to train on" in out
+    assert "accuracy" in out
+    assert {
+        tmp_path / "run" / path.relative_to(moved): path.read_bytes() for path in moved.rglob("*") if path.is_file()
+    } == before
+    assert run.main(["learner", "--config", str(moved / "config.yaml"), f"runs_dir={tmp_path}", "name=moved"]) == 0
+    assert (moved / "metrics.jsonl").read_bytes() == before[tmp_path / "run" / "metrics.jsonl"]

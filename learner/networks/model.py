@@ -32,7 +32,7 @@ from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
 from learner.networks.parallel import refusals_of_rank_0
-from learner.networks.pretrained import load_causal_lm, load_value_model, stored_names
+from learner.networks.pretrained import load_causal_lm, load_value_model, read_config, stored_names
 from learner.networks.reference import check_hidden_states, check_logprobs
 
 Network = TypeVar("Network", "Policy", "Critic")
@@ -159,6 +159,12 @@ def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -
             backbone, head = load_causal_lm(path, None, reads, trust).base_model, None
         else:
             backbone, head = load_value_model(path, reads, trust)
+            known, needed = backbone.config.vocab_size, read_config(config.model.path, trust).vocab_size
+            if known < needed:
+                raise ConfigError(
+                    f"model.critic_path={path} knows {known} tokens, the policy has {needed}: choose a critic with the "
+                    "policy's tokenizer"
+                )
         critic = Critic(backbone, head)
         _set_to_train(critic, backbone, config)
         if reads:

@@ -1,7 +1,9 @@
 """The order in which a run draws its prompts: a pure function of (prompts, shares, seed, position)."""
 
+import hashlib
 import random
 from collections.abc import Sequence
+from functools import cached_property
 
 from common.config import ConfigError
 from common.tasks import Share
@@ -49,7 +51,21 @@ class PromptStream:
         return len(self._prompts)
 
     def state_dict(self) -> dict[str, JSON]:
-        return {"seed": self._seed, "drawn": list(self._drawn), "sizes": self._sizes, "shares": self._shares}
+        return {
+            "seed": self._seed,
+            "drawn": list(self._drawn),
+            "sizes": self._sizes,
+            "shares": self._shares,
+            "fingerprint": self._fingerprint,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the prompts' uids and texts. References may be corrected between two parts of a run."""
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in self._prompts:
+            digest.update(repr((prompt.uid, prompt.text, prompt.messages)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         """Raises ConfigError when the state belongs to another training set."""
@@ -62,6 +78,11 @@ class PromptStream:
             raise ConfigError(
                 f"the checkpoint was made with the shares {_numbers(state['shares'])} of task.train_files, now they "
                 f"are {_numbers(self._shares)}; use the same weights"
+            )
+        if state["fingerprint"] != self._fingerprint:
+            raise ConfigError(
+                f"the checkpoint was made with other training prompts, although as many ({len(self._prompts)}); "
+                "use the same data"
             )
         self._seed, self._drawn = state["seed"], list(state["drawn"])
         self._orders.clear()

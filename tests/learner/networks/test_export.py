@@ -97,3 +97,12 @@ def test_a_critic_without_a_class_in_transformers_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=r"Qwen2Model cannot be exported: transformers has no sequence classification"):
         export_critic(critic, path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_critic_with_another_vocabulary_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "base")
+    export_critic(load_critic(tiny_run(path), CPU, None), path, tmp_path / "critic")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text()) | {"vocab_size": 40}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"critic_path=.*critic knows 37 tokens, the policy has 40"):
+        load_critic(tiny_run(path, critic_path=str(tmp_path / "critic")), CPU, None)

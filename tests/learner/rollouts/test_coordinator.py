@@ -777,6 +777,10 @@ def test_a_checkpoint_of_other_data_is_refused() -> None:
     other = Coordinator(make_config(), PromptStream(PROMPTS[:3], seed=0), lambda prompt: [1])
     with pytest.raises(ConfigError, match="7 training prompts, now there are 3"):
         other.load_state_dict(state)
+    renamed = [replace(prompt, text=f"{prompt.text}?") for prompt in PROMPTS]
+    other = Coordinator(make_config(), PromptStream(renamed, seed=0), lambda prompt: [1])
+    with pytest.raises(ConfigError, match=r"other training prompts, although as many \(7\)"):
+        other.load_state_dict(state)
     with pytest.raises(ConfigError, match="'gone' of the checkpoint is not in the training set"):
         make(make_config()).load_state_dict(state | {"untrained": ["gone"]})
 
