@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -63,6 +64,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group = ProcessGroupGloo(PrefixStore("weights", store), rank, init_info.world_size, timeout)
 
     def start_weight_update(self) -> None:
+        _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
@@ -101,6 +103,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             (name, piece.view(like.dtype).view(like.shape).to(self.device))
             for (name, _, _), like, piece in zip(parameters, empty, pieces, strict=True)
         ]
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """Lets a mixture's experts be packed again when they are reloaded.
+
+    The CPU's kernel multiplies a packed copy of the experts, but vLLM packs only where there is no kernel yet: an
+    update would put plain weights in the packed ones' place.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.quant_method.moe_kernel = None
 
 
 def _refresh_tied_heads(model: torch.nn.Module) -> None:

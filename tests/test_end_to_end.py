@@ -210,6 +210,27 @@ def test_a_missing_model_folder_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
+def test_a_model_that_the_learner_would_compute_wrongly_is_one_sentence(tmp_path: Path) -> None:
+    """vLLM runs a BLOOM; its code gives packed attention no chance. The actors are sent home while they start."""
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from tests.support.vllm_support import VOCABULARY, write_tokenizer
+
+    torch.manual_seed(0)
+    write_tokenizer(tmp_path / "model")
+    BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCABULARY)).save_pretrained(
+        tmp_path / "model"
+    )
+    done = train(tmp_path, f"model.path={tmp_path / 'model'}")
+    assert done.returncode == 2
+    assert "learner-0 ended with exit code 2" in done.stderr and "cannot be trained" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
 def test_an_empty_data_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     files = [f"task.train_file={tmp_path}/empty.jsonl", f"task.heldout_file={tmp_path}/empty.jsonl"]

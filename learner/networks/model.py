@@ -10,7 +10,7 @@ call backward on a SUM over them and the same collectives run with zero gradient
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -32,7 +32,7 @@ from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
 from learner.networks.parallel import refusals_of_rank_0
-from learner.networks.pretrained import load_causal_lm, load_value_model, read_config, stored_names
+from learner.networks.pretrained import as_stored, load_causal_lm, load_value_model, read_config, stored_names
 from learner.networks.reference import check_hidden_states, check_logprobs
 
 Network = TypeVar("Network", "Policy", "Critic")
@@ -56,6 +56,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        self._stored = {name: _stored_specs(model, name, p) for name, p in model.named_parameters()}
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -87,17 +88,20 @@ class Policy(nn.Module):
 
     def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""
-        parameters = self.model.named_parameters()
-        return [TensorSpec(name=name, dtype=dtype or p.dtype, shape=tuple(p.shape)) for name, p in parameters]
+        specs = [spec for name, _ in self.model.named_parameters() for spec in self._stored[name]]
+        return [replace(spec, dtype=dtype or spec.dtype) for spec in specs]
 
     @torch.no_grad()
     def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, full tensor) one at a time, where the policy computes; a tied head is left out.
+        Parameters that fuse several tensors of the checkpoint (experts) come apart again.
 
         A collective when sharded: every rank iterates to the end, in lockstep. `dtype` casts (None: master
         type). The tensor may alias the parameter: copy what must outlive the next optimizer step.
         """
-        yield from _full_tensors(self.model.named_parameters(), dtype)
+        for name, tensor in _full_tensors(self.model.named_parameters(), dtype):
+            is_whole = [spec.name for spec in self._stored[name]] == [name]
+            yield from ((name, tensor),) if is_whole else as_stored(self.model, name, tensor).items()
 
 
 class Critic(nn.Module):
@@ -142,10 +146,10 @@ def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     path, reads, trust = config.model.path, _reads_weights(mesh), config.model.trust_remote_code
     with refusals_of_rank_0(mesh):
         model = load_causal_lm(path, config.model.tie_word_embeddings, reads, trust)
-        _check_names(model, path)
         policy = Policy(model, config.learner.logprob_chunk_tokens)
         _set_to_train(policy, model, config)
         if reads:
+            _check_names(policy, path)
             check_logprobs(model, lambda *packed: policy(*packed, 1.0)[0], config.model.max_model_len, path)
     return _place(policy, model, config, device, mesh)
 
@@ -214,15 +218,22 @@ def _reads_weights(mesh: DeviceMesh | None) -> bool:
     return mesh is None or dist.get_rank() == 0
 
 
-def _check_names(model: PreTrainedModel, path: str) -> None:
+def _stored_specs(model: PreTrainedModel, name: str, parameter: Tensor) -> list[TensorSpec]:
+    outline = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    stored = as_stored(model, name, outline)
+    return [TensorSpec(name=n, dtype=tensor.dtype, shape=tuple(tensor.shape)) for n, tensor in stored.items()]
+
+
+def _check_names(policy: Policy, path: str) -> None:
     """Published names must be those of the checkpoint: the engine's loader knows no others."""
     stored = stored_names(path)
-    names = {name for name, _ in model.named_parameters()}
-    unknown = sorted(names - stored - {"lm_head.weight"}) if stored else []
+    head = policy.model.get_output_embeddings().weight  # a tied model's folder may lack it
+    names = {name for name, parameter in policy.model.named_parameters() if parameter is head}
+    unknown = sorted({spec.name for spec in policy.hf_specs()} - stored - names) if stored else []
     if unknown:
         raise ConfigError(
-            f"model folder {path} names its weights otherwise than its modules (such as {unknown[0]}), "
-            "which weight publication does not support"
+            f"model folder {path} names its weights otherwise than transformers would save them (such as "
+            f"{unknown[0]}), so that they cannot be published: load it with transformers and save it again"
         )
 
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from common.config import ConfigError
@@ -144,6 +145,14 @@ def stored_names(path: str) -> set[str] | None:
         with safe_open(file, framework="pt") as tensors:
             names |= set(tensors.keys())
     return names or None
+
+
+def as_stored(model: PreTrainedModel, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """A parameter as the checkpoint holds it: under its own name, or several tensors where transformers fuses them
+    (the experts of a mixture). Views where possible; tensors on the meta device give shapes.
+    """
+    stored: dict[str, Tensor] = revert_weight_conversion(model, {name: parameter})
+    return stored
 
 
 def write_folder(

@@ -1,6 +1,8 @@
 """A real vLLM engine with the learner's publisher: stamps, log-probs, in-flight updates, untied and tied models.
 
-The tied one is a GPT-2, whose embedding has another name than most; tests/test_end_to_end.py trains a tied Qwen2."""
+The tied one is a GPT-2, whose embedding has another name than most, the untied one a mixture of experts;
+tests/test_end_to_end.py trains Qwen2, untied and tied.
+"""
 
 import os
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from tests.support.vllm_support import (
     engine_config,
     lease,
     make_gpt2,
+    make_mixture,
     make_model,
 )
 
@@ -76,11 +79,11 @@ def perturb(policy: Policy, scale: float = 0.05) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale * parameter.abs().mean())
 
 
-@pytest.fixture(scope="module", params=["untied", "tied gpt2"])
+@pytest.fixture(scope="module", params=["untied mixture", "tied gpt2"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets a test reach into the worker process
     folder = tmp_path_factory.mktemp("model")
-    path = make_gpt2(folder) if request.param == "tied gpt2" else make_model(folder, tied=False)
+    path = make_gpt2(folder) if request.param == "tied gpt2" else make_mixture(folder)
     bench = Bench(engine_config(path))
     yield bench
     bench.close()

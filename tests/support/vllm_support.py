@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from actors.engine import Engine
 from common.config import ActorsConfig, Config, ModelConfig, RolloutConfig, WeightsConfig
@@ -41,6 +49,32 @@ def make_model(path: Path, tied: bool, seed: int = 0) -> str:
     model = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5 if not tied else 0.1)
     model.save_pretrained(path)
+    return str(path)
+
+
+def make_mixture(path: Path) -> str:
+    """A random Qwen3 with four experts in each layer, of which a token takes two; untied."""
+    write_tokenizer(path)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
     return str(path)
 
 

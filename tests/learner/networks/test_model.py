@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
-from common.config import Config, Device, DType, LearnerConfig, ModelConfig
+from common.config import Config, ConfigError, Device, DType, LearnerConfig, ModelConfig
 from learner.networks import attention
 from learner.networks import logprobs as logprobs_module
 from learner.networks.export import export_policy
@@ -283,14 +284,52 @@ def test_specs_describe_the_published_tensors(tmp_path: Path) -> None:
         assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape))
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_fused_experts_are_published_and_exported_as_the_checkpoint_holds_them(
+    tmp_path: Path, architecture: str
+) -> None:
+    """transformers fuses the experts of a layer into one parameter; checkpoints and vLLM know them one by one."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **heads, **experts)).save_pretrained(
+        tmp_path / "base"
+    )
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    policy = load_policy(tiny_run(str(tmp_path / "base")), CPU, None)
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    published = dict(policy.named_hf_parameters())
+    assert published.keys() == stored.keys() != dict(policy.model.named_parameters()).keys()
+    assert all(torch.equal(published[name], tensor) for name, tensor in stored.items())
+    for spec, (name, tensor) in zip(policy.hf_specs(), policy.named_hf_parameters(), strict=True):
+        assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape))
+    inputs = packed(LENGTHS)
+    policy(*inputs, 1.0)[0].sum().backward()
+    torch.optim.SGD(policy.parameters(), lr=1e-3).step()
+    export_policy(policy, tmp_path / "base", tmp_path / "out")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
+    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5)
+
+
+def test_weights_under_names_that_the_engine_does_not_know_are_refused(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    without_prefix = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(without_prefix, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"load it with transformers and save it again"):
+        load_policy(tiny_run(str(tmp_path)), CPU, None)
+
+
 def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model folder .*nowhere has no config\.json, set model\.path"):
         load_policy(tiny_run(str(tmp_path / "nowhere")), CPU, None)
 
 
 def test_a_folder_without_some_weights_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     write_tiny_model(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -58,6 +58,13 @@ def refusal(path: str) -> str:
     return sentence
 
 
+EXPERTS = SIZES | {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": VOCAB}
 OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 KNOWN: list[tuple[str, dict[str, Any]]] = [
@@ -70,6 +77,9 @@ KNOWN: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", GPT2),
     ("opt", OPT | {"vocab_size": VOCAB, "max_position_embeddings": 256, "dropout": 0.3}),
     ("seed_oss", SIZES | {"residual_dropout": 0.3}),
+    ("qwen3_moe", EXPERTS),
+    ("qwen2_moe", EXPERTS),
+    ("mixtral", EXPERTS),
 ]
 
 
