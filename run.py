@@ -13,7 +13,9 @@ Commands import what they need after parsing, so that `--help` needs neither tor
 import argparse
 import logging
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,12 +52,38 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ConfigError("--resume takes the configuration of its run: leave out -c and --overwrite")
         files, earlier = [str(Path(arguments.resume) / "config.yaml")], EarlierRun.RESUME
     config = load_config(files, arguments.overrides)
+    _try_verifier(config)
     outcome = train(config, earlier, _settle)
     if outcome.message is not None:
         print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
     print(f"\n{render(summary(config.run_dir))}")
     return outcome.exit_code
+
+
+def _try_verifier(config: Config) -> None:
+    """Calls a user's verifier function once (actors/verifier/trial.py). Raises ConfigError when that fails."""
+    if config.verifier.function is None:
+        return
+    from actors.verifier.pool import child_environment
+    from common.loading import save_config
+    from common.processes import last_error
+
+    limit_s = config.actors.start_timeout_s
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder) / "config.yaml", Path(folder) / "log"
+        save_config(config, path)
+        command = (sys.executable, "-m", "actors.verifier.trial", str(path))
+        try:
+            with log.open("w") as output:
+                done = subprocess.run(
+                    command, env=child_environment(), stdout=output, stderr=output, timeout=limit_s, check=False
+                )
+        except subprocess.TimeoutExpired:
+            function = config.verifier.function
+            raise TimeoutError(f"verifier.function={function} was not tried within {limit_s:g} s") from None
+        if done.returncode != 0:
+            raise ConfigError(last_error(log))
 
 
 def _settle(config: Config) -> Config:

@@ -34,6 +34,7 @@ def group(lease_id: int) -> TrajectoryGroup:
         versions=np.array([4, 4, 5, 4, 5], dtype=np.int32),
         rewards=np.array([1.0, -1.0], dtype=np.float32),
         verdicts=(Verdict.CORRECT, Verdict.WRONG),
+        verifier_error=None,
         finish_reasons=(FinishReason.STOP, FinishReason.STOP),
         generation_s=0.1,
         verification_s=0.01,
