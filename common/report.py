@@ -120,7 +120,7 @@ def _accuracy_text(summary: Summary) -> str:
         return "not evaluated yet"
     settings = summary.config.eval
     k = f"avg@{settings.samples_per_prompt}" if settings.temperature > 0 else "greedy"
-    of = f" of {points[-1].num_prompts} prompts" if points[-1].num_prompts is not None else ""
+    of = f", {points[-1].num_prompts} prompts" if points[-1].num_prompts is not None else ""
     about = f"held out, {k}{of}"
     if len(points) == 1:
         return f"{points[0].accuracy:.3f} for version {points[0].version} ({about}){_marks(points)}"

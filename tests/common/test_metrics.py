@@ -116,6 +116,13 @@ def test_the_progress_line_shows_the_allow_list_only() -> None:
     assert format_progress(7, 30, values) == "step  7/30  reward +0.41  length 61  3.0 s"
 
 
+def test_what_ought_to_be_zero_is_shown_when_it_is_not() -> None:
+    values = {"accuracy/heldout": 0.5, "eval/num_prompts": 8.0, "eval/num_failed": 0.0, "verifier/num_errors": 3.0}
+    assert format_progress(1, 2, values) == "step 1/2  accuracy 0.500  of 8  VERIFIER ERRORS 3"
+    failed = {"eval/num_failed": 2.0, "eval/num_errors": 1.0}
+    assert format_progress(1, 2, failed) == "step 1/2  PROMPTS FAILED 2  VERIFIER ERRORS IN EVALUATION 1"
+
+
 def test_progress_is_printed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path) as log:
         log.progress(2, 8, {"reward/mean": -1.0}, stage="critic warm-up")
