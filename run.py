@@ -11,6 +11,7 @@ Commands import what they need after parsing, so that `--help` needs neither tor
 """
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -85,7 +86,11 @@ def _report(config: Config, outcome: Outcome | None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """With --data it also leaves there what the learner needs."""
+    """What a run is given: model folders, data, and one call of the user's verifier function, if there is one.
+
+    With --data it also leaves there what the learner needs of the data.
+    """
+    from actors.verifier.trial import try_verifier
     from common.tasks.dataset import describe, load_dataset
 
     config = load_config(arguments.config, arguments.overrides)
@@ -94,6 +99,8 @@ def _check(arguments: argparse.Namespace) -> int:
     data = load_dataset(config, folder, num_processes=len(os.sched_getaffinity(0)))
     for line in describe(data):
         print(line)
+    if config.verifier.function is not None:
+        asyncio.run(try_verifier(config, data.task.train[0]))
     return 0
 
 

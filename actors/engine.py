@@ -101,6 +101,11 @@ class Engine:
         self.generated_tokens += sum(len(completion.token_ids) for completion in completions)
         return completions
 
+    def decode(self, token_ids: Int32Array) -> str:
+        """The text of these tokens, special ones included."""
+        text: str = self._llm.get_tokenizer().decode(token_ids.tolist(), skip_special_tokens=False)
+        return text
+
     async def score(self, token_ids: Int32Array) -> Float32Array:
         """Log-prob of each token of a sequence given those before it, first token left out: float32 [tokens - 1]."""
         from vllm import SamplingParams

@@ -16,10 +16,9 @@ import numpy as np
 
 from actors.engine import Engine, EngineError, RequestRefused
 from actors.rollout import complete
-from actors.verifier.pool import VerifierPool
-from common.config import Config
+from actors.verifier.pool import VerifierError, VerifierPool, pool_of
+from common.config import Config, ConfigError
 from common.processes import announce_ready
-from common.tasks import default_verifier
 from common.transport import ActorConnection, model_fingerprints
 from common.types import (
     PROTOCOL_VERSION,
@@ -179,10 +178,14 @@ class Actor:
 
 
 async def _take_part(config: Config, endpoint: str, name: str) -> None:
-    """Hello first: an actor that does not fit is refused at once, not after the engine has started."""
+    """What can fail fast comes first: the verifier is loaded, and an actor that does not fit is refused, before the
+    engine starts."""
     model, tokenizer = model_fingerprints(config.model.path)
     engine = Engine(config)
-    async with ActorConnection(endpoint, name, config.transport.max_message_mb) as connection:
+    async with (
+        pool_of(config) as verifier,
+        ActorConnection(endpoint, name, config.transport.max_message_mb) as connection,
+    ):
         await connection.send(
             Hello(
                 protocol_version=PROTOCOL_VERSION,
@@ -196,10 +199,7 @@ async def _take_part(config: Config, endpoint: str, name: str) -> None:
         try:
             welcome = await _welcome(connection, config.transport.heartbeat_timeout_s)
             await engine.start()
-            grading = config.verifier
-            function = grading.function or default_verifier(config.task)
-            async with VerifierPool(function, grading.num_workers, grading.timeout_s, grading.memory_mb) as verifier:
-                await Actor(config, connection, engine, verifier).serve(welcome)
+            await Actor(config, connection, engine, verifier).serve(welcome)
             error = None
         except Exception as problem:
             error = str(problem)
@@ -233,8 +233,8 @@ def main(config: Config, endpoint: str, name: str) -> int:
         asyncio.run(run())
     except asyncio.CancelledError:
         return 130
-    except (ActorError, EngineError, TimeoutError, ValueError) as error:
+    except (ActorError, EngineError, VerifierError, TimeoutError, ValueError) as error:
         logger.error("actor %s: %s", name, error)
         print(f"error: actor {name}: {error}", flush=True)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0

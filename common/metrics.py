@@ -6,12 +6,13 @@
 Values are floats; a mapping (staleness/hist: version gap -> tokens) is a histogram. What the summary
 reads, and how it reduces it over a run:
 
-    version, tokens/generated, tokens/trained, drops/REASON     counts since the run began: the last value
+    version, tokens/generated, tokens/trained,
+    drops/REASON, verdicts/VERDICT                              counts since the run began: the last value
     time/step_s                                                 wall time since the last step's line: the sum
     throughput/*_per_s, actors/idle_fraction,
     learner/idle_fraction                                       mean weighted by time/step_s
     staleness/token_mean, staleness/token_max, staleness/hist   mean, maximum, sum
-    accuracy/heldout of accuracy/version                        one point per line that has both, in order
+    accuracy/heldout of accuracy/version, with eval/num_*       one point per line that has both, in order
 """
 
 import json
@@ -29,6 +30,7 @@ Value = float | Mapping[int, float]
 # name in metrics, label on the console, format: what one progress line shows, in this order
 CONSOLE = (
     ("accuracy/heldout", "accuracy", ".3f"),
+    ("eval/num_prompts", "of", ".0f"),
     ("reward/mean", "reward", "+z.2f"),
     ("length/mean", "length", ".0f"),
     ("staleness/token_mean", "stale", ".2f"),
@@ -41,6 +43,14 @@ CONSOLE = (
     ("actors/idle_fraction", "idle actors", "z.0%"),
     ("learner/idle_fraction", "learner", "z.0%"),
     ("time/step_s", "s", ".1f"),
+)
+# The same for what ought to be 0, and is shown when it is not.
+CONSOLE_ALARMS = (
+    ("eval/num_failed", "PROMPTS FAILED", ".0f"),
+    ("eval/num_errors", "VERIFIER ERRORS IN EVALUATION", ".0f"),
+    ("verifier/num_errors", "VERIFIER ERRORS", ".0f"),
+    ("verifier/num_timed_out", "timed out", ".0f"),
+    ("offpolicy/mismatch_alarm", "MISMATCH", ".0f"),
 )
 
 
@@ -95,15 +105,15 @@ class RunLog:
         _write_line(self._ledger, line)
 
     def progress(self, step: int, num_steps: int, values: Mapping[str, Value], stage: str = "step") -> None:
-        """Print the console line of one step: the names of CONSOLE that `values` has."""
+        """Print the console line of one step: the names of CONSOLE that `values` has, and alarms."""
         print(format_progress(step, num_steps, values, stage), flush=True)
 
 
 def format_progress(step: int, num_steps: int, values: Mapping[str, Value], stage: str = "step") -> str:
-    """ "step  7/30  reward +0.41  length 61 ...", from the allow-list CONSOLE."""
+    """ "step  7/30  reward +0.41  length 61 ...", from the allow-lists CONSOLE and CONSOLE_ALARMS."""
     width = len(str(num_steps))
     parts = [f"{stage} {step:>{width}}/{num_steps}"]
-    for name, label, spec in CONSOLE:
+    for name, label, spec in (*CONSOLE, *(alarm for alarm in CONSOLE_ALARMS if values.get(alarm[0]))):
         value = values.get(name)
         if isinstance(value, int | float):
             parts.append(f"{value:{spec}} {label}" if label == "s" else f"{label} {value:{spec}}")

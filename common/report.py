@@ -21,6 +21,9 @@ class Evaluation:
     step: int
     version: int
     accuracy: float
+    num_prompts: int | None  # None in the files of an earlier release
+    num_failed: int  # prompts that could not be sampled; they count as wrong, as do the next
+    num_errors: int  # responses on which the verifier failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class Summary:
     staleness_hist: dict[int, float]  # version gap -> trained tokens
     drops: dict[str, int]  # reason -> groups
     left_out: dict[str, int]  # reason -> rows of the data
+    verdicts: dict[str, int]  # verdict -> training responses
 
 
 def summary(run_dir: str | Path) -> Summary:
@@ -81,8 +85,9 @@ def summary(run_dir: str | Path) -> Summary:
         staleness_mean=_mean_gap(histogram, steps),
         staleness_max=max(_values(rows, "staleness/token_max"), default=None),
         staleness_hist=histogram,
-        drops=_drops(rows),
+        drops=_counts(rows, "drops/"),
         left_out=_left_out(folder / "data" / "dropped.jsonl"),
+        verdicts=_counts(rows, "verdicts/"),
     )
 
 
@@ -101,6 +106,7 @@ def render(summary: Summary) -> str:
             "trained",
             _tokens_text(summary.trained_tokens, summary.trained_per_s) + f" in {summary.num_groups} groups",
         ),
+        ("verdicts", _verdicts_text(summary.verdicts)),
         ("idle", f"actors {_share(summary.actors_idle)}, learner {_share(summary.learner_idle)}"),
         ("staleness", _staleness_text(summary)),
         *(("", line) for line in _bars(summary.staleness_hist)),
@@ -116,12 +122,25 @@ def _accuracy_text(summary: Summary) -> str:
     points = summary.evaluations
     if not points:
         return "not evaluated yet"
-    k = f"held out, avg@{summary.config.eval.samples_per_prompt}"
+    settings = summary.config.eval
+    k = f"avg@{settings.samples_per_prompt}" if settings.temperature > 0 else "greedy"
+    of = f", {points[-1].num_prompts} prompts" if points[-1].num_prompts is not None else ""
+    about = f"held out, {k}{of}"
     if len(points) == 1:
-        return f"{points[0].accuracy:.3f} for version {points[0].version} ({k})"
+        return f"{points[0].accuracy:.3f} for version {points[0].version} ({about}){_marks(points)}"
     between = ", ".join(f"{point.accuracy:.3f} for version {point.version}" for point in points[1:-1])
-    text = f"{points[0].accuracy:.3f} -> {points[-1].accuracy:.3f} ({k})"
-    return f"{text}; during: {between}" if between else text
+    text = f"{points[0].accuracy:.3f} -> {points[-1].accuracy:.3f} ({about})"
+    return (f"{text}; during: {between}" if between else text) + _marks(points)
+
+
+def _marks(points: Sequence[Evaluation]) -> str:
+    """Which evaluations are not of everything that they should be of."""
+    return "".join(
+        f"; INCOMPLETE for version {point.version}: {point.num_failed} prompts were not sampled and the verifier "
+        f"failed on {point.num_errors} responses, which count as wrong"
+        for point in points
+        if point.num_failed or point.num_errors
+    )
 
 
 def _steps_text(summary: Summary) -> str:
@@ -160,6 +179,14 @@ def _left_out_text(summary: Summary) -> str:
     return f"{total} rows of the data: {reasons} ({summary.run_dir / 'data' / 'dropped.jsonl'})"
 
 
+def _verdicts_text(verdicts: dict[str, int]) -> str:
+    total = sum(verdicts.values())
+    if not total:
+        return "none yet"
+    shown = ", ".join(f"{verdict} {count}" for verdict, count in sorted(verdicts.items()) if count)
+    return f"{total} responses: {shown}"
+
+
 def _tokens_text(tokens: float | None, per_s: float | None) -> str:
     count = "tokens not counted" if tokens is None else f"{tokens:,.0f} tokens"
     return count if per_s is None else f"{count}, {per_s:,.0f} a second"
@@ -179,7 +206,17 @@ def _evaluations(rows: Sequence[Row]) -> tuple[Evaluation, ...]:
     for row in rows:
         accuracy, version = _number(row, "accuracy/heldout"), _number(row, "accuracy/version")
         if accuracy is not None and version is not None:
-            points.append(Evaluation(step=row["step"], version=int(version), accuracy=accuracy))
+            num_prompts = _number(row, "eval/num_prompts")
+            points.append(
+                Evaluation(
+                    step=row["step"],
+                    version=int(version),
+                    accuracy=accuracy,
+                    num_prompts=None if num_prompts is None else int(num_prompts),
+                    num_failed=int(_number(row, "eval/num_failed") or 0),
+                    num_errors=int(_number(row, "eval/num_errors") or 0),
+                )
+            )
     return tuple(points)
 
 
@@ -191,9 +228,10 @@ def _histogram(rows: Sequence[Row]) -> dict[int, float]:
     return dict(sorted(total.items()))
 
 
-def _drops(rows: Sequence[Row]) -> dict[str, int]:
-    names = sorted({name for row in rows for name in row if name.startswith("drops/")})
-    return {name.removeprefix("drops/"): int(_last(rows, name) or 0) for name in names}
+def _counts(rows: Sequence[Row], prefix: str) -> dict[str, int]:
+    """The last value of each metric under `prefix`."""
+    names = sorted({name for row in rows for name in row if name.startswith(prefix)})
+    return {name.removeprefix(prefix): int(_last(rows, name) or 0) for name in names}
 
 
 def _left_out(path: Path) -> dict[str, int]:

@@ -44,6 +44,7 @@ class Verdict(StrEnum):
     WRONG = "wrong"
     UNANSWERED = "unanswered"
     TIMED_OUT = "timed_out"
+    ERROR = "error"  # nothing of the response: the verifier itself failed. Such a group is never trained on
 
 
 class FinishReason(StrEnum):
@@ -70,6 +71,7 @@ class DropReason(StrEnum):
     MALFORMED = "malformed"  # failed validation on arrival
     UNINFORMATIVE = "uninformative"  # dynamic sampling: all of its completions right, or all wrong
     FAILED = "failed"  # its actor could not sample it
+    VERIFIER_ERROR = "verifier_error"  # the verifier failed on one of its completions
 
 
 class WeightsPhase(StrEnum):
@@ -127,6 +129,7 @@ class CompletedGroup:
     versions: Int32Array  # [T]
     rewards: Float32Array  # [n]
     verdicts: tuple[Verdict, ...]  # [n]
+    verifier_error: str | None  # what the verifier raised or returned, of the first completion that has Verdict.ERROR
     finish_reasons: tuple[FinishReason, ...]  # [n]
     generation_s: float
     verification_s: float

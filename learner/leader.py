@@ -62,7 +62,8 @@ class Leader:
             logger.info("version %d is not evaluated: the evaluation before it is still running", version)
             return
         settings = self._config.eval
-        self.service.evaluate(self._heldout, settings.samples_per_prompt, settings.temperature, version)
+        num_samples = settings.samples_per_prompt if settings.temperature > 0 else 1  # greedy ones are all alike
+        self.service.evaluate(self._heldout, num_samples, settings.temperature, version)
         self._is_evaluating, self._evaluated_version = True, version
 
     def record(
@@ -102,6 +103,9 @@ class Leader:
             "accuracy/length_mean": result.length_mean,
             "accuracy/truncated_fraction": result.truncated_fraction,
             "time/evaluation_s": result.seconds,
+            "eval/num_prompts": result.num_prompts,
+            "eval/num_failed": result.num_failed,
+            "eval/num_errors": result.num_errors,
         }
 
     def _since_last_step(self, values: dict[str, Value]) -> dict[str, Value]:
@@ -117,6 +121,8 @@ class Leader:
             "tokens/generated": counters["generated_tokens"],
             "actors/connected": counters["actors_connected"],
             "staleness/dropped_groups": counters["dropped/stale"],
+            "verifier/num_errors": change["verdicts/error"],
+            "verifier/num_timed_out": change["verdicts/timed_out"],
             "queue/buffered_groups": counters["buffered_groups"],
             "queue/in_flight_groups": counters["in_flight_groups"],
         }
@@ -127,6 +133,7 @@ class Leader:
             for name, count in counters.items()
             if name.startswith("dropped/")
         }
+        rates |= {name: count for name, count in counters.items() if name.startswith("verdicts/")}
         self._counters, self._recorded_at = counters, now
         return rates
 

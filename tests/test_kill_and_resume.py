@@ -73,6 +73,7 @@ def replayed(lease: Lease, version: int) -> CompletedGroup:
         versions=np.full(total, version, np.int32),
         rewards=np.where(is_correct, 1.0, -1.0).astype(np.float32),
         verdicts=tuple(Verdict.CORRECT if right else Verdict.WRONG for right in is_correct),
+        verifier_error=None,
         finish_reasons=(FinishReason.STOP,) * n,
         generation_s=0.0,
         verification_s=0.0,

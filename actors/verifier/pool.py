@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
 from types import TracebackType
 from typing import Any, Self
 
+from actors.verifier.judgement import Judgement, decode
+from common.config import Config, ConfigError
+from common.tasks import default_verifier
 from common.types import Verdict
 
 logger = logging.getLogger(__name__)
@@ -31,28 +33,30 @@ class VerifierError(RuntimeError):
 class VerifierPool:
     """An async context manager around `num_workers` worker processes that run `function` ("module:function").
 
-    Every call of `verify` ends: with the function's verdict, or TIMED_OUT when a worker ran over `timeout_s`
-    seconds (wall clock, counted from when the worker takes the answer up), exceeded `memory_mb` of address
-    space, raised or died. States: closed -> running (`async with`) -> closed. When the template process
+    Every call of `judge` ends: with the function's verdict; with ERROR when it raised or returned what is none; or with
+    TIMED_OUT when a worker ran over `timeout_s` seconds (wall clock, counted from when the worker takes the answer up),
+    exceeded `memory_mb` of address space or died. A number that the function returns is the reward, and CORRECT from
+    `correct_from` on. States: closed -> running (`async with`) -> closed. When the template process
     itself dies, the answers that it held are TIMED_OUT and the next call starts another. One event loop
     only; any number of tasks.
     """
 
-    def __init__(self, function: str, num_workers: int, timeout_s: float, memory_mb: int) -> None:
+    def __init__(
+        self, function: str, num_workers: int, timeout_s: float, memory_mb: int, correct_from: float = 1.0
+    ) -> None:
         if num_workers < 1 or timeout_s <= 0 or memory_mb < 1:
             raise ValueError(
                 f"verifier.num_workers = {num_workers}, timeout_s = {timeout_s} and memory_mb = {memory_mb} "
                 "must all be positive"
             )
         self.function = function
-        self.counts: Counter[Verdict] = Counter()
         self._timeout_s = timeout_s
         self._arguments = [
             *(function, "--num-workers", str(num_workers)),
-            *("--timeout-s", str(timeout_s), "--memory-mb", str(memory_mb)),
+            *("--timeout-s", str(timeout_s), "--memory-mb", str(memory_mb), "--correct-from", str(correct_from)),
         ]
         self._ids = itertools.count()
-        self._pending: dict[int, asyncio.Future[Verdict]] = {}
+        self._pending: dict[int, asyncio.Future[Judgement]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
@@ -80,7 +84,11 @@ class VerifierPool:
         self._process = None
 
     async def verify(self, response: str, reference: str, row: dict[str, Any]) -> Verdict:
-        """Returns the verdict on one response, counted in `counts`; never raises because of what it contains.
+        """Returns the verdict of `judge`, without reward or reason."""
+        return (await self.judge(response, reference, row)).verdict
+
+    async def judge(self, response: str, reference: str, row: dict[str, Any]) -> Judgement:
+        """Returns the judgement of one response; never raises because of what it contains.
 
         Raises VerifierError when the processes cannot be started again after a crash.
         """
@@ -91,19 +99,17 @@ class VerifierPool:
         loop = asyncio.get_running_loop()
         if not self._pending:
             self._active_s = loop.time()
-        future: asyncio.Future[Verdict] = loop.create_future()
+        future: asyncio.Future[Judgement] = loop.create_future()
         self._pending[request_id] = future
         try:
             process.stdin.write(f"{request_id} {request}\n".encode())
-            verdict = await future
+            return await future
         finally:
             self._pending.pop(request_id, None)
-        self.counts[verdict] += 1
-        return verdict
 
     async def _start(self) -> asyncio.subprocess.Process:
         """Returns the running template process, starting one when there is none. Raises VerifierError,
-        ValueError."""
+        ConfigError."""
         if self._process is not None and self._reader is not None and not self._reader.done():
             return self._process
         async with self._start_lock:
@@ -114,14 +120,11 @@ class VerifierPool:
             return self._process
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        # The child finds the same modules as this process: a user's verifier may sit in the working
-        # directory.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "actors.verifier.template", *self._arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=environment,
+            env=child_environment(),
         )
         assert process.stdout is not None
         try:
@@ -135,7 +138,7 @@ class VerifierPool:
             return process
         code = await process.wait()
         if greeting.startswith("error "):
-            raise ValueError(greeting.removeprefix("error "))
+            raise ConfigError(greeting.removeprefix("error "))
         raise VerifierError(f"verifier {self.function}: its process left with exit code {code} while starting")
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
@@ -157,19 +160,37 @@ class VerifierPool:
             self._active_s = asyncio.get_running_loop().time()
             *lines, partial = (partial + data).split(b"\n")
             for line in lines:
-                request_id, verdict = line.split(b" ")
-                self._resolve(int(request_id), Verdict(verdict.decode()))
+                request_id, judgement = line.split(b" ", 1)
+                self._resolve(int(request_id), decode(judgement))
         assert process.stdin is not None
         if self._pending and not process.stdin.is_closing():
             logger.error("verifier template %d died with %d answers", process.pid, len(self._pending))
         for unanswered in list(self._pending):
-            self._resolve(unanswered, Verdict.TIMED_OUT)
+            self._resolve(unanswered, Judgement(Verdict.TIMED_OUT))
 
     def _is_stuck(self) -> bool:
         silent_s = asyncio.get_running_loop().time() - self._active_s
         return bool(self._pending) and silent_s > self._timeout_s + _SILENCE_S
 
-    def _resolve(self, request_id: int, verdict: Verdict) -> None:
+    def _resolve(self, request_id: int, judgement: Judgement) -> None:
         future = self._pending.pop(request_id, None)
         if future is not None and not future.done():  # done: the caller was cancelled
-            future.set_result(verdict)
+            future.set_result(judgement)
+
+
+def pool_of(config: Config, num_workers: int | None = None) -> VerifierPool:
+    """The pool that a run's configuration asks for, not started."""
+    settings = config.verifier
+    return VerifierPool(
+        settings.function or default_verifier(config.task),
+        num_workers or settings.num_workers,
+        settings.timeout_s,
+        settings.memory_mb,
+        config.reward.correct,
+    )
+
+
+def child_environment() -> dict[str, str]:
+    """For a Python child that finds the same modules as this process; a user's verifier may sit in the working
+    directory."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}

@@ -1,21 +1,28 @@
-"""From verdict to reward: the configured value of the verdict plus DAPO's soft penalty for overlong
-responses."""
+"""From judgement to reward: the verifier's own number, or the configured value of the verdict, plus DAPO's soft
+penalty for overlong responses."""
 
+from actors.verifier.judgement import Judgement
 from common.config import RewardConfig
 from common.types import Verdict
 
+NO_REWARD = 0.0  # of a response on which the verifier failed: its group is not trained on
 
-def reward(verdict: Verdict, num_tokens: int, max_tokens: int, config: RewardConfig) -> float:
+
+def reward(judgement: Judgement, num_tokens: int, max_tokens: int, config: RewardConfig) -> float:
     """Returns the reward of one response of `num_tokens` tokens out of at most `max_tokens`.
 
     A truncated response is rewarded by its verdict like any other.
     """
-    value = {
-        Verdict.CORRECT: config.correct,
-        Verdict.WRONG: config.wrong,
-        Verdict.UNANSWERED: config.unanswered,
-        Verdict.TIMED_OUT: config.timed_out,
-    }[verdict]
+    if judgement.verdict is Verdict.ERROR:
+        return NO_REWARD
+    value = judgement.reward
+    if value is None:
+        value = {
+            Verdict.CORRECT: config.correct,
+            Verdict.WRONG: config.wrong,
+            Verdict.UNANSWERED: config.unanswered,
+            Verdict.TIMED_OUT: config.timed_out,
+        }[judgement.verdict]
     if config.overlong_penalty:
         value += overlong_penalty(num_tokens, max_tokens, config.overlong_buffer)
     return float(value)

@@ -22,10 +22,11 @@ stopped: first those that have done least. While the usual time is not known, ev
 have done most come first, so that it becomes known. While some are slow a spare worker is kept, and it takes the next
 answers as soon as a busy one is *overdue*, a quarter of the way to being slow.
 
-A new worker starts with the caches of the template, which the verifier's optional `warm_up` fills.
+A new worker starts with the caches of the template, which the verifier's optional `warm_up` fills. An async verifier
+has another template, actors/verifier/async_template.py, behind the same pipes.
 
-Input lines `<id> <json>` on stdin; output lines `<id> <verdict>` on stdout, after one line `ready` or `error
-<why>`.
+Input lines `<id> <json>` on stdin; output lines `<id> <judgement>` (judgement.encode) on stdout, after one line `ready`
+or `error <why>`.
 """
 
 import argparse
@@ -41,11 +42,13 @@ import time
 import traceback
 from collections import deque
 
+from actors.verifier.async_template import AsyncTemplate, write_all
 from actors.verifier.handle import Answer, Handle
+from actors.verifier.judgement import Judgement, encode, raised
 from actors.verifier.plugin import Verifier, load_verifier
 from actors.verifier.retries import Retries
 from actors.verifier.usual import UsualTime
-from actors.verifier.worker import AGAIN, COLD, LATER, SPOILT, run_worker
+from actors.verifier.worker import AGAIN, COLD, JUDGED, LATER, SPOILT, run_worker
 from common.types import Verdict
 
 FASTEST_S = 0.004  # no answer is slow before
@@ -66,7 +69,7 @@ _BATCH_BYTES = 1 << 16
 _DEAF_S = 0.02  # processor time beyond its limit after which a worker is not going to interrupt its answer
 _TURN_S = 0.005
 _READ_BYTES = 1 << 20
-_VERDICTS = frozenset(verdict.value.encode() for verdict in Verdict)
+_TIMED_OUT = encode(Judgement(Verdict.TIMED_OUT))
 
 
 class Template:
@@ -158,7 +161,7 @@ class Template:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            run_worker(self._verifier, theirs, self._memory_mb)
+            run_worker(self._verifier, theirs, self._memory_mb, self._timeout_s)
         theirs.close()
         worker = crew[ours.fileno()] = Handle(pid, ours, frozenset(self._modules))
         self._poll.register(worker.fd, select.POLLIN)
@@ -178,12 +181,12 @@ class Template:
                 return
 
     def _take_reply(self, worker: Handle, line: bytes) -> None:
-        match line.split(b" "):
-            case [verdict, cpu_s, wall_s] if verdict in _VERDICTS and worker.answers:
+        match line.split(b" ", 3):
+            case [kind, cpu_s, wall_s, judgement] if kind == JUDGED and worker.answers:
                 self._usual_cpu.add(float(cpu_s))
                 if not worker.was_stopped:
                     self._usual_wall.add(float(wall_s))
-                self._reply(worker.finish_first(float(cpu_s)), verdict)
+                self._reply(worker.finish_first(float(cpu_s)), judgement)
                 if worker.fd in self._slow and not self._is_interruptible:
                     self._welcome_back(worker)
             case [kind, cpu_s] if kind in (AGAIN, SPOILT, LATER) and worker.answers:
@@ -206,15 +209,15 @@ class Template:
             self._remove(worker)
         self._share_turns(time.monotonic())
 
-    def _reply(self, answer: Answer, verdict: bytes) -> None:
-        self._replies += b"%s %s\n" % (answer.id, verdict)
+    def _reply(self, answer: Answer, judgement: bytes) -> None:
+        self._replies += b"%s %s\n" % (answer.id, judgement)
 
     def _flush(self) -> None:
         data, self._replies = bytes(self._replies), bytearray()
-        _write_all(self._replies_fd, data)
+        write_all(self._replies_fd, data)
 
     def _time_out(self, answer: Answer) -> None:
-        self._reply(answer, Verdict.TIMED_OUT.value.encode())
+        self._reply(answer, _TIMED_OUT)
 
     def _put_off(self, answer: Answer, spent_s: float) -> None:
         """The answer has had its time in this attempt; another follows unless its limit has passed."""
@@ -222,7 +225,7 @@ class Template:
         self._retries.push(answer)
 
     def _lose(self, worker: Handle) -> None:
-        """The worker died, failed or ran out of time: no verdict, and another worker in its place."""
+        """The worker died or ran out of time or memory: no verdict, and another worker in its place."""
         if worker.answers:
             self._time_out(worker.answers.popleft())
         self._remove(worker)
@@ -242,9 +245,10 @@ class Template:
             started_s = time.monotonic()
             try:
                 importlib.import_module(module)
-            except ImportError:  # a bug in the verifier, like any other exception that it raises
+            except ImportError as error:  # a bug in the verifier, like any other exception that it raises
                 traceback.print_exc()
-                self._lose(worker)
+                self._reply(worker.answers.popleft(), encode(raised(error)))
+                self._remove(worker)
                 return
             self._modules.add(module)
             self._warm_up(module)
@@ -362,29 +366,26 @@ class Template:
             os.waitpid(pid, 0)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("function")
     parser.add_argument("--num-workers", type=int, required=True)
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-mb", type=int, required=True)
+    parser.add_argument("--correct-from", type=float, required=True)
     args = parser.parse_args()
     # An interrupt of the terminal reaches the whole group; the pool ends this process by closing stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        verifier = load_verifier(args.function)
+        verifier = load_verifier(args.function, args.correct_from)
     except ValueError as error:
-        _write_all(replies_fd, f"error {error}\n".encode())
+        write_all(replies_fd, f"error {' '.join(str(error).split())}\n".encode("utf-8", "replace"))
         return 2
-    _write_all(replies_fd, b"ready\n")
-    template = Template(verifier, args.num_workers, args.timeout_s, args.memory_mb)
+    write_all(replies_fd, b"ready\n")
+    kind = AsyncTemplate if verifier.is_async else Template
+    template = kind(verifier, args.num_workers, args.timeout_s, args.memory_mb)
     try:
         template.run(0, replies_fd)
     except BrokenPipeError:  # the pool is gone, and with it whoever waited for the verdicts

@@ -4,14 +4,17 @@ A request is a line `<processor us> <wall us> <is hurried> <json>`; the JSON has
 numbers say how much time the answer may take (0: as long as it likes) and whether (1) it may not begin what takes long.
 The reply is one line:
 
-    <verdict> <processor s> <wall s>   what the answer took
+    judged <processor s> <wall s> <judgement>   what the answer took, and the line of judgement.encode
     again <processor s>                it had its time, was interrupted, and may be tried again
     spoilt <processor s>               the same, but this worker must not be used any more
     later <processor s>                it was about to begin what takes long
     cold <module>                      the verifier raised HeavyImportNeeded
-    failed                             it raised anything else (the traceback goes to stderr)
+
+An exception of the verifier is a judgement (the traceback goes to stderr), except for MemoryError: what that left
+behind cannot be trusted, so the worker leaves. An async verifier is served by actors/verifier/async_worker.py instead.
 """
 
+import asyncio
 import ctypes
 import json
 import os
@@ -23,19 +26,19 @@ import time
 import traceback
 from typing import NoReturn
 
-from actors.verifier import heavy
+from actors.verifier import async_worker, heavy
+from actors.verifier.judgement import encode, judgement_of, raised
 from actors.verifier.limits import Interrupted, Limits, TakesTime
-from actors.verifier.plugin import Verifier, VerifyFunction
-from common.types import Verdict
+from actors.verifier.plugin import Verifier
 
-AGAIN, SPOILT, LATER, COLD, FAILED = b"again", b"spoilt", b"later", b"cold", b"failed"
+JUDGED, AGAIN, SPOILT, LATER, COLD = b"judged", b"again", b"spoilt", b"later", b"cold"
 _CHANNEL_FD = 3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)  # loaded here, in the template: after the fork it would cost each worker 0.3 ms
 
 
-def run_worker(verifier: Verifier, channel: socket.socket, memory_mb: int) -> NoReturn:
-    """Serves `channel` in a freshly forked process and leaves it; never returns.
+def run_worker(verifier: Verifier, channel: socket.socket, memory_mb: int, timeout_s: float) -> NoReturn:
+    """Serves `channel` in a freshly forked process and leaves it; never returns. `timeout_s` is for async verifiers.
 
     Only stderr and the channel stay open, so that the death of the template or of a sibling is seen as the
     end of the stream. Standard output is turned to stderr: a verifier that prints cannot break the protocol.
@@ -50,9 +53,12 @@ def run_worker(verifier: Verifier, channel: socket.socket, memory_mb: int) -> No
         limit = memory_mb * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         _die_with_parent()
-        heavy.defer()
         with socket.socket(fileno=_CHANNEL_FD) as stream:
-            _serve(verifier, stream)
+            if verifier.is_async:
+                asyncio.run(async_worker.serve(verifier, stream, timeout_s))
+            else:
+                heavy.defer()
+                _serve(verifier, stream)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -76,11 +82,11 @@ def _serve(verifier: Verifier, channel: socket.socket) -> None:
 def _answer(verifier: Verifier, limits: Limits | None, line: bytes) -> bytes:
     cpu_us, wall_us, is_hurried, body = line.split(b" ", 3)
     if limits is None:
-        return _judge(verifier.verify, body)
+        return _judge(verifier, body)
     started_cpu_s = time.process_time()
     try:
         limits.start(int(cpu_us) / 1e6, int(wall_us) / 1e6, is_hurried == b"1")
-        reply = _judge(verifier.verify, body)
+        reply = _judge(verifier, body)
         # After an interruption that the verifier swallowed, its verdict is one of a computation cut short.
         return _cut_short(SPOILT, started_cpu_s) if limits.stop() else reply
     except Interrupted as interruption:
@@ -96,17 +102,18 @@ def _cut_short(kind: bytes, started_cpu_s: float) -> bytes:
     return b"%s %.6f\n" % (kind, time.process_time() - started_cpu_s)
 
 
-def _judge(verify: VerifyFunction, body: bytes) -> bytes:
+def _judge(verifier: Verifier, body: bytes) -> bytes:
     started_cpu_s, started_s = time.process_time(), time.monotonic()
+    request = json.loads(body)
     try:
-        request = json.loads(body)
-        verdict = Verdict(verify(request["response"], request["reference"], request["row"])).value
-        took_cpu_s, took_s = time.process_time() - started_cpu_s, time.monotonic() - started_s
-        return b"%s %.6f %.6f\n" % (verdict.encode(), took_cpu_s, took_s)
+        returned = verifier.verify(request["response"], request["reference"], request["row"])
+        judgement = judgement_of(returned, verifier.correct_from)
     except heavy.HeavyImportNeeded as needed:
         return b"%s %s\n" % (COLD, str(needed).encode())
-    except Exception:
-        # Reported and counted by the pool as an answer without a verdict; the template replaces this worker,
-        # because what a MemoryError left behind cannot be trusted.
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
-        return FAILED + b"\n"
+        judgement = raised(error)
+    took_cpu_s, took_s = time.process_time() - started_cpu_s, time.monotonic() - started_s
+    return b"%s %.6f %.6f %s\n" % (JUDGED, took_cpu_s, took_s, encode(judgement))

@@ -35,7 +35,6 @@ from common.types import (
     Purpose,
     Refused,
     TrajectoryGroup,
-    Verdict,
 )
 from learner.rollouts.counts import Counts
 from learner.rollouts.evaluation import EvalResult, Evaluation
@@ -43,6 +42,7 @@ from learner.rollouts.leases import Slot, Slots, eval_lease, is_over_age, proble
 from learner.rollouts.members import Member, Members, Presence
 from learner.rollouts.pace import Pace
 from learner.rollouts.prompts import PromptStream
+from learner.rollouts.verdicts import Verdicts, is_informative
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Coordinator:
         self._slots = Slots()
         self._evaluation: Evaluation | None = None
         self._counts = Counts()
+        self.verdicts = Verdicts(config)
         self.version = 0
         self.outbox: deque[tuple[str, LearnerMessage]] = deque()
 
@@ -245,14 +246,15 @@ class Coordinator:
         del member.held[group.lease_id]
         self._counts.failures.pop(slot.prompt.uid, None)
         self._counts.receive(group)
+        self.verdicts.add(group, slot.lease.purpose)
         if slot.lease.purpose is Purpose.EVAL:
             assert self._evaluation is not None
             self._slots.remove(slot)
             self._evaluation.add(group, now)
             return
         slot.group = TrajectoryGroup(lease=slot.lease, actor=name, completed=group, arrived_s=now)
-        if self._is_uninformative(slot.group):
-            self._forget(slot, DropReason.UNINFORMATIVE)
+        if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
+            self._forget(slot, reason)
 
     def fail(self, name: str, failed: LeaseFailed) -> None:
         """The actor could not sample this lease."""
@@ -310,7 +312,8 @@ class Coordinator:
                 break
             if is_over_age(self._config.staleness, slot.group, self.version):
                 stale.append(slot)
-            elif self._is_uninformative(slot.group):
+            elif self._is_filtering() and not is_informative(slot.group.completed):  # it came during warm-up
+                self.verdicts.drop_uninformative(slot.group.completed)
                 self._forget(slot, DropReason.UNINFORMATIVE)
             else:
                 batch.append(slot.group)
@@ -322,16 +325,15 @@ class Coordinator:
             del self._slots.train[group.lease.lease_id]
         self._counts.totals["trained_groups"] += num_groups
         self.pace.steps_taken += 1
+        self.verdicts.batch_taken()
         return batch
 
     def set_version(self, version: int, steps_done: int) -> None:
         self.version, self.pace.steps_done = version, steps_done
 
-    def _is_uninformative(self, group: TrajectoryGroup) -> bool:
+    def _is_filtering(self) -> bool:
         """Dynamic sampling, in policy steps only: the critic's warm-up wants the policy's own distribution."""
-        is_filtering = self._config.algorithm.dynamic_sampling and not self.pace.is_warmup
-        num_correct = group.completed.verdicts.count(Verdict.CORRECT)
-        return is_filtering and num_correct in (0, len(group.completed.verdicts))
+        return self._config.algorithm.dynamic_sampling and not self.pace.is_warmup
 
     # ---- evaluation
 
@@ -366,6 +368,7 @@ class Coordinator:
             "in_flight_eval_groups": len(slots.evaluation),
             "pending_prompts": len(self._pending),
             **self._counts.stats(),
+            **self.verdicts.stats(),
             **self._members.work(),
         }
 
@@ -373,7 +376,7 @@ class Coordinator:
         """Who holds what, for the message of a time-out."""
         num_buffered = len(self._slots.train) - self._slots.num_in_flight
         parts = [f"{num_buffered} groups are buffered, {self.admitted} of {self.window} admitted"]
-        parts += [self._members.describe(member, now) for member in self._members]
+        parts += [*self.verdicts.describe(), *(self._members.describe(member, now) for member in self._members)]
         return "; ".join(parts if len(self._members) else [*parts, "no actor is connected"])
 
     def state_dict(self) -> dict[str, JSON]:
@@ -386,6 +389,7 @@ class Coordinator:
             "pace": self.pace.state_dict(),
             "next_lease_id": self._slots.next_lease_id,
             "counts": self._counts.state_dict(),
+            "verdicts": self.verdicts.state_dict(),
             "work": self._members.work(),
         }
 
@@ -399,4 +403,5 @@ class Coordinator:
         self.pace.load_state_dict(state["pace"])
         self._slots.next_lease_id = state["next_lease_id"]
         self._counts.load_state_dict(state["counts"])
+        self.verdicts.load_state_dict(state["verdicts"])
         self._members.departed = dict(state["work"])

@@ -9,17 +9,22 @@ from common.types import CompletedGroup, FinishReason, Prompt, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Held-out accuracy of one version: avg@k, the mean over prompts and samples."""
+    """Held-out accuracy of one version: avg@k, the mean over prompts and samples.
+
+    What could not be sampled or judged counts as wrong: an accuracy over what is left would be of other prompts each
+    time, and higher.
+    """
 
     version: int  # the learner's when the evaluation was started
     oldest_version: int  # of all sampled tokens; differs from `version` when a publication came in between
     newest_version: int
-    accuracy: float  # share of responses that are correct
-    length_mean: float  # tokens
+    accuracy: float  # share of correct responses among all that were asked for
+    length_mean: float  # tokens, of the responses that were sampled, as the next
     truncated_fraction: float  # share of responses that reached max_tokens
     num_prompts: int
     num_samples: int  # responses that were sampled, of all prompts
-    num_failed: int  # prompts that no actor could sample; they are not in the means
+    num_failed: int  # prompts that no actor could sample
+    num_errors: int  # responses on which the verifier failed
     seconds: float  # from its start to the arrival of its last group
 
 
@@ -60,11 +65,12 @@ class Evaluation:
             version=self.version,
             oldest_version=min((int(group.versions.min()) for group in self._groups), default=self.version),
             newest_version=max((int(group.versions.max()) for group in self._groups), default=self.version),
-            accuracy=verdicts.count(Verdict.CORRECT) * per_sample,
+            accuracy=verdicts.count(Verdict.CORRECT) / max(len(self.prompts) * self.samples_per_prompt, 1),
             length_mean=sum(int(group.lengths.sum()) for group in self._groups) * per_sample,
             truncated_fraction=reasons.count(FinishReason.LENGTH) * per_sample,
             num_prompts=len(self.prompts),
             num_samples=num_samples,
             num_failed=self._num_failed,
+            num_errors=verdicts.count(Verdict.ERROR),
             seconds=self._ended_s - self.started_s,
         )

@@ -96,7 +96,8 @@ class LearnerService:
     def take_batch(self, timeout_s: float) -> list[TrajectoryGroup]:
         """Exactly prompts_per_step groups that passed the consumption gate, oldest lease first.
 
-        Raises BatchTimeout, or MembersWaiting when the current version has to be published again first.
+        Raises BatchTimeout, MembersWaiting when the current version has to be published again first, or ConfigError
+        when the verdicts say that there is no point in going on.
         """
 
         def attempt() -> list[TrajectoryGroup] | None:
@@ -267,6 +268,8 @@ class LearnerService:
         with self._changed:
             while True:
                 socket = self._open_socket()
+                if (problem := self._coordinator.verdicts.problem) is not None:
+                    raise ConfigError(problem)
                 result = attempt()
                 if result is not None:
                     socket.wake()  # what was taken or dropped makes room for leases

@@ -34,6 +34,7 @@ def group(lease_id: int) -> TrajectoryGroup:
         versions=np.array([4, 4, 5, 4, 5], dtype=np.int32),
         rewards=np.array([1.0, -1.0], dtype=np.float32),
         verdicts=(Verdict.CORRECT, Verdict.WRONG),
+        verifier_error=None,
         finish_reasons=(FinishReason.STOP, FinishReason.STOP),
         generation_s=0.1,
         verification_s=0.01,
@@ -113,6 +114,13 @@ def test_any_other_broken_line_is_named(tmp_path: Path, line: str) -> None:
 def test_the_progress_line_shows_the_allow_list_only() -> None:
     values = {"reward/mean": 0.413, "length/mean": 61.2, "time/step_s": 3.04, "secret": 1.0, "staleness/hist": {0: 1.0}}
     assert format_progress(7, 30, values) == "step  7/30  reward +0.41  length 61  3.0 s"
+
+
+def test_what_ought_to_be_zero_is_shown_when_it_is_not() -> None:
+    values = {"accuracy/heldout": 0.5, "eval/num_prompts": 8.0, "eval/num_failed": 0.0, "verifier/num_errors": 3.0}
+    assert format_progress(1, 2, values) == "step 1/2  accuracy 0.500  of 8  VERIFIER ERRORS 3"
+    failed = {"eval/num_failed": 2.0, "eval/num_errors": 1.0}
+    assert format_progress(1, 2, failed) == "step 1/2  PROMPTS FAILED 2  VERIFIER ERRORS IN EVALUATION 1"
 
 
 def test_progress_is_printed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

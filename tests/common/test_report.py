@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, ConfigError, ModelConfig
+from common.config import Config, ConfigError, EvalConfig, ModelConfig
 from common.loading import save_config
 from common.metrics import RunLog, Value
 from common.report import render, summary
@@ -60,6 +60,29 @@ def test_accuracy_is_shown_before_during_and_after_with_its_version(tmp_path: Pa
     result = summary(run_dir(tmp_path, rows))
     assert [point.accuracy for point in result.evaluations] == [0.44, 0.7, 0.89]
     assert "0.440 -> 0.890 (held out, avg@4); during: 0.700 for version 10" in render(result)
+
+
+def test_an_accuracy_says_of_how_many_prompts_and_what_of_it_failed(tmp_path: Path) -> None:
+    whole = {"accuracy/heldout": 0.5, "accuracy/version": 0, "eval/num_prompts": 8, "eval/num_failed": 0}
+    partial = {"accuracy/heldout": 0.25, "accuracy/version": 3, "eval/num_prompts": 8, "eval/num_failed": 2}
+    text = render(summary(run_dir(tmp_path, [whole, partial | {"eval/num_errors": 1}])))
+    assert "0.500 -> 0.250 (held out, avg@4, 8 prompts)" in text
+    assert "INCOMPLETE for version 3: 2 prompts were not sampled and the verifier failed on 1 responses, which" in text
+    assert "INCOMPLETE for version 0" not in text
+
+
+def test_a_greedy_evaluation_is_called_so(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, [{"accuracy/heldout": 0.5, "accuracy/version": 0, "eval/num_prompts": 8}])
+    config = Config(model=ModelConfig(path="gone"), eval=EvalConfig(temperature=0.0))
+    save_config(config, folder / "config.yaml")
+    assert "0.500 for version 0 (held out, greedy, 8 prompts)" in render(summary(folder))
+
+
+def test_verdicts_are_counted_in_the_summary(tmp_path: Path) -> None:
+    rows = [step(1.0, verdicts__correct=3, verdicts__wrong=1), step(1.0, verdicts__correct=5, verdicts__error=2)]
+    result = summary(run_dir(tmp_path, rows))
+    assert result.verdicts == {"correct": 5, "wrong": 1, "error": 2}
+    assert "8 responses: correct 5, error 2, wrong 1" in render(result)
 
 
 def test_a_run_that_measured_nothing_yet_is_still_rendered(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def groups(draw: st.DrawFn) -> CompletedGroup:
         versions=draw(hnp.arrays(np.int32, num_tokens)),
         rewards=draw(hnp.arrays(np.float32, n)),
         verdicts=tuple(draw(st.lists(st.sampled_from(Verdict), min_size=n, max_size=n))),
+        verifier_error=draw(st.none() | texts),
         finish_reasons=tuple(draw(st.lists(st.sampled_from(FinishReason), min_size=n, max_size=n))),
         generation_s=draw(floats),
         verification_s=draw(floats),
@@ -96,6 +97,7 @@ GROUP = CompletedGroup(
     versions=np.array([3, 3, 4], np.int32),
     rewards=np.array([1.0, -1.0], np.float32),
     verdicts=(Verdict.CORRECT, Verdict.TIMED_OUT),
+    verifier_error=None,
     finish_reasons=(FinishReason.STOP, FinishReason.LENGTH),
     generation_s=1.5,
     verification_s=0.25,
@@ -135,8 +137,8 @@ def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -
 def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
     frames = [bytes(frame) for frame in encode(GROUP)]
     assert frames[0] == (
-        b"\x94\xaeCompletedGroup\x02\x85\xa8lease_id\x07"
-        b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaefinish_reasons\x92\xa4stop\xa6length"
+        b"\x94\xaeCompletedGroup\x02\x86\xa8lease_id\x07"
+        b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaeverifier_error\xc0\xaefinish_reasons\x92\xa4stop\xa6length"
         b"\xacgeneration_s\xcb\x3f\xf8\0\0\0\0\0\0\xaeverification_s\xcb\x3f\xd0\0\0\0\0\0\0"
         b"\x95\x93\xa7lengths\xa5int32\x91\x02\x93\xa9token_ids\xa5int32\x91\x03"
         b"\x93\xb1behavior_logprobs\xa7float32\x91\x03\x93\xa8versions\xa5int32\x91\x03\x93\xa7rewards\xa7float32\x91\x02"

@@ -63,6 +63,7 @@ def group(lease_id: int, versions: list[int], num_samples: int = 2, num_correct:
         versions=np.tile(np.array(versions, np.int32), n),
         rewards=np.where(np.arange(n) < num_correct, 1.0, -1.0).astype(np.float32),
         verdicts=tuple(Verdict.CORRECT if i < num_correct else Verdict.WRONG for i in range(n)),
+        verifier_error=None,
         finish_reasons=(FinishReason.STOP,) * n,
         generation_s=0.0,
         verification_s=0.0,

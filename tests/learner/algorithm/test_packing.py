@@ -38,6 +38,7 @@ def make_group(prompt: Sequence[int], responses: Sequence[Sequence[int]], lease_
         versions=np.array(tokens, np.int32) + 1000,
         rewards=np.array([response[0] for response in responses], np.float32),
         verdicts=tuple(Verdict.CORRECT if response[0] % 2 else Verdict.WRONG for response in responses),
+        verifier_error=None,
         finish_reasons=tuple(FinishReason.LENGTH if len(r) > 3 else FinishReason.STOP for r in responses),
         generation_s=0.0,
         verification_s=0.0,

@@ -37,6 +37,7 @@ from common.types import (
     Purpose,
     Refused,
     TrajectoryGroup,
+    Verdict,
 )
 from learner.rollouts.coordinator import MAX_FAILURES, Coordinator
 from learner.rollouts.evaluation import Evaluation
@@ -594,6 +595,33 @@ def test_dynamic_sampling_leaves_the_critics_warm_up_alone() -> None:
     assert coordinator.drops == {DropReason.UNINFORMATIVE: 1}
 
 
+def test_a_group_on_which_the_verifier_failed_is_dropped_and_the_next_prompt_takes_its_place() -> None:
+    coordinator = make(make_config(prompts_per_step=2, max_staleness=0), "a")
+    first, second = granted(coordinator)
+    spoilt = replace(group(first[1].lease_id, [0]), verdicts=(Verdict.CORRECT, Verdict.ERROR), verifier_error="raised")
+    coordinator.receive("a", spoilt, 0.0)
+    assert coordinator.drops == {DropReason.VERIFIER_ERROR: 1}
+    finish(coordinator, [second, *granted(coordinator)])
+    assert ids(coordinator.take_batch()) == [1, 2]
+    assert coordinator.stats()["verdicts/error"] == 1
+
+
+def test_a_survivor_that_waits_for_its_batch_does_not_hide_that_all_others_are_dropped() -> None:
+    config = make_config(prompts_per_step=2, max_staleness=0, dynamic=True)
+    config = replace(config, algorithm=replace(config.algorithm, max_uninformative=20))
+    coordinator = make(config, "a")
+    survivor, other = granted(coordinator)
+    finish(coordinator, [survivor])
+    leases = [other]
+    for _ in range(20):
+        assert coordinator.verdicts.problem is None
+        finish(coordinator, leases, num_correct=0)
+        assert coordinator.take_batch() is None
+        leases = granted(coordinator)
+    assert "dropped 20 groups (20 with all responses wrong" in str(coordinator.verdicts.problem)
+    assert "dropped 20 groups" in coordinator.describe(0.0)
+
+
 def test_a_distrusted_actor_takes_its_groups_of_the_last_version_with_it() -> None:
     coordinator = make(make_config(max_staleness=2), "a")
     leases = granted(coordinator)
@@ -711,6 +739,26 @@ def test_an_evaluation_whose_prompt_cannot_be_sampled_ends_all_the_same() -> Non
     result = coordinator.poll_evaluation()
     assert result is not None
     assert (result.num_failed, result.num_samples, result.accuracy) == (1, 0, 0.0)
+
+
+def test_held_out_prompts_that_could_not_be_sampled_or_judged_count_as_wrong() -> None:
+    coordinator = make(make_config(prompts_per_step=9), "a")
+    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    leases: dict[str, Lease] = {}
+    failures = 0
+    while (result := coordinator.poll_evaluation()) is None:
+        for _, lease in [item for item in granted(coordinator) if item[1].purpose is Purpose.EVAL]:
+            leases[lease.prompt_uid] = lease
+            if lease.prompt_uid == "h0":
+                coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"))
+                failures += 1
+            else:
+                both = group(lease.lease_id, [0], num_correct=2)
+                spoilt = replace(both, verdicts=(Verdict.CORRECT, Verdict.ERROR), verifier_error="raised")
+                coordinator.receive("a", both if lease.prompt_uid == "h1" else spoilt, 0.0)
+    assert failures == MAX_FAILURES and len(leases) == 3
+    assert (result.num_prompts, result.num_failed, result.num_errors) == (3, 1, 1)
+    assert result.accuracy == pytest.approx(3 / 6)
 
 
 def test_the_window_is_sampled_when_it_is_full_and_everything_has_arrived() -> None:

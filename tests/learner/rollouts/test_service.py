@@ -28,13 +28,16 @@ from common.types import (
     Ack,
     ActorMessage,
     Bye,
+    CompletedGroup,
     Hello,
     LearnerMessage,
+    Lease,
     Prompt,
     Pulse,
     Refused,
     Stop,
     TrajectoryGroup,
+    Verdict,
     WeightsPhase,
     Welcome,
 )
@@ -112,6 +115,31 @@ def talk(service: LearnerService, *messages: ActorMessage, num_answers: int = 1)
 
 
 # ---- a run
+
+
+def spoilt(lease: Lease, version: int) -> CompletedGroup:
+    sampled = group(lease.lease_id, [version], lease.num_samples)
+    return replace(sampled, verdicts=(Verdict.ERROR,) * lease.num_samples, verifier_error="raised KeyError: 'x'")
+
+
+def test_a_verifier_that_fails_on_everything_ends_the_run_before_its_first_batch(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a", complete=spoilt):
+        with pytest.raises(ConfigError, match=r"chain_sum:verify failed on .* \(it raised KeyError: 'x'\)"):
+            service.take_batch(10.0)
+        with pytest.raises(ConfigError, match="failed on"):
+            service.wait_evaluation(10.0)
+
+
+def test_a_batch_that_does_not_come_says_that_the_filter_dropped_everything() -> None:
+    config = make_config()
+    dropping = replace(config.algorithm, dynamic_sampling=True, critic_warmup_steps=0, max_uninformative=10**9)
+    with make_service(replace(config, algorithm=dropping)) as service:
+        wrong = FakeActor(service.endpoint, "a", num_correct=lambda lease: 0, delay_s=lambda lease: 0.01)
+        with (
+            wrong,
+            pytest.raises(BatchTimeout, match=r"dynamic_sampling dropped \d+ groups \(\d+ with all resp"),
+        ):
+            service.take_batch(2.0)
 
 
 def test_a_run_with_skewed_actors_trains_every_lease_once_in_order_and_within_the_bound() -> None:
