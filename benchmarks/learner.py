@@ -163,7 +163,7 @@ def our_update(folder: Path, batch: Batch, is_packed: bool) -> Callable[[], floa
     policy, _ = make_networks(config, is_packed)
     trainer = Trainer(config, policy, None, rank=0, world=1)
     (plan,) = trainer._plans(batch, is_warmup=False)
-    mine, scores = trainer._score(batch, plan)
+    mine, scores = trainer._score(batch, plan, is_warmup=False)
     experience = estimate(config, batch, mine, scores, 0, False, None)
     counts = count(batch, experience, plan[0])
 

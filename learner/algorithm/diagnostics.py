@@ -6,8 +6,9 @@
     gae/*                  lambdas, advantages
 
 Unless a name says otherwise a mean is over the tokens in the loss mask of the whole batch, all ranks. A
-mean over nothing is left out instead of being a made-up number. Axes: B responses, T their tokens laid end
-to end.
+mean over nothing is left out instead of being a made-up number, and so is what warm-up does not need:
+`offpolicy/*` and `policy/entropy` after the first step of a run, `gae/advantage_*` in all of them. Axes: B
+responses, T their tokens laid end to end.
 
 Statistics of the batch and of the start of the step are computed from streams that every rank holds in
 full. Those of the updates exist in pieces (per micro-batch and rank): `Totals` adds them up and reduces

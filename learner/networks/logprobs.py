@@ -29,18 +29,18 @@ def token_logprobs(
     *,
     temperature: float,
     chunk_tokens: int,
-    entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """(logprobs_T, entropy_T) in float32: log-prob of each target and exact entropy of its distribution, in
-    nats.
+    nats, which is None unless `with_entropy`.
 
     The matrix product runs in the type of `hidden_TD`, everything after it in float32. Gradients flow to
-    hidden_TD and weight_VD from the log-probs, and from the entropy only when `entropy_grad`.
+    hidden_TD and weight_VD from both.
     """
     logprobs_T, entropy_T = _TiledLogProbs.apply(
-        hidden_TD, weight_VD, targets_T, temperature, chunk_tokens, entropy_grad
+        hidden_TD, weight_VD, targets_T, temperature, chunk_tokens, with_entropy
     )
-    return logprobs_T, entropy_T
+    return logprobs_T, entropy_T if with_entropy else None
 
 
 class _TiledLogProbs(torch.autograd.Function):
@@ -52,19 +52,18 @@ class _TiledLogProbs(torch.autograd.Function):
         targets_T: Tensor,
         temperature: float,
         chunk_tokens: int,
-        entropy_grad: bool,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
+        """The entropy is made of zeros unless it is wanted."""
         logprobs_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
-        entropy_T, logsumexp_T = torch.empty_like(logprobs_T), torch.empty_like(logprobs_T)
+        entropy_T, logsumexp_T = torch.zeros_like(logprobs_T), torch.empty_like(logprobs_T)
         for chunk in _pieces(len(targets_T), chunk_tokens):
             logprobs_T[chunk], entropy_T[chunk], logsumexp_T[chunk] = _chunk_logprobs(
-                hidden_TD[chunk], weight_VD, targets_T[chunk], temperature
+                hidden_TD[chunk], weight_VD, targets_T[chunk], temperature, with_entropy
             )
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, entropy_T, logsumexp_T)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.set_materialize_grads(False)
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
     @staticmethod
@@ -99,9 +98,10 @@ class _TiledLogProbs(torch.autograd.Function):
 
 
 def _chunk_logprobs(
-    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, temperature: float
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs_C, entropy_C, logsumexp_C) of one chunk, over the vocabulary tile by tile.
+    """(logprobs_C, entropy_C, logsumexp_C) of one chunk, over the vocabulary tile by tile; zeros for an entropy
+    that nobody wants.
 
     Two disjoint parts of a vocabulary with probabilities a and b and entropies H_a and H_b of their own
     have a (H_a - log a) + b (H_b - log b) together; nothing cancels, so small entropies stay exact.
@@ -113,14 +113,16 @@ def _chunk_logprobs(
         column_C, is_here_C = _column(targets_C, tile)
         target_C = torch.where(is_here_C, logits_CK.gather(1, column_C[:, None]).squeeze(1), target_C)
         tile_logsumexp_C = logits_CK.logsumexp(-1)
-        logp_CK = logits_CK.sub_(tile_logsumexp_C[:, None])
-        tile_entropy_C = -torch.linalg.vecdot(logp_CK.exp(), logp_CK)
-        if tile.start == 0:
-            logsumexp_C, entropy_C = tile_logsumexp_C, tile_entropy_C
-            continue
-        both_C = torch.logaddexp(logsumexp_C, tile_logsumexp_C)
-        log_a_C, log_b_C = logsumexp_C - both_C, tile_logsumexp_C - both_C
-        entropy_C = log_a_C.exp() * (entropy_C - log_a_C) + log_b_C.exp() * (tile_entropy_C - log_b_C)
+        is_first = tile.start == 0
+        both_C = tile_logsumexp_C if is_first else torch.logaddexp(logsumexp_C, tile_logsumexp_C)
+        if with_entropy:
+            logp_CK = logits_CK.sub_(tile_logsumexp_C[:, None])
+            tile_entropy_C = -torch.linalg.vecdot(logp_CK.exp(), logp_CK)
+            if is_first:
+                entropy_C = tile_entropy_C
+            else:
+                log_a_C, log_b_C = logsumexp_C - both_C, tile_logsumexp_C - both_C
+                entropy_C = log_a_C.exp() * (entropy_C - log_a_C) + log_b_C.exp() * (tile_entropy_C - log_b_C)
         logsumexp_C = both_C
     return target_C - logsumexp_C, entropy_C, logsumexp_C
 

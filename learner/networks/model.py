@@ -67,11 +67,11 @@ class Policy(nn.Module):
         cu_seqlens_B1: Tensor,
         prompt_lengths_B: Tensor,
         temperature: float,
-        entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """(logprobs_T, entropy_T): float32, nats, of each response token's distribution at `temperature`.
 
-        Inputs may live on the CPU. The entropy carries a gradient only when `entropy_grad`.
+        Inputs may live on the CPU. The entropy is None unless `with_entropy`; it carries a gradient.
         """
         is_empty = len(prompt_lengths_B) == 0
         token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
@@ -81,9 +81,11 @@ class Policy(nn.Module):
             token_ids_S[positions_T + 1],
             temperature=temperature,
             chunk_tokens=self.chunk_tokens,
-            entropy_grad=entropy_grad,
+            with_entropy=with_entropy,
         )
-        return (_emptied(logprobs_T), _emptied(entropy_T)) if is_empty else (logprobs_T, entropy_T)
+        if not is_empty:
+            return logprobs_T, entropy_T
+        return _emptied(logprobs_T), None if entropy_T is None else _emptied(entropy_T)
 
     def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""

@@ -46,13 +46,13 @@ class TablePolicy(nn.Module):
         cu_seqlens_B1: Tensor,
         prompt_lengths_B: Tensor,
         temperature: float,
-        entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         positions_T = prediction_positions(cu_seqlens_B1, prompt_lengths_B)
         logp_TV = (self.table[token_ids_S[positions_T]] / temperature).log_softmax(-1)
         entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
         logprobs_T = logp_TV.gather(1, token_ids_S[positions_T + 1, None]).squeeze(1)
-        return logprobs_T, entropy_T if entropy_grad else entropy_T.detach()
+        return logprobs_T, entropy_T if with_entropy else None
 
 
 class TableCritic(nn.Module):
@@ -173,6 +173,36 @@ def test_warm_up_trains_the_critic_for_its_epochs_and_leaves_the_policy_bit_equa
     assert metrics["policy/updates"] == 0.0 and "policy/pg_loss" not in metrics
     after_policy, after_critic = parameters(trainer)
     assert torch.equal(after_policy, policy) and not torch.equal(after_critic, critic)
+
+
+def count_calls(network: nn.Module) -> list[bool]:
+    """Grows by one entry at each forward pass of a policy: whether the entropy was asked for."""
+    calls: list[bool] = []
+    network.register_forward_pre_hook(lambda _, __, k: calls.append(k["with_entropy"]), with_kwargs=True)
+    return calls
+
+
+def test_warm_up_asks_the_policy_in_the_first_step_of_the_run_only() -> None:
+    """Once: for the difference of engine and learner, from which the sentinel takes its floor."""
+    trainer = make_trainer(config(kl_weight=0.1, whiten_advantages=True, value_target=ValueTarget.vtrace))
+    assert trainer.reference is not None
+    policy, reference = count_calls(trainer.policy.network), count_calls(trainer.reference)
+    first, second = (trainer.step(make_batch(LENGTHS), 0, is_warmup=True) for _ in range(2))
+    assert len(policy) == 2 and not reference  # two mini-batches, scored once
+    measured = {"offpolicy/mismatch_abs_mean", "offpolicy/ess", "policy/entropy"}
+    assert measured <= first.keys() and measured.isdisjoint(second)
+    assert not any(name.startswith("gae/advantage") for name in first | second)
+    assert {"critic/explained_variance", "critic/value_loss", "reward/mean", "gae/lambda_mean"} <= second.keys()
+    assert measured <= trainer.step(make_batch(LENGTHS), 0, is_warmup=False).keys()
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.01])
+def test_updates_compute_the_entropy_only_where_it_is_in_the_loss(entropy_weight: float) -> None:
+    trainer = make_trainer(config(mini_batches=1, entropy_weight=entropy_weight))
+    calls = count_calls(trainer.policy.network)
+    metrics = trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert calls == [True, entropy_weight > 0.0]  # scored, updated
+    assert metrics["policy/entropy"] > 0.0
 
 
 def test_the_critic_is_updated_in_every_pass_and_the_policy_in_the_last() -> None:

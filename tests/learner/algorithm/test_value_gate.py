@@ -56,7 +56,7 @@ def experience(
     values_T = torch.tensor(values)[batch.select_tokens(indices)]
     zeros_T = torch.zeros_like(values_T)
     scores = Scores(old_logprobs_T=zeros_T, entropy_T=zeros_T, values_T=values_T, reference_logprobs_T=None)
-    return estimate(make_config(**algorithm), batch, indices, scores, 0, group)
+    return estimate(make_config(**algorithm), batch, indices, scores, 0, False, group)
 
 
 @pytest.mark.parametrize("values", [CONSTANT, MISLEADING])
