@@ -168,7 +168,7 @@ def our_update(folder: Path, batch: Batch, is_packed: bool) -> Callable[[], floa
     counts = count(batch, experience, plan[0])
 
     def update() -> float:
-        work = Work(batch, experience, False, Totals(CPU), Stopwatch(CPU))
+        work = Work(batch, experience, False, True, Totals(CPU), Stopwatch(CPU))
         trainer._update_policy(work, plan[0], counts)
         return work.totals.reduce(None)[0]["policy/grad_norm"]
 

@@ -130,6 +130,7 @@ def offpolicy_metrics(
     mask_T: Tensor,
     cu_seqlens_B1: Tensor,
     truncation: float,
+    is_published: bool,
 ) -> Metrics:
     """rho = pi_old / pi_behavior before any correction, and the weights that the correction makes of it.
 
@@ -137,7 +138,9 @@ def offpolicy_metrics(
     samples: k1 = -log rho, k3 = rho - 1 - log rho. `mismatch_abs_mean` is mean |log rho| over the tokens
     of responses that the current version drew whole, where only the two engines differ (in a response that
     spans versions even its newest tokens may be drawn from a key-value cache of older weights);
-    `mismatch_prob_error` is mean e^|log rho| over the same.
+    `mismatch_prob_error` is mean e^|log rho| over the same. Neither they nor gap_0 are measured unless
+    `is_published`, that pi_old is the current version: with weights.publish_every > 1 it has moved on in most
+    steps, which is drift and not the engines'.
     """
     log_rho_T = (old_logprobs_T - behavior_logprobs_T).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     metrics = _ratio_statistics("offpolicy", log_rho_T[mask_T])
@@ -158,8 +161,11 @@ def offpolicy_metrics(
         "offpolicy/chi2_sequence": rho_B.square().mean().item() - 1.0,
     }
     for gap in torch.unique(gap_T[mask_T]).tolist():
-        of_gap_T = log_rho_T[mask_T & (gap_T == gap)]
-        metrics |= _ratio_statistics(f"offpolicy/gap_{gap}", of_gap_T)
+        if gap > 0 or is_published:
+            of_gap_T = log_rho_T[mask_T & (gap_T == gap)]
+            metrics |= _ratio_statistics(f"offpolicy/gap_{gap}", of_gap_T)
+    if not is_published:
+        return metrics
     of_current_T = log_rho_T[mask_T & _is_whole(gap_T == 0, cu_seqlens_B1)].abs()
     if of_current_T.numel():
         metrics["offpolicy/mismatch_abs_mean"] = of_current_T.mean().item()

@@ -71,9 +71,10 @@ class Trainer:
         on_cuda = config.device is Device.cuda
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
-    def step(self, batch: Batch, version: int, is_warmup: bool) -> Metrics:
+    def step(self, batch: Batch, version: int, is_warmup: bool, *, is_published: bool = True) -> Metrics:
         """Trains on `batch`, consumed at policy `version`. Warm-up leaves the policy alone, and after the first step
-        of the run, which shows how far engine and learner differ, does not ask it either.
+        of the run, which shows how far engine and learner differ, does not ask it either. `is_published` says that
+        the policy is still what was published as `version`: no step was taken since.
 
         Returns the metrics, the same on every rank. Raises FloatingPointError when a gradient is not
         finite, ValueError when there are fewer responses than mini-batches.
@@ -85,7 +86,7 @@ class Trainer:
             mine, scores = self._score(batch, plans[0], is_warmup)
         with clock.stage("estimate"):
             experience = estimate(self.config, batch, mine, scores, version, is_warmup, self.group)
-        work = Work(batch, experience, is_warmup, Totals(self.device), clock)
+        work = Work(batch, experience, is_warmup, is_published, Totals(self.device), clock)
         for plan in plans:
             for mini in plan:
                 self._update(work, mini, updates_policy=plan is plans[-1] and not is_warmup)
@@ -230,6 +231,7 @@ class Trainer:
                 e.mask_T,
                 cu_seqlens_B1,
                 algorithm.truncation,
+                work.is_published,
             )
         if e.advantages_T is not None:
             metrics |= diagnostics.token_metrics("gae/advantage", e.advantages_T, e.mask_T)
@@ -264,6 +266,7 @@ class Work:
     batch: Batch
     experience: Experience
     is_warmup: bool
+    is_published: bool
     totals: Totals
     clock: "Stopwatch"
 
