@@ -102,6 +102,17 @@ class Policy(nn.Module):
         yield from _full_tensors(self.model.named_parameters(), dtype)
 
 
+class ValueHead(nn.Linear):
+    """A scalar of each hidden state, float32: values differ by less than bfloat16 resolves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """(T,). As a forward pass of its own, so that FSDP gathers the head by itself, and in float32."""
+        return hidden_TD.float() @ self.weight[0]
+
+
 class Critic(nn.Module):
     """V(state) for every response token: its own backbone and a scalar head that starts at zero.
 
@@ -112,7 +123,7 @@ class Critic(nn.Module):
         """`head_weight` [1, D] is a pretrained head; None starts at V = 0 everywhere."""
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False)
+        self.head = ValueHead(backbone.config.hidden_size)
         nn.init.zeros_(self.head.weight)
         if head_weight is not None:
             self.head.weight.data.copy_(head_weight)
@@ -124,7 +135,7 @@ class Critic(nn.Module):
         The head computes in float32 whatever the backbone's type.
         """
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
-        values_T = hidden_TD.float() @ self.head.weight[0].float()
+        values_T = self.head(hidden_TD)
         return values_T if len(prompt_lengths_B) else _emptied(values_T)
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
@@ -254,6 +265,9 @@ def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: 
     offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
     for layer in _decoder_layers(hf_model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    if isinstance(network, Critic):
+        whole = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(network.head, mesh=mesh, mp_policy=whole, offload_policy=offload)
     # By default the root stays gathered after a forward without backward: publication and checkpoints would
     # then find compute copies in the place of the master weights.
     fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
