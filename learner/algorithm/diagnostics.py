@@ -67,6 +67,14 @@ class Totals:
         known = self._maxima.get(name, lowest)
         self._maxima[name] = torch.cat([values.detach().double().flatten(), known]).max().reshape(1)
 
+    def merge(self, other: "Totals") -> None:
+        """Adds all that `other` has."""
+        for mine, parts in ((self._sums, other._sums), (self._shared, other._shared)):
+            for name, value in parts.items():
+                mine[name] = mine.get(name, 0.0) + value
+        for name, value in other._maxima.items():
+            self.keep_max(name, value)
+
     def reduce(self, process_group: dist.ProcessGroup | None) -> tuple[Metrics, Metrics]:
         """(sums, maxima) over all ranks. A collective when there is a process group."""
         sums = torch.stack([*self._sums.values(), torch.zeros((), dtype=torch.float64, device=self._device)])
@@ -319,12 +327,16 @@ def add_policy_totals(
 
 
 def update_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Metrics:
-    """What the updates did, from the reduced totals: losses and gradient norms as means over mini-batches."""
+    """What the updates did, from the reduced totals: losses and gradient norms as means over mini-batches.
+
+    Mini-batches whose update was skipped are in `skipped_updates` and nowhere else.
+    """
     metrics = _clip_metrics(sums, maxima)
     for network in ("critic", "policy"):
         updates = sums.get(f"{network}/updates", 0.0)
-        per_update = (name for name in sums if name.startswith(f"{network}/") and not name.endswith("/updates"))
+        per_update = (name for name in sums if name.startswith(f"{network}/") and not name.endswith("updates"))
         metrics |= {name: sums[name] / updates for name in per_update} | {f"{network}/updates": updates}
+        metrics[f"{network}/skipped_updates"] = sums.get(f"{network}/skipped_updates", 0.0)
     return metrics
 
 

@@ -76,8 +76,8 @@ class Trainer:
         of the run, which shows how far engine and learner differ, does not ask it either. `is_published` says that
         the policy is still what was published as `version`: no step was taken since.
 
-        Returns the metrics, the same on every rank. Raises FloatingPointError when a gradient is not
-        finite, ValueError when there are fewer responses than mini-batches.
+        Returns the metrics, the same on every rank. Raises FloatingPointError when gradients
+        are not finite again and again, ValueError when there are fewer responses than mini-batches.
         """
         clock = Stopwatch(self.device)
         batch = self._mask_over_age(batch, version)
@@ -180,31 +180,32 @@ class Trainer:
     def _update_critic(self, critic: Optimised, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
         """One optimizer step of the critic. No clipping in warm-up: it would hold on to wrong values."""
         value_clip = None if work.is_warmup else self.config.algorithm.value_clip
+        totals = Totals(self.device)
         for micro, e in work.share(mini[self.rank]):
             assert e.values_T is not None and e.value_targets_T is not None
             values_T = self._run_critic(critic.network, micro)
             scale_T = losses.token_scale(e.mask_T, counts.tokens)
             loss = losses.value_loss(values_T, e.values_T, e.value_targets_T, scale_T, value_clip)
             loss.backward()
-            work.totals.add("critic/value_loss", loss)
+            totals.add("critic/value_loss", loss)
             if value_clip is not None:
                 is_clipped_T = (values_T - e.values_T).abs() > value_clip
-                work.totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
-        work.totals.add_shared("critic/grad_norm", critic.apply())
-        work.totals.add_shared("critic/updates", torch.ones(()))
+                totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
+        self._apply(critic, work, totals)
 
     def _update_policy(self, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
         """One optimizer step of the policy."""
         algorithm, max_staleness = self.config.algorithm, self.config.staleness.max_staleness
+        totals = Totals(self.device)
         for micro, e in work.share(mini[self.rank]):
             with_entropy = algorithm.entropy_weight != 0.0
             logprobs_T, entropy_T = self._run_policy(self.policy.network, micro, with_entropy)
             terms = policy_terms(algorithm, micro, e, logprobs_T, entropy_T, counts)
             torch.stack(list(terms.values())).sum().backward()
             for name, term in terms.items():
-                work.totals.add(f"policy/{name}", term)
+                totals.add(f"policy/{name}", term)
             diagnostics.add_policy_totals(
-                work.totals,
+                totals,
                 logprobs_T,
                 proximal_logprobs(algorithm, e),
                 e.advantages_T,
@@ -213,8 +214,17 @@ class Trainer:
                 num_gaps=max_staleness + 1,
                 region=trust_region(algorithm),
             )
-        work.totals.add_shared("policy/grad_norm", self.policy.apply())
-        work.totals.add_shared("policy/updates", torch.ones(()))
+        self._apply(self.policy, work, totals)
+
+    def _apply(self, network: Optimised, work: "Work", totals: Totals) -> None:
+        """The optimizer step. `totals` of the mini-batch count when there was one."""
+        norm = network.apply()
+        work.totals.add_shared(f"{network.name}/skipped_updates", torch.tensor(float(norm is None)))
+        if norm is None:
+            return
+        work.totals.merge(totals)
+        work.totals.add_shared(f"{network.name}/grad_norm", norm)
+        work.totals.add_shared(f"{network.name}/updates", torch.ones(()))
 
     def _describe(self, work: "Work") -> Metrics:
         """Everything that the step reports but its times. A collective."""

@@ -5,6 +5,7 @@ step with them is therefore computable by hand. The same checks with real, shard
 test_trainer_split.py.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -387,13 +388,49 @@ def test_mismatch_is_measured_on_tokens_of_the_current_version_only() -> None:
     assert metrics["offpolicy/gap_0/tokens"] == 3.0 and metrics["offpolicy/gap_1/tokens"] == 5.0
 
 
-def test_gradient_that_is_not_finite_stops_the_step_before_the_update() -> None:
-    trainer = make_trainer(config(advantage=AdvantageEstimator.rloo))
+def test_a_mini_batch_whose_gradient_is_not_finite_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """One group's rewards are infinite: two of eight updates are skipped, and the metrics are of the other six."""
+    trainer = make_trainer(config(advantage=AdvantageEstimator.rloo, mini_batches=8))
+    rewards_B = make_batch(LENGTHS).rewards_B
+    rewards_B[2:4] = torch.inf
+    metrics = trainer.step(replace(make_batch(LENGTHS), rewards_B=rewards_B), 0, is_warmup=False)
+    assert (metrics["policy/updates"], metrics["policy/skipped_updates"]) == (6.0, 2.0)
+    assert (trainer.policy.num_updates, trainer.policy.num_skipped) == (6, 2)
+    assert parameters(trainer)[0].isfinite().all()
+    updates = {name: value for name, value in metrics.items() if name.startswith("policy/")}
+    assert all(math.isfinite(value) for value in updates.values()) and updates["policy/grad_norm"] > 0.0
+    assert caplog.text.count("an update of the policy was skipped, its gradient norm is nan") == 2
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_skipped_update_leaves_weights_and_optimizer_as_they_are(value: float) -> None:
+    trainer = make_trainer(config())
+    trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert trainer.critic is not None
+    networks = (trainer.policy, trainer.critic)
+    kept = [{n: x.clone() for n, x in state.items()} for o in networks for state in o.optimizer.state.values()]
     before = parameters(trainer)
-    batch = replace(make_batch(LENGTHS), rewards_B=torch.full((8,), torch.inf))
-    with pytest.raises(FloatingPointError, match="gradient norm of the policy is nan"):
-        trainer.step(batch, 0, is_warmup=False)
+    metrics = trainer.step(replace(make_batch(LENGTHS), rewards_B=torch.full((8,), value)), 0, is_warmup=False)
+    assert metrics["policy/skipped_updates"] == metrics["critic/skipped_updates"] == 2.0
+    assert metrics["policy/updates"] == metrics["critic/updates"] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    for state, old in zip((s for o in networks for s in o.optimizer.state.values()), kept, strict=True):
+        assert all(torch.equal(state[name], x) for name, x in old.items())
+    healthy = trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert healthy["policy/updates"] == 2.0 and trainer.policy.skipped_in_a_row == 0
+
+
+def test_too_many_skipped_in_a_row_end_the_run_also_across_a_checkpoint(tmp_path: Path) -> None:
+    trainer, twin = (make_trainer(config(advantage=AdvantageEstimator.rloo)) for _ in range(2))
+    spoilt = replace(make_batch(LENGTHS), rewards_B=torch.full((8,), torch.inf))
+    for _ in range(2):
+        trainer.step(spoilt, 0, is_warmup=False)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(2, 0, trainer)
+    checkpointer.load(2, twin)
+    assert (twin.policy.num_skipped, twin.policy.skipped_in_a_row) == (4, 4)
+    with pytest.raises(FloatingPointError, match=r"policy were not finite 5 times in a row.*policy\.learning_rate"):
+        twin.step(spoilt, 0, is_warmup=False)
 
 
 def test_whitening_is_over_the_whole_batch() -> None:
