@@ -37,6 +37,7 @@ class Optimised:
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            fused=True,  # one pass over the memory, on CPU and CUDA, over shards as well
         )
 
     @property
