@@ -5,7 +5,8 @@
     python run.py --help                             all commands
 
 Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on stderr;
-1 somebody was waited for in vain; 128 + n stopped by signal n; else the code of the process that failed first.
+1 somebody was waited for in vain, or gradients stayed infinite; 128 + n stopped by signal n; else the code of the
+process that failed first.
 
 Commands import what they need after parsing, so that `--help` needs neither torch nor vLLM.
 """
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:  # not about a path that the user can have meant
             raise
         return _fail(error, f"{error.filename} does not exist", USER_ERROR)
-    except (ValueError, TimeoutError) as error:
+    except (ValueError, TimeoutError, FloatingPointError) as error:
         if _is_raised_by_library(error):
             raise
         return _fail(error, str(error), USER_ERROR if isinstance(error, ValueError) else 1)

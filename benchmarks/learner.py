@@ -42,6 +42,7 @@ from common.config import (
     AdvantageEstimator,
     AlgorithmConfig,
     Config,
+    Correction,
     LearnerConfig,
     ModelConfig,
     OptimizerConfig,
@@ -137,7 +138,7 @@ def make_networks(config: Config, is_packed: bool) -> tuple[nn.Module, nn.Module
 
 def step_sides(folder: Path, batch: Batch) -> dict[str, Callable[[], float]]:
     """A full step of each side; a call returns the policy's gradient norm."""
-    config = make_config(folder, AlgorithmConfig())
+    config = make_config(folder, AlgorithmConfig(correction=Correction.none))
 
     def side(is_packed: bool) -> Callable[[], float]:
         trainer = Trainer(config, *make_networks(config, is_packed), rank=0, world=1)
@@ -159,16 +160,18 @@ def policy_sides(folder: Path, batch: Batch) -> tuple[dict[str, Callable[[], flo
 
 def our_update(folder: Path, batch: Batch, is_packed: bool) -> Callable[[], float]:
     """Trainer's own update of the policy, on an experience that was estimated once."""
-    config = make_config(folder, AlgorithmConfig(advantage=AdvantageEstimator.grpo, positive_lm_weight=0.0))
+    config = make_config(
+        folder, AlgorithmConfig(advantage=AdvantageEstimator.grpo, positive_lm_weight=0.0, correction=Correction.none)
+    )
     policy, _ = make_networks(config, is_packed)
     trainer = Trainer(config, policy, None, rank=0, world=1)
     (plan,) = trainer._plans(batch, is_warmup=False)
-    mine, scores = trainer._score(batch, plan)
+    mine, scores = trainer._score(batch, plan, is_warmup=False)
     experience = estimate(config, batch, mine, scores, 0, False, None)
     counts = count(batch, experience, plan[0])
 
     def update() -> float:
-        work = Work(batch, experience, False, Totals(CPU), Stopwatch(CPU))
+        work = Work(batch, experience, False, True, Totals(CPU), Stopwatch(CPU))
         trainer._update_policy(work, plan[0], counts)
         return work.totals.reduce(None)[0]["policy/grad_norm"]
 

@@ -35,16 +35,17 @@ class PaddedPolicy(nn.Module):
         cu_seqlens_B1: Tensor,
         prompt_lengths_B: Tensor,
         temperature: float,
-        entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """(logprobs_T, entropy_T) as of learner.networks.model.Policy."""
         token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1)
         logits_BLV = self.model(input_ids=token_ids_BL, attention_mask=mask_BL, use_cache=False).logits[:, :-1]
         logp_BLV = F.log_softmax(logits_BLV / temperature, -1)
         logprobs_BL = logp_BLV.gather(-1, token_ids_BL[:, 1:, None]).squeeze(-1)
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(-1)
         chosen_BL = _predicts_response(cu_seqlens_B1, prompt_lengths_B)
+        if not with_entropy:
+            return logprobs_BL[chosen_BL], None
+        entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(-1)
         return logprobs_BL[chosen_BL], entropy_BL[chosen_BL]
 
 

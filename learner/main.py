@@ -124,7 +124,8 @@ class Learner:
     def _take_step(self) -> None:
         groups, batch, wait_s = self._next_batch()
         version, is_warmup = self.version, self.step < self.warmup_steps
-        values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup))
+        is_published = is_warmup or (self.step - self.warmup_steps) % self.config.weights.publish_every == 0
+        values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup, is_published=is_published))
         values |= self._watch_drift(values)
         self.step += 1
         if is_warmup:

@@ -6,8 +6,9 @@
     gae/*                  lambdas, advantages
 
 Unless a name says otherwise a mean is over the tokens in the loss mask of the whole batch, all ranks. A
-mean over nothing is left out instead of being a made-up number. Axes: B responses, T their tokens laid end
-to end.
+mean over nothing is left out instead of being a made-up number, and so is what warm-up does not need:
+`offpolicy/*` and `policy/entropy` after the first step of a run, `gae/advantage_*` in all of them. Axes: B
+responses, T their tokens laid end to end.
 
 Statistics of the batch and of the start of the step are computed from streams that every rank holds in
 full. Those of the updates exist in pieces (per micro-batch and rank): `Totals` adds them up and reduces
@@ -65,6 +66,14 @@ class Totals:
         lowest = torch.full((1,), -torch.inf, dtype=torch.float64, device=self._device)
         known = self._maxima.get(name, lowest)
         self._maxima[name] = torch.cat([values.detach().double().flatten(), known]).max().reshape(1)
+
+    def merge(self, other: "Totals") -> None:
+        """Adds all that `other` has."""
+        for mine, parts in ((self._sums, other._sums), (self._shared, other._shared)):
+            for name, value in parts.items():
+                mine[name] = mine.get(name, 0.0) + value
+        for name, value in other._maxima.items():
+            self.keep_max(name, value)
 
     def reduce(self, process_group: dist.ProcessGroup | None) -> tuple[Metrics, Metrics]:
         """(sums, maxima) over all ranks. A collective when there is a process group."""
@@ -129,6 +138,7 @@ def offpolicy_metrics(
     mask_T: Tensor,
     cu_seqlens_B1: Tensor,
     truncation: float,
+    is_published: bool,
 ) -> Metrics:
     """rho = pi_old / pi_behavior before any correction, and the weights that the correction makes of it.
 
@@ -136,7 +146,9 @@ def offpolicy_metrics(
     samples: k1 = -log rho, k3 = rho - 1 - log rho. `mismatch_abs_mean` is mean |log rho| over the tokens
     of responses that the current version drew whole, where only the two engines differ (in a response that
     spans versions even its newest tokens may be drawn from a key-value cache of older weights);
-    `mismatch_prob_error` is mean e^|log rho| over the same.
+    `mismatch_prob_error` is mean e^|log rho| over the same. Neither they nor gap_0 are measured unless
+    `is_published`, that pi_old is the current version: with weights.publish_every > 1 it has moved on in most
+    steps, which is drift and not the engines'.
     """
     log_rho_T = (old_logprobs_T - behavior_logprobs_T).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     metrics = _ratio_statistics("offpolicy", log_rho_T[mask_T])
@@ -157,8 +169,11 @@ def offpolicy_metrics(
         "offpolicy/chi2_sequence": rho_B.square().mean().item() - 1.0,
     }
     for gap in torch.unique(gap_T[mask_T]).tolist():
-        of_gap_T = log_rho_T[mask_T & (gap_T == gap)]
-        metrics |= _ratio_statistics(f"offpolicy/gap_{gap}", of_gap_T)
+        if gap > 0 or is_published:
+            of_gap_T = log_rho_T[mask_T & (gap_T == gap)]
+            metrics |= _ratio_statistics(f"offpolicy/gap_{gap}", of_gap_T)
+    if not is_published:
+        return metrics
     of_current_T = log_rho_T[mask_T & _is_whole(gap_T == 0, cu_seqlens_B1)].abs()
     if of_current_T.numel():
         metrics["offpolicy/mismatch_abs_mean"] = of_current_T.mean().item()
@@ -312,12 +327,16 @@ def add_policy_totals(
 
 
 def update_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Metrics:
-    """What the updates did, from the reduced totals: losses and gradient norms as means over mini-batches."""
+    """What the updates did, from the reduced totals: losses and gradient norms as means over mini-batches.
+
+    Mini-batches whose update was skipped are in `skipped_updates` and nowhere else.
+    """
     metrics = _clip_metrics(sums, maxima)
     for network in ("critic", "policy"):
         updates = sums.get(f"{network}/updates", 0.0)
-        per_update = (name for name in sums if name.startswith(f"{network}/") and not name.endswith("/updates"))
+        per_update = (name for name in sums if name.startswith(f"{network}/") and not name.endswith("updates"))
         metrics |= {name: sums[name] / updates for name in per_update} | {f"{network}/updates": updates}
+        metrics[f"{network}/skipped_updates"] = sums.get(f"{network}/skipped_updates", 0.0)
     return metrics
 
 

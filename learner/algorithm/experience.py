@@ -26,10 +26,17 @@ ROUNDING = 1e-6
 class Scores:
     """Outputs of the networks before they change, (T,) of a share, float32 on the device."""
 
-    old_logprobs_T: Tensor
-    entropy_T: Tensor
+    old_logprobs_T: Tensor | None  # None where the policy was not scored, like the entropy
+    entropy_T: Tensor | None
     values_T: Tensor | None  # None without a critic
     reference_logprobs_T: Tensor | None  # None without a KL term
+
+    @property
+    def device(self) -> torch.device:
+        """Of whatever was scored: the policy, or in warm-up at least the critic."""
+        scored = self.values_T if self.old_logprobs_T is None else self.old_logprobs_T
+        assert scored is not None
+        return scored.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,11 @@ class Experience:
     mask_T: Tensor  # bool, tokens that enter the losses
     lm_mask_T: Tensor  # bool, those of them in correct responses that are not truncated
     gap_T: Tensor  # int64, learner version - version that drew the token
-    old_logprobs_T: Tensor
-    entropy_T: Tensor
     behavior_logprobs_T: Tensor  # as recorded
-    weights_T: Tensor  # off-policy correction (losses.correction_weights)
-    advantages_T: Tensor
+    old_logprobs_T: Tensor | None  # None where the policy was not scored, like entropy and weights
+    entropy_T: Tensor | None
+    weights_T: Tensor | None  # off-policy correction (losses.correction_weights)
+    advantages_T: Tensor | None  # None in warm-up
     values_T: Tensor | None  # None without a critic, like the targets
     value_targets_T: Tensor | None
     reference_logprobs_T: Tensor | None  # None without a KL term
@@ -69,30 +76,21 @@ def estimate(
 
     The behavior's log-probs are the recorded ones, at max_staleness 0 too: the engine that samples rounds
     otherwise than the learner (about 1e-6 nats a token in float32, 0.04 in bfloat16), so a correction has
-    something to correct even when no weights have changed. A collective: every rank calls it, also with
-    nothing in its share.
+    something to correct even when no weights have changed. Warm-up needs no advantages. A collective: every
+    rank calls it, also with nothing in its share.
     """
-    device, algorithm = scores.old_logprobs_T.device, config.algorithm
-    share, tokens = batch.select(mine), batch.select_tokens(mine).to(device)
-    behavior_T = share.behavior_logprobs_T.to(device)
-    weights_T = correction_weights(
-        scores.old_logprobs_T,
-        behavior_T,
-        algorithm.correction,
-        truncation=algorithm.truncation,
-        mask_low=algorithm.mask_low,
-        mask_high=algorithm.mask_high,
-        dis_low=algorithm.dis_low,
-        dis_high=algorithm.dis_high,
-    )
-    uses_values = value_gate(algorithm, share, scores.values_T, process_group)
-    advantages_T = policy_advantages(algorithm, batch, mine, scores.values_T, uses_values is not False)
-    if algorithm.whiten_advantages:
-        advantages_T = adv.whiten(advantages_T, share.loss_mask_T.to(device), process_group)
+    device, algorithm, share = scores.device, config.algorithm, batch.select(mine)
+    tokens, behavior_T = batch.select_tokens(mine).to(device), share.behavior_logprobs_T.to(device)
+    uses_values, advantages_T = None, None
+    if not is_warmup:
+        uses_values = value_gate(algorithm, share, scores.values_T, process_group)
+        advantages_T = policy_advantages(algorithm, batch, mine, scores.values_T, uses_values is not False).to(device)
+        if algorithm.whiten_advantages:
+            advantages_T = adv.whiten(advantages_T, share.loss_mask_T.to(device), process_group)
     mine_T = {
         "old_logprobs_T": scores.old_logprobs_T,
         "entropy_T": scores.entropy_T,
-        "weights_T": weights_T,
+        "weights_T": _weights(algorithm, scores.old_logprobs_T, behavior_T),
         "advantages_T": advantages_T,
         "values_T": scores.values_T,
         "value_targets_T": critic_targets(algorithm, share, scores, behavior_T, is_warmup),
@@ -106,6 +104,22 @@ def estimate(
         behavior_logprobs_T=batch.behavior_logprobs_T.to(device),
         uses_values=uses_values,
         **_put_together(mine_T, tokens, batch.num_response_tokens, process_group),
+    )
+
+
+def _weights(algorithm: AlgorithmConfig, old_T: Tensor | None, behavior_T: Tensor) -> Tensor | None:
+    """Correction weights of a share, (T,), or None where the policy was not scored."""
+    if old_T is None:
+        return None
+    return correction_weights(
+        old_T,
+        behavior_T,
+        algorithm.correction,
+        truncation=algorithm.truncation,
+        mask_low=algorithm.mask_low,
+        mask_high=algorithm.mask_high,
+        dis_low=algorithm.dis_low,
+        dis_high=algorithm.dis_high,
     )
 
 
@@ -186,6 +200,7 @@ def critic_targets(
     if is_warmup or algorithm.value_target is ValueTarget.gae:
         gae_lambda = 1.0 if is_warmup else algorithm.critic_lambda
         return adv.value_targets(values_T, rewards_B, cu_seqlens_B1, gae_lambda, algorithm.gamma)
+    assert scores.old_logprobs_T is not None
     targets_T, _ = adv.vtrace(
         values_T,
         rewards_B,

@@ -38,12 +38,13 @@ def policy_terms(
     micro: Batch,
     e: Experience,
     logprobs_T: Tensor,
-    entropy_T: Tensor,
+    entropy_T: Tensor | None,
     counts: Counts,
 ) -> dict[str, Tensor]:
     """The weighted terms of the policy's loss by name; their sum is minimised (VAPO eq. 10 by default).
 
-    `micro` and `e` hold the same responses; logprobs_T and entropy_T (T,) are the policy's on them, now.
+    `micro` and `e` hold the same responses; logprobs_T and entropy_T (T,) are the policy's on them, now;
+    the entropy is None where it is not in the loss.
     """
     if algorithm.aggregation is Aggregation.token:
         scale_T = losses.token_scale(e.mask_T, counts.tokens)
@@ -55,6 +56,7 @@ def policy_terms(
         lm_loss = losses.positive_lm_loss(logprobs_T, e.weights_T, e.lm_mask_T, counts.lm_tokens)
         terms["lm_loss"] = algorithm.positive_lm_weight * lm_loss
     if algorithm.entropy_weight != 0.0:
+        assert entropy_T is not None
         terms["entropy_loss"] = algorithm.entropy_weight * losses.entropy_loss(entropy_T, scale_T)
     if e.reference_logprobs_T is not None:
         kl_loss = losses.kl_loss(logprobs_T, e.reference_logprobs_T, scale_T)
@@ -73,6 +75,7 @@ def proximal_logprobs(algorithm: AlgorithmConfig, e: Experience) -> Tensor:
     """Log-probs of the policy that the trust region is around, (T,): pi_behavior or pi_old."""
     if algorithm.correction in (Correction.behavior, Correction.dis):
         return e.behavior_logprobs_T
+    assert e.old_logprobs_T is not None
     return e.old_logprobs_T
 
 

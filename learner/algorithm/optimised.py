@@ -1,5 +1,6 @@
 """A network together with what trains it."""
 
+import logging
 from typing import Any
 
 import torch
@@ -11,23 +12,32 @@ from common.config import OptimizerConfig, Schedule
 
 StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON values
 
+# An overflow in one mini-batch is over with the next one; weights or rewards that are not finite spoil all that follow.
+MAX_SKIPPED_IN_A_ROW = 5
+
+logger = logging.getLogger(__name__)
+
 
 class Optimised:
     """AdamW over a network's parameters, gradients clipped over all shards.
 
     The learning rate of update k = 0, 1, ... is learning_rate * min(1, (k + 1) / warmup_steps), and with
-    schedule=linear that times 1 - k / total_updates, which is 0 from there on.
+    schedule=linear that times 1 - k / total_updates, which is 0 from there on. An update whose gradients are not
+    finite is skipped, and does not count as one.
     """
 
     def __init__(self, name: str, network: nn.Module, config: OptimizerConfig, total_updates: int) -> None:
         """`name` is what errors and metrics call the network; `total_updates` is at most how many the run makes."""
         self.name, self.network, self.config, self.total_updates = name, network, config, total_updates
         self.num_updates = 0
+        self.num_skipped = 0  # in all
+        self.skipped_in_a_row = 0  # since the last update
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            fused=True,  # one pass over the memory, on CPU and CUDA, over shards as well
         )
 
     @property
@@ -38,33 +48,55 @@ class Optimised:
             rate *= max(0.0, 1.0 - self.num_updates / max(self.total_updates, 1))
         return rate
 
-    def apply(self) -> Tensor:
+    def apply(self) -> Tensor | None:
         """One update with the gradients that are there, which are then gone; their norm before clipping.
 
-        A collective when sharded. Raises FloatingPointError when the norm is not finite; nothing is updated
-        then.
+        None when the norm is not finite: weights and optimizer are left as they are, on all ranks, which have the
+        same norm. A collective when sharded. Raises FloatingPointError at the last of MAX_SKIPPED_IN_A_ROW.
         """
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm of the {self.name} is {norm.item()} after {self.num_updates} updates, "
-                f"nothing was updated: lower learner.{self.name}.learning_rate"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
+        if is_finite := bool(torch.isfinite(norm)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.optimizer.step()
+            self.num_updates += 1
+            self.skipped_in_a_row = 0
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_updates += 1
-        return norm
+        if not is_finite:
+            self._count_skipped(norm.item())
+        return norm if is_finite else None
+
+    def _count_skipped(self, norm: float) -> None:
+        self.num_skipped += 1
+        self.skipped_in_a_row += 1
+        logger.warning(
+            "an update of the %s was skipped, its gradient norm is %s: %d in all, after %d updates",
+            self.name,
+            norm,
+            self.num_skipped,
+            self.num_updates,
+        )
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the gradients of the {self.name} were not finite {self.skipped_in_a_row} times in a row, after "
+                f"{self.num_updates} updates: lower learner.{self.name}.learning_rate, or look for rewards or weights "
+                "that are not finite"
+            )
 
     def state_dict(self) -> StateDict:
-        return {**network_state(self.network, self.optimizer), "num_updates": self.num_updates}
+        return network_state(self.network, self.optimizer) | {
+            "num_updates": self.num_updates,
+            "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         load_network_state(self.network, self.optimizer, state_dict)
         self.num_updates = state_dict["num_updates"]
+        self.num_skipped = state_dict["num_skipped"]
+        self.skipped_in_a_row = state_dict["skipped_in_a_row"]
 
 
 def network_state(network: nn.Module, optimizer: Optimizer) -> StateDict:

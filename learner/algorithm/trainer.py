@@ -1,7 +1,8 @@
 """The learner's step: from a batch of scored responses to updated networks and a record of what happened.
 
     plan      split the batch into mini-batches, ranks and micro-batches, once per pass
-    score     values and old_logprobs (and reference_logprobs) of the networks as they are, no gradient
+    score     values and old_logprobs (and reference_logprobs) of the networks as they are, no gradient;
+              in warm-up only values, after the first step of the run
     estimate  advantages, value targets and correction weights, once (learner/algorithm/experience.py)
     update    per mini-batch: the critic, then, outside warm-up, the policy
     describe  metrics (learner/algorithm/diagnostics.py)
@@ -70,20 +71,22 @@ class Trainer:
         on_cuda = config.device is Device.cuda
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
-    def step(self, batch: Batch, version: int, is_warmup: bool) -> Metrics:
-        """Trains on `batch`, consumed at policy `version`. Warm-up leaves the policy alone.
+    def step(self, batch: Batch, version: int, is_warmup: bool, *, is_published: bool = True) -> Metrics:
+        """Trains on `batch`, consumed at policy `version`. Warm-up leaves the policy alone, and after the first step
+        of the run, which shows how far engine and learner differ, does not ask it either. `is_published` says that
+        the policy is still what was published as `version`: no step was taken since.
 
-        Returns the metrics, the same on every rank. Raises FloatingPointError when a gradient is not
-        finite, ValueError when there are fewer responses than mini-batches.
+        Returns the metrics, the same on every rank. Raises FloatingPointError when gradients
+        are not finite again and again, ValueError when there are fewer responses than mini-batches.
         """
         clock = Stopwatch(self.device)
         batch = self._mask_over_age(batch, version)
         plans = self._plans(batch, is_warmup)
         with clock.stage("score"):
-            mine, scores = self._score(batch, plans[0])
+            mine, scores = self._score(batch, plans[0], is_warmup)
         with clock.stage("estimate"):
             experience = estimate(self.config, batch, mine, scores, version, is_warmup, self.group)
-        work = Work(batch, experience, is_warmup, Totals(self.device), clock)
+        work = Work(batch, experience, is_warmup, is_published, Totals(self.device), clock)
         for plan in plans:
             for mini in plan:
                 self._update(work, mini, updates_policy=plan is plans[-1] and not is_warmup)
@@ -125,33 +128,36 @@ class Trainer:
         ]
 
     @torch.no_grad()
-    def _score(self, batch: Batch, plan: Plan) -> tuple[Tensor, Scores]:
+    def _score(self, batch: Batch, plan: Plan, is_warmup: bool) -> tuple[Tensor, Scores]:
         """(indices of this rank's share, their scores in that order)."""
         micros = [indices for mini in plan for indices in mini[self.rank]]
-        policy, values, reference = [], [], []
-        for micro in map(batch.select, micros):
-            policy.append(self._run_policy(self.policy.network, micro))
+        shares = [batch.select(indices) for indices in micros]
+        logprobs, entropies, values, reference = [], [], [], []
+        for micro in shares:
+            if not is_warmup or self.num_steps == 0:
+                logprobs_T, entropy_T = self._run_policy(self.policy.network, micro, with_entropy=True)
+                logprobs.append(logprobs_T)
+                entropies.append(entropy_T)
             if self.critic is not None:
                 values.append(self._run_critic(self.critic.network, micro))
-            if self.reference is not None:
+            if self.reference is not None and not is_warmup:
                 reference.append(self._run_policy(self.reference, micro)[0])
         scores = Scores(
-            old_logprobs_T=torch.cat([logprobs_T for logprobs_T, _ in policy]),
-            entropy_T=torch.cat([entropy_T for _, entropy_T in policy]),
+            old_logprobs_T=torch.cat(logprobs) if logprobs else None,
+            entropy_T=torch.cat(entropies) if entropies else None,
             values_T=torch.cat(values) if values else None,
             reference_logprobs_T=torch.cat(reference) if reference else None,
         )
         return torch.cat(micros), scores
 
-    def _run_policy(self, network: nn.Module, micro: Batch) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy) of the response tokens; the entropy has a gradient if it is in the loss."""
-        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+    def _run_policy(self, network: nn.Module, micro: Batch, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(log-probs, entropy) of the response tokens."""
         logprobs_T, entropy_T = network(
             micro.token_ids_S,
             micro.cu_seqlens_B1,
             micro.prompt_lengths_B,
-            temperature,
-            entropy_grad=algorithm.entropy_weight != 0.0,
+            self.config.rollout.temperature,
+            with_entropy=with_entropy,
         )
         return logprobs_T, entropy_T
 
@@ -174,30 +180,32 @@ class Trainer:
     def _update_critic(self, critic: Optimised, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
         """One optimizer step of the critic. No clipping in warm-up: it would hold on to wrong values."""
         value_clip = None if work.is_warmup else self.config.algorithm.value_clip
+        totals = Totals(self.device)
         for micro, e in work.share(mini[self.rank]):
             assert e.values_T is not None and e.value_targets_T is not None
             values_T = self._run_critic(critic.network, micro)
             scale_T = losses.token_scale(e.mask_T, counts.tokens)
             loss = losses.value_loss(values_T, e.values_T, e.value_targets_T, scale_T, value_clip)
             loss.backward()
-            work.totals.add("critic/value_loss", loss)
+            totals.add("critic/value_loss", loss)
             if value_clip is not None:
                 is_clipped_T = (values_T - e.values_T).abs() > value_clip
-                work.totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
-        work.totals.add_shared("critic/grad_norm", critic.apply())
-        work.totals.add_shared("critic/updates", torch.ones(()))
+                totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
+        self._apply(critic, work, totals)
 
     def _update_policy(self, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
         """One optimizer step of the policy."""
         algorithm, max_staleness = self.config.algorithm, self.config.staleness.max_staleness
+        totals = Totals(self.device)
         for micro, e in work.share(mini[self.rank]):
-            logprobs_T, entropy_T = self._run_policy(self.policy.network, micro)
+            with_entropy = algorithm.entropy_weight != 0.0
+            logprobs_T, entropy_T = self._run_policy(self.policy.network, micro, with_entropy)
             terms = policy_terms(algorithm, micro, e, logprobs_T, entropy_T, counts)
             torch.stack(list(terms.values())).sum().backward()
             for name, term in terms.items():
-                work.totals.add(f"policy/{name}", term)
+                totals.add(f"policy/{name}", term)
             diagnostics.add_policy_totals(
-                work.totals,
+                totals,
                 logprobs_T,
                 proximal_logprobs(algorithm, e),
                 e.advantages_T,
@@ -206,8 +214,17 @@ class Trainer:
                 num_gaps=max_staleness + 1,
                 region=trust_region(algorithm),
             )
-        work.totals.add_shared("policy/grad_norm", self.policy.apply())
-        work.totals.add_shared("policy/updates", torch.ones(()))
+        self._apply(self.policy, work, totals)
+
+    def _apply(self, network: Optimised, work: "Work", totals: Totals) -> None:
+        """The optimizer step. `totals` of the mini-batch count when there was one."""
+        norm = network.apply()
+        work.totals.add_shared(f"{network.name}/skipped_updates", torch.tensor(float(norm is None)))
+        if norm is None:
+            return
+        work.totals.merge(totals)
+        work.totals.add_shared(f"{network.name}/grad_norm", norm)
+        work.totals.add_shared(f"{network.name}/updates", torch.ones(()))
 
     def _describe(self, work: "Work") -> Metrics:
         """Everything that the step reports but its times. A collective."""
@@ -215,19 +232,23 @@ class Trainer:
         cu_seqlens_B1 = batch.response_cu_seqlens_B1.to(self.device)
         metrics = diagnostics.batch_metrics(batch)
         metrics |= diagnostics.staleness_metrics(e.gap_T, e.mask_T, cu_seqlens_B1)
-        metrics |= diagnostics.offpolicy_metrics(
-            e.old_logprobs_T,
-            e.behavior_logprobs_T,
-            e.weights_T,
-            e.gap_T,
-            e.mask_T,
-            cu_seqlens_B1,
-            algorithm.truncation,
-        )
-        metrics |= diagnostics.token_metrics("gae/advantage", e.advantages_T, e.mask_T)
+        if e.old_logprobs_T is not None and e.weights_T is not None:
+            metrics |= diagnostics.offpolicy_metrics(
+                e.old_logprobs_T,
+                e.behavior_logprobs_T,
+                e.weights_T,
+                e.gap_T,
+                e.mask_T,
+                cu_seqlens_B1,
+                algorithm.truncation,
+                work.is_published,
+            )
+        if e.advantages_T is not None:
+            metrics |= diagnostics.token_metrics("gae/advantage", e.advantages_T, e.mask_T)
         if e.mask_T.any():
-            metrics["policy/entropy"] = e.entropy_T[e.mask_T].mean().item()
             metrics["policy/lm_token_fraction"] = (e.lm_mask_T.sum() / e.mask_T.sum()).item()
+            if e.entropy_T is not None:
+                metrics["policy/entropy"] = e.entropy_T[e.mask_T].mean().item()
         if e.values_T is not None:
             metrics |= diagnostics.gae_metrics(policy_lambda(algorithm, batch.response_lengths_B))
             metrics |= diagnostics.critic_metrics(
@@ -238,7 +259,7 @@ class Trainer:
                 cu_seqlens_B1,
                 (self.config.reward.wrong, self.config.reward.correct),
             )
-        if e.uses_values is not None and not work.is_warmup:
+        if e.uses_values is not None:
             metrics["critic/gate_open"] = float(e.uses_values)
         return metrics | diagnostics.update_metrics(*work.totals.reduce(self.group)) | self._learning_rates()
 
@@ -255,6 +276,7 @@ class Work:
     batch: Batch
     experience: Experience
     is_warmup: bool
+    is_published: bool
     totals: Totals
     clock: "Stopwatch"
 

@@ -68,11 +68,11 @@ class Policy(nn.Module):
         cu_seqlens_B1: Tensor,
         prompt_lengths_B: Tensor,
         temperature: float,
-        entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """(logprobs_T, entropy_T): float32, nats, of each response token's distribution at `temperature`.
 
-        Inputs may live on the CPU. The entropy carries a gradient only when `entropy_grad`.
+        Inputs may live on the CPU. The entropy is None unless `with_entropy`; it carries a gradient.
         """
         is_empty = len(prompt_lengths_B) == 0
         token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
@@ -82,9 +82,11 @@ class Policy(nn.Module):
             token_ids_S[positions_T + 1],
             temperature=temperature,
             chunk_tokens=self.chunk_tokens,
-            entropy_grad=entropy_grad,
+            with_entropy=with_entropy,
         )
-        return (_emptied(logprobs_T), _emptied(entropy_T)) if is_empty else (logprobs_T, entropy_T)
+        if not is_empty:
+            return logprobs_T, entropy_T
+        return _emptied(logprobs_T), None if entropy_T is None else _emptied(entropy_T)
 
     def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""
@@ -104,6 +106,17 @@ class Policy(nn.Module):
             yield from ((name, tensor),) if is_whole else as_stored(self.model, name, tensor).items()
 
 
+class ValueHead(nn.Linear):
+    """A scalar of each hidden state, float32: values differ by less than bfloat16 resolves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """(T,). As a forward pass of its own, so that FSDP gathers the head by itself, and in float32."""
+        return hidden_TD.float() @ self.weight[0]
+
+
 class Critic(nn.Module):
     """V(state) for every response token: its own backbone and a scalar head that starts at zero.
 
@@ -114,7 +127,7 @@ class Critic(nn.Module):
         """`head_weight` [1, D] is a pretrained head; None starts at V = 0 everywhere."""
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False)
+        self.head = ValueHead(backbone.config.hidden_size)
         nn.init.zeros_(self.head.weight)
         if head_weight is not None:
             self.head.weight.data.copy_(head_weight)
@@ -126,7 +139,7 @@ class Critic(nn.Module):
         The head computes in float32 whatever the backbone's type.
         """
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
-        values_T = hidden_TD.float() @ self.head.weight[0].float()
+        values_T = self.head(hidden_TD)
         return values_T if len(prompt_lengths_B) else _emptied(values_T)
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
@@ -270,6 +283,9 @@ def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: 
     offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
     for layer in _decoder_layers(hf_model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    if isinstance(network, Critic):
+        whole = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(network.head, mesh=mesh, mp_policy=whole, offload_policy=offload)
     # By default the root stays gathered after a forward without backward: publication and checkpoints would
     # then find compute copies in the place of the master weights.
     fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)

@@ -2,8 +2,8 @@
 
 Before the policy's first update (and for ever at learning rate 0) vLLM's log-probs and the learner's can differ only
 by the two engines' arithmetic. That difference is the floor. Later, `offpolicy/mismatch_abs_mean` is measured on
-responses that the current version drew whole, so age explains nothing of it: when it rises to a multiple of the floor,
-a tensor is not what it should be on one of the two sides.
+responses that the current version drew whole, in the first step after its publication only, so age explains nothing of
+it: when it rises to a multiple of the floor, a tensor is not what it should be on one of the two sides.
 
 A floor is only believed as far as arithmetic goes. Measured: a right engine is 5e-7 to 3e-6 nats a token off in
 float32, and in bfloat16 0.037 on text and 0.067 on random tokens; of the engines that were wrong from the start the

@@ -77,6 +77,7 @@ def test_offpolicy_ratios_by_hand() -> None:
         mask_T=mask_T,
         cu_seqlens_B1=torch.tensor([0, 2, 4]),
         truncation=1.5,
+        is_published=True,
     )
     expected = {
         "offpolicy/tokens": 3.0,
@@ -111,9 +112,22 @@ def test_mismatch_leaves_out_responses_that_span_versions() -> None:
         mask_T=torch.ones(3, dtype=torch.bool),
         cu_seqlens_B1=torch.tensor([0, 1, 3]),
         truncation=2.0,
+        is_published=True,
     )
     assert metrics["offpolicy/mismatch_abs_mean"] == pytest.approx(math.log(2))
     assert metrics["offpolicy/gap_0/tokens"] == 2.0
+
+
+def test_after_steps_that_were_not_published_nothing_is_said_about_the_engines() -> None:
+    """The policy has moved on since version 4 was published: that is drift, of the older version's tokens too."""
+    inputs = (tensor(math.log(2), 3.0), torch.zeros(2), torch.ones(2), torch.tensor([0, 1]), torch.ones(2).bool())
+    published, later = (
+        offpolicy_metrics(*inputs, torch.tensor([0, 1, 2]), truncation=2.0, is_published=is_published)
+        for is_published in (True, False)
+    )
+    about_engines = {name for name in published if name.startswith(("offpolicy/gap_0/", "offpolicy/mismatch_"))}
+    assert len(about_engines) == 7
+    assert later == {name: value for name, value in published.items() if name not in about_engines}
 
 
 def test_lambda_metrics_count_the_clamped() -> None:
@@ -140,7 +154,7 @@ def test_means_over_nothing_are_left_out() -> None:
     x_T, none_T = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
     cu_seqlens_B1 = torch.tensor([0, 3])
     assert token_metrics("x", x_T, none_T) == {}
-    assert offpolicy_metrics(x_T, x_T, x_T, x_T.long(), none_T, cu_seqlens_B1, 2.0) == {}
+    assert offpolicy_metrics(x_T, x_T, x_T, x_T.long(), none_T, cu_seqlens_B1, 2.0, True) == {}
     assert critic_metrics(x_T, torch.ones(1), torch.ones(1).bool(), none_T, cu_seqlens_B1, (0.0, 1.0)) == {}
 
 

@@ -49,6 +49,7 @@ def one_token_each(
         values_T=None,
         value_targets_T=None,
         reference_logprobs_T=None,
+        uses_values=None,
     )  # fmt: skip
     counts = Counts(tokens=n, lm_tokens=n, responses=n)
     terms = policy_terms(settings, make_batch([1] * n), e, logprobs_T, zeros_T, counts)

@@ -5,6 +5,7 @@ step with them is therefore computable by hand. The same checks with real, shard
 test_trainer_split.py.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,13 +47,13 @@ class TablePolicy(nn.Module):
         cu_seqlens_B1: Tensor,
         prompt_lengths_B: Tensor,
         temperature: float,
-        entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         positions_T = prediction_positions(cu_seqlens_B1, prompt_lengths_B)
         logp_TV = (self.table[token_ids_S[positions_T]] / temperature).log_softmax(-1)
         entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
         logprobs_T = logp_TV.gather(1, token_ids_S[positions_T + 1, None]).squeeze(1)
-        return logprobs_T, entropy_T if entropy_grad else entropy_T.detach()
+        return logprobs_T, entropy_T if with_entropy else None
 
 
 class TableCritic(nn.Module):
@@ -173,6 +174,36 @@ def test_warm_up_trains_the_critic_for_its_epochs_and_leaves_the_policy_bit_equa
     assert metrics["policy/updates"] == 0.0 and "policy/pg_loss" not in metrics
     after_policy, after_critic = parameters(trainer)
     assert torch.equal(after_policy, policy) and not torch.equal(after_critic, critic)
+
+
+def count_calls(network: nn.Module) -> list[bool]:
+    """Grows by one entry at each forward pass of a policy: whether the entropy was asked for."""
+    calls: list[bool] = []
+    network.register_forward_pre_hook(lambda _, __, k: calls.append(k["with_entropy"]), with_kwargs=True)
+    return calls
+
+
+def test_warm_up_asks_the_policy_in_the_first_step_of_the_run_only() -> None:
+    """Once: for the difference of engine and learner, from which the sentinel takes its floor."""
+    trainer = make_trainer(config(kl_weight=0.1, whiten_advantages=True, value_target=ValueTarget.vtrace))
+    assert trainer.reference is not None
+    policy, reference = count_calls(trainer.policy.network), count_calls(trainer.reference)
+    first, second = (trainer.step(make_batch(LENGTHS), 0, is_warmup=True) for _ in range(2))
+    assert len(policy) == 2 and not reference  # two mini-batches, scored once
+    measured = {"offpolicy/mismatch_abs_mean", "offpolicy/ess", "policy/entropy"}
+    assert measured <= first.keys() and measured.isdisjoint(second)
+    assert not any(name.startswith("gae/advantage") for name in first | second)
+    assert {"critic/explained_variance", "critic/value_loss", "reward/mean", "gae/lambda_mean"} <= second.keys()
+    assert measured <= trainer.step(make_batch(LENGTHS), 0, is_warmup=False).keys()
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.01])
+def test_updates_compute_the_entropy_only_where_it_is_in_the_loss(entropy_weight: float) -> None:
+    trainer = make_trainer(config(mini_batches=1, entropy_weight=entropy_weight))
+    calls = count_calls(trainer.policy.network)
+    metrics = trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert calls == [True, entropy_weight > 0.0]  # scored, updated
+    assert metrics["policy/entropy"] > 0.0
 
 
 def test_the_critic_is_updated_in_every_pass_and_the_policy_in_the_last() -> None:
@@ -357,13 +388,49 @@ def test_mismatch_is_measured_on_tokens_of_the_current_version_only() -> None:
     assert metrics["offpolicy/gap_0/tokens"] == 3.0 and metrics["offpolicy/gap_1/tokens"] == 5.0
 
 
-def test_gradient_that_is_not_finite_stops_the_step_before_the_update() -> None:
-    trainer = make_trainer(config(advantage=AdvantageEstimator.rloo))
+def test_a_mini_batch_whose_gradient_is_not_finite_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """One group's rewards are infinite: two of eight updates are skipped, and the metrics are of the other six."""
+    trainer = make_trainer(config(advantage=AdvantageEstimator.rloo, mini_batches=8))
+    rewards_B = make_batch(LENGTHS).rewards_B
+    rewards_B[2:4] = torch.inf
+    metrics = trainer.step(replace(make_batch(LENGTHS), rewards_B=rewards_B), 0, is_warmup=False)
+    assert (metrics["policy/updates"], metrics["policy/skipped_updates"]) == (6.0, 2.0)
+    assert (trainer.policy.num_updates, trainer.policy.num_skipped) == (6, 2)
+    assert parameters(trainer)[0].isfinite().all()
+    updates = {name: value for name, value in metrics.items() if name.startswith("policy/")}
+    assert all(math.isfinite(value) for value in updates.values()) and updates["policy/grad_norm"] > 0.0
+    assert caplog.text.count("an update of the policy was skipped, its gradient norm is nan") == 2
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_skipped_update_leaves_weights_and_optimizer_as_they_are(value: float) -> None:
+    trainer = make_trainer(config())
+    trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert trainer.critic is not None
+    networks = (trainer.policy, trainer.critic)
+    kept = [{n: x.clone() for n, x in state.items()} for o in networks for state in o.optimizer.state.values()]
     before = parameters(trainer)
-    batch = replace(make_batch(LENGTHS), rewards_B=torch.full((8,), torch.inf))
-    with pytest.raises(FloatingPointError, match="gradient norm of the policy is nan"):
-        trainer.step(batch, 0, is_warmup=False)
+    metrics = trainer.step(replace(make_batch(LENGTHS), rewards_B=torch.full((8,), value)), 0, is_warmup=False)
+    assert metrics["policy/skipped_updates"] == metrics["critic/skipped_updates"] == 2.0
+    assert metrics["policy/updates"] == metrics["critic/updates"] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    for state, old in zip((s for o in networks for s in o.optimizer.state.values()), kept, strict=True):
+        assert all(torch.equal(state[name], x) for name, x in old.items())
+    healthy = trainer.step(make_batch(LENGTHS), 0, is_warmup=False)
+    assert healthy["policy/updates"] == 2.0 and trainer.policy.skipped_in_a_row == 0
+
+
+def test_too_many_skipped_in_a_row_end_the_run_also_across_a_checkpoint(tmp_path: Path) -> None:
+    trainer, twin = (make_trainer(config(advantage=AdvantageEstimator.rloo)) for _ in range(2))
+    spoilt = replace(make_batch(LENGTHS), rewards_B=torch.full((8,), torch.inf))
+    for _ in range(2):
+        trainer.step(spoilt, 0, is_warmup=False)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(2, 0, trainer)
+    checkpointer.load(2, twin)
+    assert (twin.policy.num_skipped, twin.policy.skipped_in_a_row) == (4, 4)
+    with pytest.raises(FloatingPointError, match=r"policy were not finite 5 times in a row.*policy\.learning_rate"):
+        twin.step(spoilt, 0, is_warmup=False)
 
 
 def test_whitening_is_over_the_whole_batch() -> None:

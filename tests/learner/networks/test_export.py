@@ -38,7 +38,9 @@ def test_export_loads_in_transformers_with_equal_log_probs(
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
     inputs = packed(LENGTHS)
-    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        policy(*inputs, 1.0, with_entropy=True), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5
+    )
 
 
 def test_export_in_bfloat16_stores_bfloat16(tmp_path: Path) -> None:

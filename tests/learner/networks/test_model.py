@@ -48,14 +48,18 @@ def test_packed_logprobs_and_gradients_equal_full_logits_one_by_one(
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     inputs = packed(LENGTHS)
     weights = torch.randn(2, sum(LENGTHS) - 2 * len(LENGTHS), generator=torch.Generator().manual_seed(1))
-    for entropy_grad in (False, True):
-        logprobs, entropy = policy(*inputs, 0.7, entropy_grad=entropy_grad)
+    for with_entropy in (False, True):
+        logprobs, entropy = policy(*inputs, 0.7, with_entropy=with_entropy)
         expected, expected_entropy = naive_logprobs(reference, inputs, 0.7)
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=1e-5)
-        assert entropy.requires_grad is entropy_grad
-        (logprobs @ weights[0] + entropy @ weights[1] * entropy_grad).backward()
-        (expected @ weights[0] + expected_entropy @ weights[1] * entropy_grad).backward()
+        loss, expected_loss = logprobs @ weights[0], expected @ weights[0]
+        if with_entropy:
+            torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=1e-5)
+            loss, expected_loss = loss + entropy @ weights[1], expected_loss + expected_entropy @ weights[1]
+        else:
+            assert entropy is None
+        loss.backward()
+        expected_loss.backward()
         for (name, p), q in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         policy.zero_grad()
@@ -111,7 +115,9 @@ def test_sliding_window_equals_the_reference(tmp_path: Path) -> None:
     policy = load_policy(tiny_run(str(tmp_path)), CPU, None)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     inputs = packed(LENGTHS)
-    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(reference, inputs, 1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        policy(*inputs, 1.0, with_entropy=True), naive_logprobs(reference, inputs, 1.0), rtol=0, atol=1e-5
+    )
 
 
 def test_values_sit_at_the_position_that_predicts_each_token_and_start_at_zero(tmp_path: Path) -> None:
@@ -161,7 +167,7 @@ def test_an_empty_micro_batch_gives_zero_gradients_everywhere(tmp_path: Path) ->
     config = tiny_run(write_tiny_model(tmp_path))
     empty = packed([])
     policy, critic = load_policy(config, CPU, None), load_critic(config, CPU, None)
-    logprobs, entropy = policy(*empty, 1.0, entropy_grad=True)
+    logprobs, entropy = policy(*empty, 1.0, with_entropy=True)
     values = critic(*empty)
     assert (len(logprobs), len(entropy), len(values)) == (0, 0, 0)
     (logprobs.sum() + entropy.sum() + values.sum()).backward()
@@ -231,7 +237,7 @@ def test_no_tensor_exceeds_one_tile_of_logits(vocab: int) -> None:
     targets = torch.randint(vocab, (tokens,))
     with LargestTensor() as largest:
         logprobs, entropy = token_logprobs(
-            hidden, weight, targets, temperature=1.0, chunk_tokens=chunk, entropy_grad=True
+            hidden, weight, targets, temperature=1.0, chunk_tokens=chunk, with_entropy=True
         )
         (logprobs.sum() + entropy.sum()).backward()
     tile = chunk * min(vocab, logprobs_module.TILE_WIDTH["cpu"])
@@ -260,7 +266,7 @@ def test_tiles_of_the_vocabulary_change_log_probs_entropy_and_gradients_by_round
         return logp[torch.arange(50), targets], -(logp.exp() * logp).sum(-1)
 
     def tiled(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(h, w, targets, temperature=0.5, chunk_tokens=20, entropy_grad=True)
+        return token_logprobs(h, w, targets, temperature=0.5, chunk_tokens=20, with_entropy=True)
 
     monkeypatch.setitem(logprobs_module.TILE_WIDTH, "cpu", tile)
     torch.testing.assert_close(gradients(tiled), gradients(whole_rows), rtol=1e-4, atol=3e-5)
@@ -270,10 +276,12 @@ def test_chunk_size_changes_log_probs_by_rounding_only() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 16), torch.randn(99, 16)
     targets = torch.randint(99, (50,))
-    whole = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=64)
+    whole = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=64, with_entropy=True)
     for chunk in (1, 7, 50):
-        parts = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=chunk)
+        parts = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=chunk, with_entropy=True)
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+        alone, none = token_logprobs(hidden, weight, targets, temperature=0.5, chunk_tokens=chunk)
+        assert torch.equal(alone, parts[0]) and none is None  # the entropy is work of its own and changes no log-prob
 
 
 def test_specs_describe_the_published_tensors(tmp_path: Path) -> None:
@@ -353,7 +361,7 @@ def _one_step(config: Config, mesh: DeviceMesh | None, share: Packed, out: Path)
         with torch.no_grad():  # scoring before training must not leave gathered copies behind
             policy(*share, 1.0)
         assert all(isinstance(p, DTensor) is (mesh is not None) for p in policy.parameters())
-        logprobs, entropy = policy(*share, 0.9, entropy_grad=True)
+        logprobs, entropy = policy(*share, 0.9, with_entropy=True)
         values = critic(*share)
         (logprobs.sum() + 0.1 * entropy.sum() + (values - 1).square().sum()).mul(0.01).backward()
         for module in (policy, critic):
