@@ -155,7 +155,8 @@ def data_arguments(folder: Path, train: str) -> tuple[str, ...]:
     (folder / "train.jsonl").write_text(train)
     (folder / "heldout.jsonl").write_text('{"question": "12a+9b-3=", "answer": "#### 18"}\n')
     files = {name: f"task.{name}_file={folder / name}.jsonl" for name in ("train", "heldout")}
-    return ("-c", "demo", f"runs_dir={folder}", "name=trial", "task.name=file", *files.values())
+    model = ("model.path=configs/models/chain_sum", "model.max_model_len=256")
+    return ("-c", "demo", *model, f"runs_dir={folder}", "name=trial", "task.name=file", *files.values())
 
 
 @pytest.mark.slow
