@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 from common.config import Config, ConfigError, Device
 from common.loading import save_config
-from common.processes import ChildSpec, Outcome, Supervisor, deal_cores
+from common.processes import ChildSpec, Outcome, Supervisor, deal_cores, last_error
 from common.processtree import child_setup
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
@@ -88,15 +88,22 @@ def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> 
     save_config(config, staging / "config.yaml")
     command = (sys.executable, str(RUN_PY), "check", "-c", str(staging / "config.yaml"), "--data", str(data))
     environment = {**os.environ, **QUIET_ENVIRONMENT, **dict.fromkeys(THREAD_VARIABLES, "1")}
+    log = staging / "check.log"  # a user's verifier function may print whatever it likes before it fails
     try:
-        code = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=child_setup(cores), check=False
-        ).returncode
+        with log.open("w") as errors:
+            code = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stderr=errors,
+                preexec_fn=child_setup(cores),
+                check=False,
+            ).returncode
     except KeyboardInterrupt:
         return Outcome(exit_code=128 + signal.SIGINT, message="interrupted by SIGINT")
     if code < 0:
         return Outcome(exit_code=128 - code, message=f"the check of the data ended with {signal.Signals(-code).name}")
-    return Outcome(exit_code=code, message=None) if code else None
+    return Outcome(exit_code=code, message=last_error(log)) if code else None
 
 
 def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:

@@ -11,11 +11,11 @@ LOG_S = 15.0
 
 
 class Progress:
-    """Context manager; on stderr. `update` is cheap and may be called as often as one likes."""
+    """Context manager; on stdout, stderr is for what went wrong. `update` is cheap: call it as often as you like."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stdout.isatty()
         self._started = time.monotonic()
         self._next = self._started + QUIET_S
         self._is_shown = False
@@ -27,7 +27,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._is_shown and self._is_terminal:
-            sys.stderr.write("\n")
+            sys.stdout.write("\n")
 
     def update(self, done: int) -> None:
         now = time.monotonic()
@@ -37,5 +37,5 @@ class Progress:
         self._is_shown = True
         left_s = (now - self._started) / max(done, 1) * (self._total - done)
         line = f"{self._what}: {done:,} of {self._total:,} {self._unit} ({done / self._total:.0%}), {left_s:.0f} s left"
-        sys.stderr.write(f"\r{line:<78}" if self._is_terminal else f"{line}\n")
-        sys.stderr.flush()
+        sys.stdout.write(f"\r{line:<78}" if self._is_terminal else f"{line}\n")
+        sys.stdout.flush()

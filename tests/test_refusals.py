@@ -25,7 +25,7 @@ def refused(tmp_path: Path, *settings: str, source: str | None = None) -> str:
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
-    assert not (tmp_path / "runs").exists(), "nothing has begun"
+    assert not (tmp_path / "runs" / "demo").exists(), "nothing has begun"
     return line
 
 

@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def shown(clock: Clock, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, seconds: float) -> str:
     """What a task of 10 rows that takes `seconds` in all writes."""
-    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
     with Progress("tokenizing", 10, "rows") as bar:
         for done in range(1, 11):
             clock.now += seconds / 10
