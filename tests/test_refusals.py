@@ -14,8 +14,9 @@ def refused(tmp_path: Path, *settings: str, source: str | None = None) -> str:
     if source is not None:
         (tmp_path / "mine.py").write_text(source)
         settings = (*settings, "verifier.function=mine:verify")
+    small = ("task.num_train=50", "task.num_heldout=8", "eval.num_prompts=8", f"runs_dir={tmp_path}/runs")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "train", "-c", "demo", f"runs_dir={tmp_path}/runs", *settings],
+        [sys.executable, str(ROOT / "run.py"), "train", "-c", "demo", *small, *settings],
         cwd=tmp_path,
         capture_output=True,
         text=True,

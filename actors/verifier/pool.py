@@ -42,7 +42,14 @@ class VerifierPool:
     """
 
     def __init__(
-        self, function: str, num_workers: int, timeout_s: float, memory_mb: int, correct_from: float = 1.0
+        self,
+        function: str,
+        num_workers: int,
+        timeout_s: float,
+        memory_mb: int,
+        correct_from: float = 1.0,
+        *,
+        is_quiet: bool = False,  # what the function prints, and tracebacks of what it raises, are left out
     ) -> None:
         if num_workers < 1 or timeout_s <= 0 or memory_mb < 1:
             raise ValueError(
@@ -51,6 +58,7 @@ class VerifierPool:
             )
         self.function = function
         self._timeout_s = timeout_s
+        self._stderr = asyncio.subprocess.DEVNULL if is_quiet else None
         self._arguments = [
             *(function, "--num-workers", str(num_workers)),
             *("--timeout-s", str(timeout_s), "--memory-mb", str(memory_mb), "--correct-from", str(correct_from)),
@@ -124,6 +132,7 @@ class VerifierPool:
             *(sys.executable, "-m", "actors.verifier.template", *self._arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=self._stderr,
             env=child_environment(),
         )
         assert process.stdout is not None
@@ -178,7 +187,7 @@ class VerifierPool:
             future.set_result(judgement)
 
 
-def pool_of(config: Config, num_workers: int | None = None) -> VerifierPool:
+def pool_of(config: Config, num_workers: int | None = None, *, is_quiet: bool = False) -> VerifierPool:
     """The pool that a run's configuration asks for, not started."""
     settings = config.verifier
     return VerifierPool(
@@ -187,6 +196,7 @@ def pool_of(config: Config, num_workers: int | None = None) -> VerifierPool:
         settings.timeout_s,
         settings.memory_mb,
         config.reward.correct,
+        is_quiet=is_quiet,
     )
 
 

@@ -12,7 +12,7 @@ async def try_verifier(config: Config, prompt: Prompt) -> None:
     """
     settings = config.verifier
     try:
-        async with pool_of(config, num_workers=1) as pool:
+        async with pool_of(config, num_workers=1, is_quiet=True) as pool:
             judgement = await pool.judge(prompt.reference, prompt.reference, prompt.row)
     except VerifierError as error:
         raise ConfigError(str(error)) from error
