@@ -153,7 +153,7 @@ def test_a_mistake_ends_with_one_sentence_and_code_2(arguments: tuple[str, ...],
 
 def data_arguments(folder: Path, train: str) -> tuple[str, ...]:
     (folder / "train.jsonl").write_text(train)
-    (folder / "heldout.jsonl").write_text('{"question": "12>99=", "answer": "#### 18"}\n')
+    (folder / "heldout.jsonl").write_text('{"question": "12a+9b-3=", "answer": "#### 18"}\n')
     files = {name: f"task.{name}_file={folder / name}.jsonl" for name in ("train", "heldout")}
     model = ("model.path=configs/models/chain_sum", "model.max_model_len=256")
     return ("-c", "demo", *model, f"runs_dir={folder}", "name=trial", "task.name=file", *files.values())
@@ -161,7 +161,7 @@ def data_arguments(folder: Path, train: str) -> tuple[str, ...]:
 
 @pytest.mark.slow
 def test_a_bad_row_ends_a_run_before_anything_starts(tmp_path: Path) -> None:
-    rows = '{"prompt": "47>83=", "answer": 42}\n' + json.dumps({"prompt": "1+2-" * 100, "answer": 1}) + "\n"
+    rows = '{"prompt": "47a+3b-8=", "answer": 42}\n' + json.dumps({"prompt": "1a+2b" * 80, "answer": 1}) + "\n"
     result = run("train", *data_arguments(tmp_path, rows))
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}/train.jsonl, line 2: its prompt has 400 tokens, and with")
@@ -181,13 +181,13 @@ def test_a_bad_row_does_not_cost_the_earlier_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_check_says_what_a_run_would_use_and_keeps_it_where_it_is_told(tmp_path: Path) -> None:
-    rows = '{"prompt": "47>83=", "answer": 42}\n{"prompt": "", "answer": 1}\n'
+    rows = '{"prompt": "47a+3b-8=", "answer": 42}\n{"prompt": "", "answer": 1}\n'
     result = run("check", *data_arguments(tmp_path, rows), "task.on_bad_row=drop", "--data", str(tmp_path / "data"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"{tmp_path}/train.jsonl: prompt = column 'prompt', reference = column 'answer'",
         f"{tmp_path}/heldout.jsonl: prompt = column 'question', reference = column 'answer' after its last ####",
-        "data: 1 prompts to train on and 1 held out, 6 to 6 tokens long",
+        "data: 1 prompts to train on and 1 held out, 9 to 9 tokens long",
         f"data: left out 1 row (no_prompt 1), first {tmp_path}/train.jsonl, line 2: column 'prompt' must be a text "
         "that is not blank or a list of messages with the strings role and content, not an empty string",
     ]
