@@ -53,13 +53,14 @@ def tokenizing(config: Config) -> Callable[[Prompt], list[int]]:
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of the model folder. Raises ConfigError when there is none that loads."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
+        AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)  # says early what is missing
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of the folder's files, or of code that it brings along
         raise ConfigError(
-            f"the tokenizer in model.path={model.path} does not load ({_line(error)}); save a tokenizer there"
+            f"configuration or tokenizer in model.path={model.path} do not load ({_line(error)}); save both there"
             f"{'' if model.trust_remote_code else ', or set model.trust_remote_code=true if you trust its own code'}"
         ) from error
 

@@ -85,6 +85,8 @@ def _in_one_sentence(path: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
+        if "custom code" in reason:
+            reason += "; set model.trust_remote_code=true if you trust it"
         raise ConfigError(f"model folder {path} does not load: {type(error).__name__}: {reason}") from error
 
 

@@ -105,7 +105,7 @@ def test_a_stop_string_ends_a_completion_and_belongs_to_it(bench: Bench) -> None
     assert stopped
     for completion in stopped:
         assert completion.finish_reason is FinishReason.STOP
-        assert completion.text == "".join(CHARACTERS[token - 2] for token in completion.token_ids)
+        assert completion.text == "".join(CHARACTERS[token - 2] for token in completion.token_ids if token > 1)
         assert completion.text.count("#") + completion.text.count("a+") == 1
         assert bench.mismatch(completion) < TOLERANCE
 

@@ -18,11 +18,11 @@ from learner.algorithm.packing import Batch, boundaries
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer
 from learner.networks.model import load_critic, load_policy
+from tests.support.runs import ROOT
 from tests.support.tiny_models import naive_logprobs, packed, write_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # nats, float32: what is promised between vLLM and the learner
 PROBE = packed([90], prompt_length=1, seed=4)  # one sequence, every token but the first scored
