@@ -140,7 +140,9 @@ class Critic(nn.Module):
         """
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
         values_T = self.head(hidden_TD)
-        return values_T if len(prompt_lengths_B) else _emptied(values_T)
+        # A copy either way: if the head's output were the critic's on ranks with work only, FSDP's hooks on the two
+        # would fire, and gather, in another order there than on the ranks without.
+        return values_T.clone() if len(prompt_lengths_B) else _emptied(values_T)
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters as they are (sharded or not) under the names of transformers' sequence classification."""
