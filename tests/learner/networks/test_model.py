@@ -321,7 +321,9 @@ def test_fused_experts_are_published_and_exported_as_the_checkpoint_holds_them(
         tmp_path / "out", attn_implementation="eager", experts_implementation="eager", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        policy(*inputs, 1.0, with_entropy=True), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5
+    )
 
 
 def test_weights_under_names_that_the_engine_does_not_know_are_refused(tmp_path: Path) -> None:
