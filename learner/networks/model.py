@@ -144,7 +144,9 @@ class Critic(nn.Module):
         """
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
         values_T = self.head(hidden_TD)
-        return values_T if len(prompt_lengths_B) else _emptied(values_T)
+        # A copy, empty or not: were it the head's own output, backward would gather the head before the root on ranks
+        # with work, and after it on idle ones.
+        return values_T.clone() if len(prompt_lengths_B) else _emptied(values_T)
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters as they are (sharded or not) under the names of transformers' sequence classification."""
