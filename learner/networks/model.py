@@ -101,7 +101,11 @@ class Policy(nn.Module):
         A collective when sharded: every rank iterates to the end, in lockstep. `dtype` casts (None: master
         type). The tensor may alias the parameter: copy what must outlive the next optimizer step.
         """
-        for name, tensor in _full_tensors(self.model.named_parameters(), dtype):
+        yield from self.as_stored(_full_tensors(self.model.named_parameters(), dtype))
+
+    def as_stored(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, tensor) of full tensors that come under the parameters' own names."""
+        for name, tensor in tensors:
             is_whole = [spec.name for spec in self._stored[name]] == [name]
             yield from ((name, tensor),) if is_whole else as_stored(self.model, name, tensor).items()
 
@@ -153,7 +157,8 @@ class Critic(nn.Module):
     @torch.no_grad()
     def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The full tensors of `hf_parameters`, as Policy.named_hf_parameters yields its own."""
-        yield from _full_tensors(self.hf_parameters().items(), dtype)
+        for name, tensor in _full_tensors(self.hf_parameters().items(), dtype):
+            yield from as_stored(self.backbone, name, tensor).items()
 
 
 def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:

@@ -69,6 +69,7 @@ class HeldWeights:
 
     @torch.no_grad()
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self._policy = policy
         self._shards: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # name, parameter, copy of this rank's shard
         for name, parameter in policy.model.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -76,6 +77,9 @@ class HeldWeights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As Policy.named_hf_parameters: the full tensors, where the policy computes; a collective when sharded."""
+        yield from self._policy.as_stored(self._gathered())
+
+    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter, local in self._shards:
             if isinstance(parameter, DTensor):
                 whole = DTensor.from_local(

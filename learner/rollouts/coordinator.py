@@ -175,18 +175,13 @@ class Coordinator:
     # ---- leases out
 
     @property
-    def window(self) -> int:
-        """Groups that may be admitted at this version, counted from the start of the run."""
-        return self.pace.window
-
-    @property
     def admitted(self) -> int:
         """Groups leased, buffered or trained; those that were dropped have given their place back."""
         return self.pace.taken + len(self._slots.train)
 
     def is_window_sampled(self) -> bool:
         """The window is full and every group in it has arrived."""
-        return self.admitted >= self.window and not self._slots.num_in_flight
+        return self.admitted >= self.pace.window and not self._slots.num_in_flight
 
     def dispatch(self, now: float) -> None:
         """Grant leases while a current actor has room and there is something to sample."""
@@ -207,7 +202,7 @@ class Coordinator:
             prompt = evaluation.pending.popleft()
             lease = eval_lease(self._config, lease_id, prompt, self._tokenize(prompt), evaluation)
             member.leases_since_eval = 0
-        elif self.admitted < self.window:
+        elif self.admitted < self.pace.window:
             prompt = self._pending.popleft() if self._pending else self._stream.next()
             lease = train_lease(self._config, lease_id, prompt, self._tokenize(prompt))
             member.leases_since_eval += 1
@@ -216,12 +211,9 @@ class Coordinator:
         return self._slots.add(Slot(lease, prompt, member.name, granted_s=now))
 
     def _may_evaluate(self, member: Member) -> bool:
-        """Evaluation gets `eval.share` of an actor's leases, and of its room but at least one, while training waits.
-
-        So neither starves the other, whatever the actor's capacity. Before the first step training does not count as
-        waiting: version 0 is evaluated as it is.
-        """
-        if self.pace.steps_done == 0 or self.admitted >= self.window:
+        """While training waits, evaluation gets `eval.share` of an actor's leases and of its room, but one at least, so
+        that neither starves. Before the first step training does not count as waiting: version 0 is evaluated first."""
+        if self.pace.steps_done == 0 or self.admitted >= self.pace.window:
             return True
         share = self._config.eval.share
         held = sum(lease_id in self._slots.evaluation for lease_id in member.held)
@@ -362,7 +354,7 @@ class Coordinator:
         return {
             "actors_connected": len(self.members()),
             "admitted_groups": self.admitted,
-            "window_groups": self.window,
+            "window_groups": self.pace.window,
             "buffered_groups": len(slots.train) - slots.num_in_flight,
             "in_flight_groups": slots.num_in_flight,
             "in_flight_eval_groups": len(slots.evaluation),
@@ -375,7 +367,7 @@ class Coordinator:
     def describe(self, now: float) -> str:
         """Who holds what, for the message of a time-out."""
         num_buffered = len(self._slots.train) - self._slots.num_in_flight
-        parts = [f"{num_buffered} groups are buffered, {self.admitted} of {self.window} admitted"]
+        parts = [f"{num_buffered} groups are buffered, {self.admitted} of {self.pace.window} admitted"]
         parts += [*self.verdicts.describe(), *(self._members.describe(member, now) for member in self._members)]
         return "; ".join(parts if len(self._members) else [*parts, "no actor is connected"])
 

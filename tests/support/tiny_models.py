@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
@@ -53,6 +54,18 @@ def write_tiny_model(folder: Path, architecture: str = "qwen2", is_tied: bool = 
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, is_tied))
     model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return str(folder)
+
+
+def write_tiny_mixture(folder: Path, architecture: str = "qwen3_moe") -> str:
+    """As write_tiny_model, a mixture of experts, which transformers fuses into one parameter a layer."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    config = AutoConfig.for_model(architecture, **sizes, **heads, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return str(folder)
 

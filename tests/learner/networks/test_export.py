@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from learner.networks.export import export_critic, export_policy
 from learner.networks.model import Policy, load_critic, load_policy
-from tests.support.tiny_models import naive_logprobs, packed, tiny_run, write_tiny_model
+from tests.support.tiny_models import naive_logprobs, packed, tiny_run, write_tiny_mixture, write_tiny_model
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 4, 17, 9, 3, 30, 16]
@@ -88,6 +89,19 @@ def test_an_exported_critic_has_the_same_values_at_critic_path_and_in_transforme
             for tokens in inputs.token_ids_S.split(LENGTHS)
         ]
     torch.testing.assert_close(torch.cat(found), values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_a_critic_of_experts_is_exported_as_the_checkpoint_holds_them(tmp_path: Path, architecture: str) -> None:
+    path, inputs = write_tiny_mixture(tmp_path / "base", architecture), packed(LENGTHS)
+    critic = load_critic(tiny_run(path), CPU, None)
+    torch.nn.init.normal_(critic.head.weight)
+    export_critic(critic, path, tmp_path / "critic")
+    stored, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "critic", tmp_path / "base"))
+    assert stored.keys() - base.keys() == {"score.weight"}
+    again = load_critic(tiny_run(path, critic_path=str(tmp_path / "critic")), CPU, None)
+    with torch.no_grad():
+        assert torch.equal(again(*inputs), critic(*inputs))
 
 
 def test_a_critic_without_a_class_in_transformers_is_refused_in_one_sentence(

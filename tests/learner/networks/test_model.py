@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
 from common.config import Config, ConfigError, Device, DType, LearnerConfig, ModelConfig
 from learner.networks import attention
@@ -29,7 +29,16 @@ from learner.networks.export import export_policy
 from learner.networks.logprobs import token_logprobs
 from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
-from tests.support.tiny_models import VOCAB, Packed, naive_logprobs, packed, pick, tiny_run, write_tiny_model
+from tests.support.tiny_models import (
+    VOCAB,
+    Packed,
+    naive_logprobs,
+    packed,
+    pick,
+    tiny_run,
+    write_tiny_mixture,
+    write_tiny_model,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 4, 17, 9, 3, 30, 16]
@@ -297,15 +306,7 @@ def test_fused_experts_are_published_and_exported_as_the_checkpoint_holds_them(
     tmp_path: Path, architecture: str
 ) -> None:
     """transformers fuses the experts of a layer into one parameter; checkpoints and vLLM know them one by one."""
-    torch.manual_seed(5)
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB}
-    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **heads, **experts)).save_pretrained(
-        tmp_path / "base"
-    )
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    policy = load_policy(tiny_run(str(tmp_path / "base")), CPU, None)
+    policy = load_policy(tiny_run(write_tiny_mixture(tmp_path / "base", architecture)), CPU, None)
     stored = load_file(tmp_path / "base" / "model.safetensors")
     published = dict(policy.named_hf_parameters())
     assert published.keys() == stored.keys() != dict(policy.model.named_parameters()).keys()
@@ -320,7 +321,9 @@ def test_fused_experts_are_published_and_exported_as_the_checkpoint_holds_them(
         tmp_path / "out", attn_implementation="eager", experts_implementation="eager", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    torch.testing.assert_close(policy(*inputs, 1.0), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        policy(*inputs, 1.0, with_entropy=True), naive_logprobs(model, inputs, 1.0), rtol=0, atol=1e-5
+    )
 
 
 def test_weights_under_names_that_the_engine_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from learner.networks.model import Policy, load_policy
 from learner.networks.parallel import make_mesh, process_group
 from learner.publication.publisher import Publisher
 from learner.publication.transfer import HeldWeights, PolicySource
-from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_model
+from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_mixture, write_tiny_model
 
 CPU = torch.device("cpu")
 PROBE = torch.arange(9) % VOCAB
@@ -140,6 +140,19 @@ def test_a_transfer_that_gives_up_leaves_the_rest_of_its_pass_to_be_gathered(tmp
     cast(Any, tensors).close()
     source.finish_pass()
     assert walked == [0, 1, 2, 3, 4]
+
+
+def test_held_weights_have_the_names_and_shapes_that_were_announced(tmp_path: Path) -> None:
+    """Those of the checkpoint, also where transformers fuses the experts of a layer."""
+    policy = load_policy(tiny_run(write_tiny_mixture(tmp_path)), CPU, None)
+    source = PolicySource(policy, torch.bfloat16, keeps=True)
+    before = dict(policy.named_hf_parameters(torch.bfloat16))
+    source.hold()
+    train(policy)
+    source.begin_pass()
+    for meta, (name, tensor) in zip(source.metadata(), source, strict=True):
+        assert (meta.name, meta.dtype, meta.shape) == (name, tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(tensor, before[name])
 
 
 def _hold_and_gather(rank: int, config: Config, port: int) -> None:

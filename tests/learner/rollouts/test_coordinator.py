@@ -126,7 +126,7 @@ class Interleavings(RuleBasedStateMachine):
     def settle(self) -> None:
         """One turn of the service: grant, then deliver everything."""
         self.coordinator.dispatch(self.now)
-        assert self.coordinator.admitted <= self.coordinator.window
+        assert self.coordinator.admitted <= self.coordinator.pace.window
         while self.coordinator.outbox:
             name, message = self.coordinator.outbox.popleft()
             process = self.processes[name]
