@@ -134,7 +134,7 @@ class LoopThread:
     def submit(self, coroutine: Coroutine[Any, Any, Result]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_s: float = 120.0) -> Result:
+    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_s: float = 240.0) -> Result:
         result: Result = self.submit(coroutine).result(timeout_s)
         return result
 
