@@ -13,7 +13,7 @@ from typing import TypeAlias
 FUNCTIONS: dict[str, int | None] = {
     **dict.fromkeys(("+", "*", "gcd", "lcm", "min", "max", "ratio", "union", "intersection", "conditions"), None),
     **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in"), 2),
-    **dict.fromkeys(("neg", "pm", "mp", "!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp"), 1),
+    **dict.fromkeys(("neg", "pm", "mp", "!", "!!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp"), 1),
     **dict.fromkeys(("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"), 1),
     **dict.fromkeys(("arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh", "arctanh"), 1),
     **dict.fromkeys(("overline", "det"), 1),
