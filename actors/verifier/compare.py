@@ -5,10 +5,11 @@ from fractions import Fraction
 from functools import lru_cache
 
 from actors.verifier.equal import nodes_equal
+from actors.verifier.latex import MAX_LENGTH
 from actors.verifier.notation import join_comma_groups, normalize
 from actors.verifier.numerals import number_in_words
 from actors.verifier.parse import parse
-from actors.verifier.tokens import MAX_LENGTH, ParseError
+from actors.verifier.tokens import ParseError
 from actors.verifier.tree import Node, Number
 
 # "The answer is", "Therefore,": what comes before the answer itself.

@@ -97,7 +97,7 @@ def _one_way(a: Node, b: Node) -> bool:
     """Rules where only `a` is reduced to something simpler."""
     match a:
         case Quantity() if not isinstance(b, Quantity):
-            return _quantity_matches(a, b)
+            return a.is_known and _quantity_matches(a, b)
         case Relation(operators=("≡",), sides=(name, Apply(function="residue") as residue)) if is_name(name):
             return isinstance(b, Apply) and b.function == "residue" and nodes_equal(residue, b)
         case Relation() if not isinstance(b, Relation):
@@ -109,6 +109,8 @@ def _one_way(a: Node, b: Node) -> bool:
             return nodes_equal(value, b)
         case Apply(function="in") if not (isinstance(b, Apply) and b.function == "in"):
             return nodes_equal(a.arguments[1], b)
+        case Apply(function="described", arguments=(condition,)):
+            return not (isinstance(b, Sequence) and b.brackets == "") and nodes_equal(condition, b)
         case Matrix() if isinstance(b, Sequence) and (rows := _rows(b)) is not None:
             return _same_kind(a, Matrix(rows))
         case Matrix() if isinstance(b, Sequence) and b.brackets == "()" and len(a.rows[0]) == 1:
@@ -149,7 +151,7 @@ def _same_kind(a: Node, b: Node) -> bool:
             return _ratios_equal(a, b)
         case Apply(function="residue"), Apply(function="residue"):
             return _residues_equal(a, b)
-        case Apply(function="in"), Apply(function="in"):
+        case Apply(function="in" | "where" as f), Apply(function=g) if f == g:
             return nodes_equal(a.arguments[0], b.arguments[0]) and nodes_equal(a.arguments[1], b.arguments[1])
     if is_scalar(a) and is_scalar(b):
         return scalars_equal(a, b)

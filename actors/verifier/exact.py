@@ -1,4 +1,4 @@
-"""Exact values: trees that are rational by rational operations as fractions, and very large ones as ratios of integers."""
+"""Exact values: trees that are rational by rational operations, as fractions, and very large ones as two integers."""
 
 import math
 from collections.abc import Mapping

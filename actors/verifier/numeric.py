@@ -40,10 +40,11 @@ class TooMuchWork(TooLarge):
 class Approximation:
     """A value, with how well its precision shows what the sums in it add.
 
-    `drowned`: decimal digits between the largest and the smallest term of each sum, added up over all sums, and those of
-    very long numbers; with fewer digits of precision a term may be invisible. `cancelled`: the most digits that one sum
-    lost because its terms cancel, infinite where nothing is left of it; sums that are rational are exact and lose none.
-    `scale`: the largest term of a sum that lost digits so, 0 where there is none. `steps`: the work, in nodes visited at 50 digits.
+    `drowned`: decimal digits between the largest and the smallest term of each sum, added up over all sums, and those
+    of very long numbers; with fewer digits of precision a term may be invisible. `cancelled`: the most digits that one
+    sum lost because its terms cancel, infinite where nothing is left of it; sums that are rational are exact and lose
+    none. `scale`: the largest term of a sum that lost digits so, 0 where there is none. `steps`: the work, in nodes
+    visited at 50 digits.
     """
 
     value: Value

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from actors.verifier.exact import MAX_BITS, MAX_FACTORIAL
 from actors.verifier.heavy import load
 from actors.verifier.limits import take_time
-from actors.verifier.exact import MAX_BITS, MAX_FACTORIAL
 from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, walk
 
 # sympy objects are not typed here: sympy's annotations are partial.

@@ -12,8 +12,10 @@ from typing import TypeAlias
 # name: number of arguments; None: one or more. The tree is closed over these.
 FUNCTIONS: dict[str, int | None] = {
     **dict.fromkeys(("+", "*", "gcd", "lcm", "min", "max", "ratio", "union", "intersection", "conditions"), None),
-    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in"), 2),
-    **dict.fromkeys(("neg", "pm", "mp", "!", "!!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp"), 1),
+    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in", "where"), 2),
+    **dict.fromkeys(
+        ("neg", "pm", "mp", "!", "!!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp", "described"), 1
+    ),
     **dict.fromkeys(("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"), 1),
     **dict.fromkeys(("arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh", "arctanh"), 1),
     **dict.fromkeys(("overline", "det"), 1),
@@ -21,7 +23,9 @@ FUNCTIONS: dict[str, int | None] = {
     "product": 4,
 }
 COMMUTATIVE = frozenset({"+", "*", "gcd", "lcm", "min", "max", "union", "intersection", "conditions"})
-_NOT_SCALAR = frozenset({"union", "intersection", "conditions", "setminus", "in", "ratio", "residue"})
+_NOT_SCALAR = frozenset(
+    {"union", "intersection", "conditions", "setminus", "in", "ratio", "residue", "described", "where"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,11 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A value with a unit in normal form, for example 5 and "cm^2"."""
+    """A value with a unit in normal form, for example 5 and "cm^2". `is_known`: no other word after a number."""
 
     value: "Node"
     unit: str
+    is_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +195,7 @@ def replace(node: Node, old: Node, new: Node) -> Node:
         case Matrix():
             return Matrix(tuple(tuple(replace(i, old, new) for i in row) for row in node.rows))
         case Quantity():
-            return Quantity(replace(node.value, old, new), node.unit)
+            return Quantity(replace(node.value, old, new), node.unit, node.is_known)
     return node
 
 
