@@ -88,9 +88,10 @@ def in_base(numeral: str, subscript: str) -> Node:
     if not 2 <= base <= 36:
         raise ParseError("base")
     try:
-        return Number(Fraction(int(numeral, base)))
+        value = Number(Fraction(int(numeral, base)))
     except ValueError as error:
         raise ParseError("digit beyond the base") from error
+    return value if base == 10 else Apply("numeral", (value, Number(Fraction(base))))
 
 
 def structured(token: Token, parse: Callable[[tuple[Token, ...]], Node]) -> Node:

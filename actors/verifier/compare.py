@@ -1,16 +1,16 @@
 """Equality of two answers as texts: what they can be read as, and whether any reading of one is one of the other."""
 
 import re
-from fractions import Fraction
 from functools import lru_cache
 
+from actors.verifier.build import in_base
 from actors.verifier.equal import nodes_equal
 from actors.verifier.latex import MAX_LENGTH
 from actors.verifier.notation import join_comma_groups, normalize
 from actors.verifier.numerals import number_in_words
 from actors.verifier.parse import parse
 from actors.verifier.tokens import ParseError
-from actors.verifier.tree import Node, Number
+from actors.verifier.tree import Node
 
 # "The answer is", "Therefore,": what comes before the answer itself.
 _PREFIX = re.compile(
@@ -175,8 +175,8 @@ def _readings(text: str) -> tuple[Node, ...]:
         return ()
     if "_" in text and (found := _HEX.fullmatch(_TEXT_MACRO.sub("", text).replace("{", "").replace("}", ""))):
         try:
-            return (Number(Fraction(int(found[1], int(found[2])))),)
-        except ValueError:  # a digit beyond the base
+            return (in_base(found[1], found[2]),)
+        except ParseError:  # a digit beyond the base
             return ()
     joined = join_comma_groups(text)
     spellings = dict.fromkeys((joined, joined if _ZERO_GROUP.search(text) else text))

@@ -55,6 +55,8 @@ def _rational_apply(function: str, x: list[Fraction], max_bits: int) -> Fraction
             return abs(x[0])
         case "percent":
             return x[0] / 100
+        case "numeral":  # its base is notation
+            return x[0]
         case "floor":
             return Fraction(math.floor(x[0]))
         case "ceil":

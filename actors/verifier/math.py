@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from actors.verifier.extract import Extraction, extract, stated_answer
+from actors.verifier.extract import Extraction, extract, stated_reference, unboxed
 from actors.verifier.heavy import load
 from common.types import Verdict
 
@@ -89,7 +89,7 @@ def answers_equal(a: str, b: str) -> bool:
     if len(a) > _MAX_COMPARED or len(b) > _MAX_COMPARED:
         return False
     compare = load("actors.verifier.compare")  # the parser, which plain numbers do without
-    return bool(compare.texts_equal(stated_answer(a), stated_answer(b)))
+    return bool(compare.texts_equal(unboxed(a), stated_reference(b)))
 
 
 def _plain_number(text: str) -> Fraction | None:

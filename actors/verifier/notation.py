@@ -84,7 +84,7 @@ _CURRENCY_NAMES = {"$": "dollar", "U": "dollar", "€": "euro", "E": "euro", "£
 
 _OVER_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z{}$%,;!()\[\]])")
 _MACRO_NAMES = sorted(name for name in FRACTIONS | TEXTS | GREEK | {*MACROS, *FUNCTION_NAMES, "sqrt", "left", "right"})
-_OVER_ESCAPED_MACRO = re.compile(r"\\\\(?=(?:%s)(?![a-zA-Z]))" % "|".join(filter(str.isalpha, _MACRO_NAMES)))
+_OVER_ESCAPED_MACRO = re.compile(rf"\\\\(?=(?:{'|'.join(filter(str.isalpha, _MACRO_NAMES))})(?![a-zA-Z]))")
 _SINGLE_ESCAPE = re.compile(r"(?<!\\)\\(?!\\|n\b)")
 _DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\(?:begin|end)\{(?:equation|align|gather|math)\*?\}")
 _EMPHASIS = re.compile(r"^(\*\*|__|\*|_|`+|\")(?!\s)(.+?)(?<!\s)\1$", re.DOTALL)

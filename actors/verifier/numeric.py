@@ -165,6 +165,8 @@ class _Evaluator:
                 return -x[0]
             case "percent":
                 return x[0] / 100
+            case "numeral":
+                return x[0]
             case "degree":
                 return x[0] * mp.pi / 180
             case "root":

@@ -10,8 +10,8 @@
     term    factor (("*" | "/" | "mod" | nothing) factor)*
     factor  primary ("^" exponent | "!" | "%" | degree | prime | subscript)*
 
-From `ratio` on the module terms reads, and functions what a function applies to. Whatever is not in this grammar raises ParseError; the caller then compares it
-as text.
+From `ratio` on the module terms reads, and functions what a function applies to. Whatever is not in this grammar raises
+ParseError; the caller then compares it as text.
 """
 
 from actors.verifier.build import flat, named_point, product, structured

@@ -22,7 +22,7 @@ from actors.verifier.tree import (
 from actors.verifier.vocabulary import CONSTANT_NAMES, UNIT_LETTERS_OF_TEXT
 
 _CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
-_PRIMARY = ARGUMENT - {"num"} | {"letter", "func", "matrix", "series", "numbers", "mark", "lim", "empty"}
+_PRIMARY = ARGUMENT - {"num"} | {"letter", "func", "matrix", "series", "numbers", "mark", "lim", "opaque", "empty"}
 _CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
 
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 # name: number of arguments; None: one or more. The tree is closed over these.
 FUNCTIONS: dict[str, int | None] = {
     **dict.fromkeys(("+", "*", "gcd", "lcm", "min", "max", "ratio", "union", "intersection", "conditions"), None),
-    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in", "where"), 2),
+    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in", "where", "numeral"), 2),
     **dict.fromkeys(
         ("neg", "pm", "mp", "!", "!!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp", "described"), 1
     ),
@@ -164,6 +164,14 @@ def is_scalar(node: Node) -> bool:
         isinstance(n, Number | Symbol | Constant) or (isinstance(n, Apply) and n.function not in _NOT_SCALAR)
         for n in walk(node)
     )
+
+
+def base_of(node: Node) -> int:
+    """The base of a numeral; 10 for everything else."""
+    match node:
+        case Apply(function="numeral", arguments=(_, Number(value=base))):
+            return int(base)
+    return 10
 
 
 def is_constant(node: Node) -> bool:
