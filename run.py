@@ -162,7 +162,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _grade(arguments: argparse.Namespace) -> int:
     from actors.grade import main as run_grade
 
-    return run_grade(arguments.cases, Config())
+    return run_grade(arguments.cases, load_config([], ["verifier.answer_form=any", *arguments.overrides]))
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -267,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     grade = commands.add_parser("grade", help="grade a file of answers with the mathematical verifier")
     grade.set_defaults(command=_grade)
     grade.add_argument("cases", help='.jsonl with {"gold": ..., "pred": ..., "input": "answer"|"response"} a line')
+    _add_overrides(grade)
     return parser
 
 

@@ -212,9 +212,9 @@ def _spell_unit(found: re.Match[str]) -> str:
 
 
 def _spell_mixed(found: re.Match[str]) -> str:
-    """1 1/2 as a sum; an improper fraction after a space is left as it is, and refused by the parser."""
+    """1 1/2 as a mixed number; an improper fraction after a space is left as it is, and refused by the parser."""
     whole, top, bottom = found.groups()
-    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if int(top) < int(bottom) else found.group()
+    return rf"{whole}\frac{{{top}}}{{{bottom}}}" if int(top) < int(bottom) else found.group()
 
 
 def _from_unicode(text: str) -> str:

@@ -189,5 +189,6 @@ class _Parser(ExpressionParser):
             pieces.append(flat((self.take(),)))
         factor, unit, is_known = magnitude_and_unit(pieces)
         if factor != 1:
-            node = product(Number(factor), node)
+            is_plain = isinstance(node, Number)
+            node = Number(node.value * factor, node.digits) if is_plain else product(Number(factor), node)
         return Quantity(node, unit, is_known) if unit else node

@@ -17,7 +17,7 @@ from typing import Any, Self
 from actors.verifier.judgement import Judgement, decode
 from common.config import Config, ConfigError
 from common.tasks import default_verifier
-from common.types import Verdict
+from common.types import AnswerForm, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,13 @@ class VerifierPool:
     """
 
     def __init__(
-        self, function: str, num_workers: int, timeout_s: float, memory_mb: int, correct_from: float = 1.0
+        self,
+        function: str,
+        num_workers: int,
+        timeout_s: float,
+        memory_mb: int,
+        correct_from: float = 1.0,
+        answer_form: AnswerForm = AnswerForm.EXACT,
     ) -> None:
         if num_workers < 1 or timeout_s <= 0 or memory_mb < 1:
             raise ValueError(
@@ -54,6 +60,7 @@ class VerifierPool:
         self._arguments = [
             *(function, "--num-workers", str(num_workers)),
             *("--timeout-s", str(timeout_s), "--memory-mb", str(memory_mb), "--correct-from", str(correct_from)),
+            *("--answer-form", answer_form),
         ]
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[Judgement]] = {}
@@ -187,6 +194,7 @@ def pool_of(config: Config, num_workers: int | None = None) -> VerifierPool:
         settings.timeout_s,
         settings.memory_mb,
         config.reward.correct,
+        settings.answer_form,
     )
 
 

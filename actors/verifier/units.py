@@ -8,7 +8,14 @@ import re
 from fractions import Fraction
 
 from actors.verifier.tokens import ParseError
-from actors.verifier.vocabulary import MAGNITUDES, MEGA_UNITS, ORDINAL_WORDS, UNITS, lower_word
+from actors.verifier.vocabulary import (
+    MAGNITUDES,
+    MEGA_UNITS,
+    ORDINAL_WORDS,
+    UNIT_LETTERS_OF_TEXT,
+    UNITS,
+    lower_word,
+)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -97,6 +104,12 @@ def _is_unit(words: list[str]) -> bool:
 
 
 def _is_thing(word: str) -> bool:
-    if word in UNITS or word in MEGA_UNITS or word in _NOUNS or word.removesuffix("s") in _NOUNS:
+    if (
+        word in UNITS
+        or word in MEGA_UNITS
+        or word in UNIT_LETTERS_OF_TEXT
+        or word in _NOUNS
+        or word.removesuffix("s") in _NOUNS
+    ):
         return True
     return len(word) > 3 and word.endswith("s") and word not in _NOT_PLURALS and not word.endswith(_NOT_PLURAL_ENDINGS)
