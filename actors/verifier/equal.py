@@ -20,7 +20,6 @@ from actors.verifier.tree import (
     Symbol,
     Text,
     base_of,
-    is_constant,
     is_scalar,
     key,
     replace,
@@ -257,7 +256,7 @@ def _relations_equal(a: Relation, b: Relation) -> bool:
         if (
             key(names[0]) == key(names[1])
             or _name_one_function(*names)
-            or (is_constant(names[0]) and is_constant(names[1]))
+            or not any(is_name(name) or symbols(name) for name in names)
         ):
             return nodes_equal(value_a, value_b)
     left, right = _links(a), _links(b)
@@ -287,10 +286,15 @@ def _with_variable_of(a: Relation, b: Relation) -> Relation:
         case (
             Apply(function=f, arguments=(Symbol() as new,)),
             Apply(function=g, arguments=(Symbol() as old,)),
-        ) if f == g and f.startswith("call:") and new.name not in symbols(b):
+        ) if f == g and f.startswith("call:") and new.name not in symbols(b) and _is_variable(old, new, b):
             renamed = replace(b, old, new)
             return renamed if isinstance(renamed, Relation) else b
     return b
+
+
+def _is_variable(old: Symbol, new: Symbol, relation: Relation) -> bool:
+    """Whether a name in brackets is a variable and no thing of its own, as A and B are in P(A) = 1/2 and P(B) = 1/2."""
+    return (old.name.islower() and new.name.islower()) or any(old.name in symbols(s) for s in relation.sides[1:])
 
 
 def _links(relation: Relation) -> list[tuple[str, Node, Node]]:

@@ -37,7 +37,7 @@ def value_of(relation: Relation) -> Node | None:
 
 
 def _approximates(rounded: Node, value: Node) -> bool:
-    """Whether a number is another one up to a unit of its last place, or a hundredth; true where that is not known."""
+    """Whether a number is another one rounded to its last place, or up to a hundredth; true where that is not known."""
     if not (is_constant(rounded) and is_constant(value)):
         return True
     try:
@@ -49,7 +49,10 @@ def _approximates(rounded: Node, value: Node) -> bool:
         while (rounded.value / places).denominator > 1 and places > Fraction(1, 10**12):
             places /= 10
     distance = abs(exact - near)
-    return bool(distance * places.denominator < 1 or distance * 100 <= abs(exact))
+    if distance * 100 <= abs(exact):
+        return True
+    is_cut = places < 1 and abs(near) < abs(exact)  # 0.66 for 2/3
+    return bool(2 * distance * places.denominator <= (2 if is_cut else 1))
 
 
 def is_name(node: Node) -> bool:

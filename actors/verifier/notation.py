@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 from actors.verifier.vocabulary import (
+    CONNECTORS,
     CONSTANT_NAMES,
     FRACTIONS,
     FUNCTION_NAMES,
@@ -94,7 +95,7 @@ _THIN_JOIN = re.compile(
 _SPACE_GROUPS = re.compile(r"(?<![\d.,^_])[1-9]\d{0,2}(?: \d{3})+(?![\d]| *[/\\])")
 _COMMA_GROUPS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _MIXED = re.compile(r"(?<![\w.}^/)])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
-_LAST_WORD = re.compile(r"(?<=[\d}])\s+([a-z]{3,})$")
+_LAST_WORDS = re.compile(r"(?<=[\d}])\s+((?:[a-z]{3,} +)*[a-z]{3,})$")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh]|K[gGmM])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
@@ -185,7 +186,7 @@ def normalize(text: str) -> str:
     text = _THIN_JOIN.sub("", text)
     text = _SPACE_GROUPS.sub(lambda found: found.group().replace(" ", ""), text)
     text = _TIMES_TEN.sub(r"\\times ", _MIXED.sub(_spell_mixed, text))
-    text = _LAST_WORD.sub(_spell_unit, text)
+    text = _LAST_WORDS.sub(_spell_unit, text)
     return _METRES.sub(lambda found: rf"\text{{{found.group(1) or found.group(3)}}}{found.group(2) or ''}", text)
 
 
@@ -206,9 +207,10 @@ def _spell_currency(found: re.Match[str]) -> str:
 
 
 def _spell_unit(found: re.Match[str]) -> str:
-    """A word after a space at the end is a unit, not a product of letters."""
-    word = found.group(1)
-    return found.group() if word in PLAIN_FUNCTIONS or word in CONSTANT_NAMES else rf"\text{{ {word}}}"
+    """Words after a space at the end are a unit, not products of letters."""
+    words = set(found.group(1).split())
+    is_formula = words & ({*PLAIN_FUNCTIONS, *CONSTANT_NAMES, "mod"} | CONNECTORS)
+    return found.group() if is_formula else rf"\text{{ {found.group(1)}}}"
 
 
 def _spell_mixed(found: re.Match[str]) -> str:
@@ -236,7 +238,8 @@ def _spell_circled(found: re.Match[str]) -> str:
 
 
 def _spell_chinese_unit(found: re.Match[str]) -> str:
-    return rf"\text{{ {_CHINESE_UNITS[found.group(1) or found.group(2)]}}}"
+    name, _, power = _CHINESE_UNITS[found.group(1) or found.group(2)].partition("^")
+    return rf"\text{{ {name}}}" + (f"^{power}" if power else "")
 
 
 def _spell_vulgar(found: re.Match[str]) -> str:

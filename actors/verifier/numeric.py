@@ -239,6 +239,8 @@ class _Evaluator:
         if n != index or n == 0:
             return base ** (1 / index)
         if isinstance(base, mp.mpc) or base >= 0:
+            if n == 2:
+                return mp.sqrt(base)
             return mp.root(base, n) if n > 0 else 1 / mp.root(base, -n)
         if n % 2:
             return -mp.root(-base, n) if n > 0 else -1 / mp.root(-base, -n)

@@ -8,6 +8,7 @@ all: where 2500 do not, the point does not count. Where too few points are left,
 The points are drawn from a fixed seed: the same question always gets the same answer.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -42,7 +43,7 @@ class _Outcome(Enum):
 def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
     """The sign (1 or -1) of the constant c with a = c b at all points probed; None where there is no such c != 0."""
     pair = _Pair(a, b)
-    agreeing, is_too_large = 0, False
+    agreeing, is_hidden = 0, False  # hidden: there are values that could not be compared
     base: Point | None = None  # where c is taken from
     sign = 1
     largest = 20 if _grows_with_size(a) or _grows_with_size(b) else 10**6
@@ -59,16 +60,17 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
         except TooMuchWork:
             return None
         except TooLarge:
-            is_too_large = True
+            is_hidden = True
             continue
         except Undefined:
             continue
         if outcome is _Outcome.DIFFER:
             return None
+        is_hidden = is_hidden or outcome is _Outcome.OPEN
         agreeing += outcome is _Outcome.AGREE
         if agreeing == NUM_POINTS:
             return sign
-    return 1 if must_be_one and not is_too_large and proves_zero(subtract(a, b)) else None
+    return 1 if must_be_one and not is_hidden and proves_zero(subtract(a, b)) else None
 
 
 class _Pair:
@@ -101,11 +103,12 @@ class _Pair:
                 return _Outcome.AGREE if exact[0] * scale[1] == exact[1] * scale[0] else _Outcome.DIFFER
         for digits in _MORE_DIGITS:
             outcome = self._compare_with(point, base, digits)
-            if outcome is not _Outcome.OPEN:
+            if outcome is not None:
                 return outcome
         return _Outcome.OPEN
 
-    def _compare_with(self, point: Point, base: Point | None, digits: int) -> _Outcome:
+    def _compare_with(self, point: Point, base: Point | None, digits: int) -> _Outcome | None:
+        """None where more digits may tell."""
         mpmath = load("mpmath")
         x, y = self._approximate(point, digits)
         if base is None:
@@ -120,9 +123,11 @@ class _Pair:
             difference = abs(left - right)
             if difference <= max(abs(left), abs(right)) * tolerance:
                 lost = max(max(v.drowned, v.cancelled) for v in (x, y, x0, y0))
-                return _Outcome.AGREE if lost <= digits - _VISIBLE_DIGITS else _Outcome.OPEN
+                if lost <= digits - _VISIBLE_DIGITS:
+                    return _Outcome.AGREE
+                return _Outcome.OPEN if lost == math.inf and digits > DIGITS else None  # both seem to be 0
             noise = max(abs(x.value), x.scale) * abs(y0.value) + max(abs(y.value), y.scale) * abs(x0.value)
-            return _Outcome.DIFFER if difference > noise * tolerance else _Outcome.OPEN
+            return _Outcome.DIFFER if difference > noise * tolerance else None
 
     def _exact(self, point: Point) -> tuple[Fraction, Fraction] | None:
         x = rational(self._sides[0], point, _MAX_BITS)

@@ -96,7 +96,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 def _only_statement(text: str) -> str | None:
     """The first sentence without emphasis around it and without a clause that only comments on it."""
-    text = text.strip()
+    text = text.strip().removeprefix("}")  # of \\textbf{Answer:} 42
     formula = _MATH.match(text)
     end = _SENTENCE_END.search(text, formula.end() if formula else 0)
     text = _without_emphasis(text[: end.start()] if end else text)

@@ -87,9 +87,15 @@ def _drowned_digits(node: Node, most: int) -> int:
 
 
 def _vanishes(node: Node, digits: int) -> bool:
-    """Whether the value has no digit that `digits` and 2 * `digits` agree on."""
+    """Whether the value has no digit that `digits` and 2 * `digits` agree on.
+
+    What is below the noise of its terms is 0 already (see numeric), and needs no second look.
+    """
     mpmath = load("mpmath")
-    coarse, fine = evaluate(node, digits), evaluate(node, 2 * digits)
+    coarse = evaluate(node, digits)
+    if coarse == 0:
+        return True
+    fine = evaluate(node, 2 * digits)
     with mpmath.workdps(15):
         return bool(fine == 0 or abs(coarse - fine) > abs(fine) * mpmath.mpf("1e-6"))
 

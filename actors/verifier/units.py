@@ -50,7 +50,7 @@ function game geese girl goat group guest hand head horse house inch indices int
 length level line man marble match matrices men mice minute month mouse move multiple number object orange
 outcome overall oxen pack page paint pair passenger pen pencil people percent permutation person piece pig
 place plant plate player point polynomial possibility prime problem question rabbit radii rectangle ride ring
-road room root round row rs rupee sandwich score seat series set sheep side slice solution song square stamp
+road room root round row rs rupee sandwich seat series set sheep side slice solution song square stamp
 step sticker stone stop story student subset task teacher team teeth test text ticket tile time total toy
 trainee tree triangle trip truck unit value vertex vertices visit walk way week win window woman women won
 word worker year yuan zero
