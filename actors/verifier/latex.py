@@ -94,7 +94,8 @@ def _from_nodes(nodes: list[LatexNode]) -> tuple[Token, ...]:
 def _is_unknown(node: LatexMacroNode) -> bool:
     """Whether only the name of a macro is known: a sign, or if a group follows, anything."""
     known = (words.IGNORED, words.MACROS, words.FUNCTION_NAMES, words.GREEK)
-    return node.nodeargd is None and not any(node.macroname in names for names in known)
+    has_arguments = node.nodeargd is not None and bool(node.nodeargd.argnlist)
+    return not has_arguments and not any(node.macroname in names for names in known)
 
 
 def _lacks_argument(node: LatexNode | None) -> bool:

@@ -121,13 +121,17 @@ class _Pair:
             tolerance = mpmath.mpf(10) ** (_TOLERANCE_DIGITS - digits)
             left, right = x.value * y0.value, y.value * x0.value
             difference = abs(left - right)
+            lost = max(max(v.drowned, v.cancelled) for v in (x, y, x0, y0))
             if difference <= max(abs(left), abs(right)) * tolerance:
-                lost = max(max(v.drowned, v.cancelled) for v in (x, y, x0, y0))
                 if lost <= digits - _VISIBLE_DIGITS:
                     return _Outcome.AGREE
-                return _Outcome.OPEN if lost == math.inf and digits > DIGITS else None  # both seem to be 0
-            noise = max(abs(x.value), x.scale) * abs(y0.value) + max(abs(y.value), y.scale) * abs(x0.value)
-            return _Outcome.DIFFER if difference > noise * tolerance else None
+            else:
+                noise = max(abs(x.value), x.scale) * abs(y0.value) + max(abs(y.value), y.scale) * abs(x0.value)
+                if difference > noise * tolerance:
+                    return _Outcome.DIFFER
+        is_zero = lost == math.inf and digits > DIGITS  # as far as can be seen
+        is_beyond = _MORE_DIGITS[-1] - _VISIBLE_DIGITS < lost < math.inf
+        return _Outcome.OPEN if is_zero or is_beyond else None
 
     def _exact(self, point: Point) -> tuple[Fraction, Fraction] | None:
         x = rational(self._sides[0], point, _MAX_BITS)

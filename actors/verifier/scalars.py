@@ -66,6 +66,9 @@ def _constants_equal(a: Node, b: Node) -> bool:
     bound = _proof_digits(difference)
     most = _MAX_DIGITS[bound is not None]
     try:
+        first = approximate(difference, _FIRST_DIGITS)
+        if first.value != 0 and first.cancelled == 0:  # no sum has lost a digit: it is not 0
+            return False
         drowned = _drowned_digits(difference, most)
         if not _vanishes(difference, _FIRST_DIGITS + drowned):
             return False
