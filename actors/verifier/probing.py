@@ -70,7 +70,8 @@ def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
         agreeing += outcome is _Outcome.AGREE
         if agreeing == NUM_POINTS:
             return sign
-    return 1 if must_be_one and not is_hidden and proves_zero(subtract(a, b)) else None
+    may_be_proven = must_be_one and not is_hidden and symbols(a) == symbols(b)
+    return 1 if may_be_proven and proves_zero(subtract(a, b)) else None
 
 
 class _Pair:
