@@ -1,14 +1,14 @@
 """The `grade` command: runs the mathematical verifier over a file of cases and prints its verdicts.
 
-    python run.py grade CASES.jsonl [verifier.answer_form=exact]
+    python run.py grade CASES.jsonl [--answer-form exact]
 
 Each input line is {"gold": ..., "pred": ..., "input": "answer" | "response"}; further keys stay as they are. With
 "answer" (the default) `pred` is the answer itself; with "response" it is a text that contains the answer somewhere.
 Each output line is the row's id, if it has one, with `equal`, `verdict` and `seconds`. When rows carry the expected
 "equal", the last line is a confusion table; rows marked "contested" are left out of it.
 
-Any spelling of the right value is equal here, unless `verifier.answer_form` says otherwise: the question is whether two
-answers are the same, not whether one may be copied from the task.
+Any spelling of the right value is equal here, unless --answer-form says otherwise: the question is whether two answers
+are the same, not whether one may be copied from the task.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ async def _grade(rows: list[dict[str, Any]], config: Config) -> None:
         settings.num_workers,
         settings.timeout_s,
         settings.memory_mb,
-        settings.answer_form,
+        answer_form=settings.answer_form,
     ) as pool:
 
         async def one(row: dict[str, Any]) -> tuple[Verdict, float]:

@@ -133,7 +133,14 @@ KINDS: dict[str, tuple[Pairs, Pairs]] = {
     ),
     "no group of digits begins with 0": (
         (("1,245", "1245"), ("12,000", "12000"), ("10 245", "10245"), (r"1{,}245", "1245"), (r"10\,245", "10245")),
-        (("0,245", "245"), ("0 245", "245"), (r"0{,}245", "245"), (r"0\,245", "245"), ("0,245", "0"), ("007,245", "7245")),
+        (
+            ("0,245", "245"),
+            ("0 245", "245"),
+            (r"0{,}245", "245"),
+            (r"0\,245", "245"),
+            ("0,245", "0"),
+            ("007,245", "7245"),
+        ),
     ),
     "two sets are not one": (
         (
@@ -250,13 +257,22 @@ KINDS: dict[str, tuple[Pairs, Pairs]] = {
 STATED: tuple[tuple[str, str, bool, str], ...] = (
     *((text, "42", True, "al") for text in ("**Answer: 42**", "**Answer:** 42", "**Answer**: 42", "Answer: **42**.")),
     *((text, "42", True, "al") for text in ("***Answer: 42***", "__Answer: 42__", "`Answer: 42`", "### Answer: 42")),
-    *((text, "42", True, "al") for text in ("### Answer\n\n42", "**Answer**\n42", "**Answer:**\n42", "Answer:\n\n$$42$$")),
-    *((text, "42", True, "al") for text in ("Answer:\n\\[\n42\n\\]", "**Final Answer**\n\n42", "- Answer: 42")),
+    *(
+        (text, "42", True, "al")
+        for text in ("### Answer\n\n42", "**Answer**\n42", "**Answer:**\n42", "Answer:\n\n$$42$$")
+    ),
+    *(
+        (text, "42", True, "al")
+        for text in ("Answer:\n\\[\n42\n\\]", "Answer:\n\n$$42$$", "**Final Answer**\n\n42", "- Answer: 42")
+    ),
     *((text, "42", True, "al") for text in ("> **Answer:** $42$", "<b>Answer:</b> 42", r"\textbf{Answer:} 42")),
-    *((text, "42", True, "al") for text in ("Answer：42", "ANSWER = 42", "The final answer: 42", "Final answer is: 42")),
+    *(
+        (text, "42", True, "al")
+        for text in ("Answer：42", "ANSWER = 42", "The final answer: 42", "Final answer is: 42")
+    ),
     *((text, "42", True, "al") for text in ("Answer: 42, which is the total.", "Answer: 42. This is because 40+2.")),
     *((text, "42", True, "al") for text in ("Answer: 42 because 6*7.", "Answer: 42 apples", "Answer: x = 42")),
-    *((text, "42", True, "al") for text in ("答案：42", "最终答案：$42$", "*Answer:* *42*")),
+    *((text, "42", True, "al") for text in ("答案：42", "最终答案：$42$", "*Answer:* *42*", "Final answer is: 42")),
     ("Answer: 3.5", "3.5", True, "al"),
     ("Answer: $2^{10} = 1024$", "1024", True, "al"),
     ("Answer: 2*3*x", "6x", True, "l"),
@@ -280,7 +296,10 @@ STATED: tuple[tuple[str, str, bool, str], ...] = (
     ("<answer>42", "42", False, "l"),
     ("<answer>41 or 42</answer>", "42", False, "al"),
     *((f"The answer is 72{tail}", "72", True, "a") for tail in (", which is the total.", " because 70+2=72.")),
-    *((f"The answer is 72{tail}", "72", True, "a") for tail in (" (the total).", "; hence 73 is wrong.", ", as desired.")),
+    *(
+        (f"The answer is 72{tail}", "72", True, "a")
+        for tail in (" (the total).", "; hence 73 is wrong.", ", as desired.")
+    ),
     ("The answer is 3, 4 and 5.", "3,4,5", True, "a"),
     ("The answer is 3 or 4.", "3", False, "a"),
     ("The answer is not 42.", "42", False, "a"),

@@ -74,13 +74,13 @@ def test_exact_is_what_training_gets_unless_it_says_otherwise() -> None:
 @pytest.mark.parametrize(("form", "verdict"), [(AnswerForm.EXACT, Verdict.WRONG), (AnswerForm.ANY, Verdict.CORRECT)])
 def test_the_pool_hands_the_setting_to_the_verifier(form: AnswerForm, verdict: Verdict) -> None:
     async def body() -> Verdict:
-        async with asyncio.timeout(60), VerifierPool(MATHEMATICAL, 1, 3.0, 1024, form) as pool:
+        async with asyncio.timeout(60), VerifierPool(MATHEMATICAL, 1, 3.0, 1024, answer_form=form) as pool:
             return await pool.verify(r"\boxed{2^{10}}", "1024", {})
 
     assert asyncio.run(body()) is verdict
 
 
 def test_a_function_without_the_keyword_is_left_alone_and_the_setting_is_refused_where_it_has_no_use() -> None:
-    load_verifier("common.tasks.chain_sum:verify")
-    with pytest.raises(ValueError, match='answer_form is "any", but common.tasks.chain_sum:verify has no keyword'):
-        load_verifier("common.tasks.chain_sum:verify", AnswerForm.ANY)
+    load_verifier("common.tasks.chain_sum:verify", 1.0)
+    with pytest.raises(ValueError, match=r'answer_form is "any", but common\.tasks\.chain_sum:verify has no keyword'):
+        load_verifier("common.tasks.chain_sum:verify", 1.0, AnswerForm.ANY)

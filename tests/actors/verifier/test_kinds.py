@@ -1,10 +1,10 @@
 """Kinds of mistakes that the verifier made once: what must not be accepted, beside what must not be refused for it."""
 
 import pytest
-from tests.support.verifier_kinds import KINDS, STATED
 
-from actors.verifier.math import answers_equal, verify, verify_anywhere, verify_answer_line
+from actors.verifier.math import answers_equal, verify, verify_answer_line, verify_anywhere
 from common.types import AnswerForm, Verdict
+from tests.support.verifier_kinds import KINDS, STATED
 
 pytestmark = pytest.mark.timeout(120)
 FUNCTIONS = {"a": verify_anywhere, "l": verify_answer_line}

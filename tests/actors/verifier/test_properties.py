@@ -150,8 +150,8 @@ MACROS = r"""
 \subset \odot \foo \textcircled{3} \dot ^\circ \operatorname \lfloor \rfloor \mid \begin{cases} \end{cases} \over \exp
 """
 SIGNS = """
-{ } ( ) [ ] , ; = < | ^ _ ! !! ' + - * / : . % $ & 1 2 10 0.5 x y f n e i or and for if cm 50% ② 个 10^{9} 2^{1000} 1e999
-0.333... 0.(3) f(x) a_n 5! 1/0 0^0 three A (A) **
+{ } ( ) [ ] , ; = < | ^ _ ! !! ' + - * / : . % $ & 1 2 10 0.5 x y f n e i or and for if cm 50% ② 个 10^{9} 2^{1000}
+1e999 0.333... 0.(3) f(x) a_n 5! 1/0 0^0 three A (A) **
 """
 FRAGMENTS = [*MACROS.split(), *SIGNS.split()]
 latex_soup = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map(" ".join)
