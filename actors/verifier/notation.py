@@ -209,7 +209,7 @@ def _spell_currency(found: re.Match[str]) -> str:
 def _spell_unit(found: re.Match[str]) -> str:
     """Words after a space at the end are a unit, not products of letters."""
     words = set(found.group(1).split())
-    is_formula = words & ({*PLAIN_FUNCTIONS, *CONSTANT_NAMES, "mod"} | CONNECTORS)
+    is_formula = (words - {"min"}) & ({*PLAIN_FUNCTIONS, *CONSTANT_NAMES, "mod"} | CONNECTORS)
     return found.group() if is_formula else rf"\text{{ {found.group(1)}}}"
 
 

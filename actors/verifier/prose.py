@@ -18,7 +18,7 @@ _PHRASE = re.compile(
     r"\b(?:final\s+answer|answer|correct\s+(?:option|choice))[*_]*\s*(?:(?:is|are|equals|:|：|=)[*_]*\s*)+"
     r"(?:indeed|thus|therefore|simply)?\s*"
     r"|\banswer\s+(?=\$|\\\(|\\\[)|\bfinal:\s*"
-    r"|(?:答案|结果)(?:应[该当])?(?:是|为|选|等于|[：:=])+\s*|答\s*[：:]\s*|[故应]选\s*[：:]?\s*",
+    r"|(?:答案|结果)(?:应[该当])?(?:是|为|选|等于|[：:=])+\s*|答\s*[：:]\s*|(?:[故应]选|选(?=\s*[A-J]\b))\s*[：:]?\s*",
     re.IGNORECASE,
 )
 _MATH = re.compile(
@@ -28,7 +28,7 @@ _MATH = re.compile(
 _SENTENCE_END = re.compile(r"\.(?=[*_]*(?:\s+[A-Z]|\s*$|\s*\n|\s*\\n))|[!?](?=[*_]*(?:\s|$))|[。！？]|\n\s*\n")
 # What only comments on the answer before it: 72, which is the total.
 _CLAUSE = re.compile(
-    r"\s*[,;—–(]?\s+(?:which|because|since|hence|therefore|as\s+(?:required|desired|shown|stated|claimed|expected|needed))\b"
+    r"(?:\s*[,;—–(]\s*|\s+)(?:which|because|since|hence|therefore|as\s+(?:required|desired|shown|stated|claimed|expected|needed))\b"
     r"|\s*[,;—–]\s*(?:so|as|thus|making|giving|meaning|i\.e\.|in\s+(?:total|all)|altogether|overall|using|rounded)\b",
     re.IGNORECASE,
 )

@@ -41,6 +41,8 @@ exceeds excludes exists fails follows gives goes holds implies includes lies mak
 plus remains requires satisfies says seems sometimes starts sums towards unless varies versus whereas works
 """)
 _NOT_PLURAL_ENDINGS = ("ss", "us", "is", "'s")
+# What may follow a thing.
+_AFTER_THINGS = _words("old tall long wide high deep thick left remaining away apart ago later altogether total all")
 # What is counted, where the word does not end in s.
 _NOUNS = _words("""
 altogether apple arrangement axes ball bird board book bottle box boy brick building bus cake candy car card
@@ -100,6 +102,9 @@ def _is_unit(words: list[str]) -> bool:
             parts.append([])
         elif re.match("[A-Za-z%]", word) and word not in MAGNITUDES:
             parts[-1].append(word)
+    for part in parts:
+        while len(part) > 1 and part[-1] in _AFTER_THINGS:  # 18 years old
+            part.pop()
     return all(not part or _is_thing(part[-1]) for part in parts)
 
 

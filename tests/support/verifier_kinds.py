@@ -195,6 +195,9 @@ KINDS: dict[str, tuple[Pairs, Pairs]] = {
             ("12 red apples", "12"),
             ("3 cups of flour", "3"),
             ("42 total", "42"),
+            ("18 years old", "18"),
+            ("10 inches tall", "10"),
+            ("15 min", "15 minutes"),
             ("5 newtons", "5"),
             (r"5\mathrm{J}", "5"),
             ("5 m/s^2", "5"),
@@ -254,25 +257,23 @@ KINDS: dict[str, tuple[Pairs, Pairs]] = {
     ),
 }
 
+_FORTY_TWO = (
+    *("**Answer: 42**", "**Answer:** 42", "**Answer**: 42", "Answer: **42**.", "***Answer: 42***", "__Answer: 42__"),
+    *("`Answer: 42`", "### Answer: 42", "### Answer\n\n42", "**Answer**\n42", "**Answer:**\n42", "Answer:\n\n$$42$$"),
+    *("Answer:\n\\[\n42\n\\]", "**Final Answer**\n\n42", "- Answer: 42", "> **Answer:** $42$", "<b>Answer:</b> 42"),
+    *(r"\textbf{Answer:} 42", "Answer：42", "ANSWER = 42", "The final answer: 42", "Final answer is: 42"),
+    *("Answer: 42, which is the total.", "Answer: 42. This is because 40+2.", "Answer: 42 because 6*7."),
+    *(
+        "Answer: 42 (since 6*7=42)",
+        "Answer: 42 apples",
+        "Answer: x = 42",
+        "答案：42",
+        "最终答案：$42$",
+        "*Answer:* *42*",
+    ),
+)
 STATED: tuple[tuple[str, str, bool, str], ...] = (
-    *((text, "42", True, "al") for text in ("**Answer: 42**", "**Answer:** 42", "**Answer**: 42", "Answer: **42**.")),
-    *((text, "42", True, "al") for text in ("***Answer: 42***", "__Answer: 42__", "`Answer: 42`", "### Answer: 42")),
-    *(
-        (text, "42", True, "al")
-        for text in ("### Answer\n\n42", "**Answer**\n42", "**Answer:**\n42", "Answer:\n\n$$42$$")
-    ),
-    *(
-        (text, "42", True, "al")
-        for text in ("Answer:\n\\[\n42\n\\]", "Answer:\n\n$$42$$", "**Final Answer**\n\n42", "- Answer: 42")
-    ),
-    *((text, "42", True, "al") for text in ("> **Answer:** $42$", "<b>Answer:</b> 42", r"\textbf{Answer:} 42")),
-    *(
-        (text, "42", True, "al")
-        for text in ("Answer：42", "ANSWER = 42", "The final answer: 42", "Final answer is: 42")
-    ),
-    *((text, "42", True, "al") for text in ("Answer: 42, which is the total.", "Answer: 42. This is because 40+2.")),
-    *((text, "42", True, "al") for text in ("Answer: 42 because 6*7.", "Answer: 42 apples", "Answer: x = 42")),
-    *((text, "42", True, "al") for text in ("答案：42", "最终答案：$42$", "*Answer:* *42*", "Final answer is: 42")),
+    *((text, "42", True, "al") for text in _FORTY_TWO),
     ("Answer: 3.5", "3.5", True, "al"),
     ("Answer: $2^{10} = 1024$", "1024", True, "al"),
     ("Answer: 2*3*x", "6x", True, "l"),
@@ -283,6 +284,7 @@ STATED: tuple[tuple[str, str, bool, str], ...] = (
     ("答案是42。", "42", True, "a"),
     ("答案为 C。", "C", True, "a"),
     ("故选：B。", "B", True, "a"),
+    ("选C", "C", True, "a"),
     ("答案：x=1或x=2", "1, 2", True, "a"),
     ("答案：x=1或x=2", "2", False, "a"),
     ("因此一共有 42 个。", "42", True, "a"),
