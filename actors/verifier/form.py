@@ -7,6 +7,7 @@ Copying a formula of the question is no answer to it. What counts as worked out 
   its base, a + bi of such numbers) or names, with a sign at most.
 * It holds a formula of constants, as 2 sqrt(3) or ln 2: those of the answer use nothing but arithmetic, powers, roots
   and functions of the kinds that the reference uses, so no cos 15° for (sqrt(6) + sqrt(2))/4.
+* It holds any formula: the answer leaves no numbers to be added or multiplied, as 19x + 1 - 4x - 81 does.
 * max, min, gcd, lcm, mod, sums, products, determinants, limits and integrals are only where the reference has them.
 """
 
@@ -28,6 +29,7 @@ from actors.verifier.tree import (
     children,
     is_constant,
     is_scalar,
+    operands,
     walk,
 )
 
@@ -56,7 +58,7 @@ def has_form(answer: Node, reference: Node) -> bool:
         used = set(_functions(part)) - known
         if used & _UNEVALUATED or (is_constant(part) and not used <= _ARITHMETIC):
             return False
-    return True
+    return not any(map(_leaves_arithmetic, given)) or any(map(_leaves_arithmetic, wanted))
 
 
 def _parts(node: Node) -> Iterator[Node]:
@@ -150,6 +152,22 @@ def _is_complex_sum(node: Node) -> bool:
                 _is_imaginary(a) and is_literal(b) and not _is_imaginary(b) and not _is_complex_sum(b)
             )
     return False
+
+
+def _leaves_arithmetic(node: Node) -> bool:
+    """Whether two numbers are terms of one sum or factors of one product."""
+    return any(
+        sum(map(_is_integer_or_decimal, operands(part))) > 1
+        for part in walk(node)
+        if isinstance(part, Apply) and part.function in ("+", "*")
+    )
+
+
+def _is_integer_or_decimal(node: Node) -> bool:
+    match node:
+        case Apply(function="neg", arguments=(inner,)):
+            return isinstance(inner, Number)
+    return isinstance(node, Number)
 
 
 def _functions(node: Node) -> Iterator[str]:

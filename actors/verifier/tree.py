@@ -215,7 +215,7 @@ def key(node: Node) -> str:
         case Symbol() | Constant():
             return f"{type(node).__name__[0]}:{node.name}"
         case Apply():
-            parts = [key(part) for part in _flatten(node)]
+            parts = [key(part) for part in operands(node)]
             if node.function in COMMUTATIVE:
                 parts.sort()
             return f"{node.function}({','.join(parts)})"
@@ -230,9 +230,10 @@ def key(node: Node) -> str:
     return f"text({node.words})"
 
 
-def _flatten(node: Apply) -> Iterator[Node]:
+def operands(node: Apply) -> Iterator[Node]:
+    """The arguments of a function; of a sum or product also those of the sums or products among them."""
     for argument in node.arguments:
         if isinstance(argument, Apply) and argument.function == node.function and node.function in ("+", "*"):
-            yield from _flatten(argument)
+            yield from operands(argument)
         else:
             yield argument
