@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.config import Config, ConfigError, DType
+from common.config import Config, ConfigError, DType, VerifierConfig
 from common.launcher import QUIET_ENVIRONMENT
 from common.loading import load_config
 from common.processes import Outcome
+from common.types import AnswerForm
 
 USER_ERROR = 2
 
@@ -162,7 +163,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _grade(arguments: argparse.Namespace) -> int:
     from actors.grade import main as run_grade
 
-    return run_grade(arguments.cases, Config())
+    return run_grade(arguments.cases, Config(verifier=VerifierConfig(answer_form=AnswerForm(arguments.answer_form))))
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -267,6 +268,12 @@ def _parser() -> argparse.ArgumentParser:
     grade = commands.add_parser("grade", help="grade a file of answers with the mathematical verifier")
     grade.set_defaults(command=_grade)
     grade.add_argument("cases", help='.jsonl with {"gold": ..., "pred": ..., "input": "answer"|"response"} a line')
+    grade.add_argument(
+        "--answer-form",
+        choices=[form.value for form in AnswerForm],
+        default=AnswerForm.ANY.value,
+        help="verifier.answer_form: any spelling of the right value (the default here), or exact, as in training",
+    )
     return parser
 
 

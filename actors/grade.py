@@ -1,11 +1,14 @@
 """The `grade` command: runs the mathematical verifier over a file of cases and prints its verdicts.
 
-    python run.py grade CASES.jsonl
+    python run.py grade CASES.jsonl [--answer-form exact]
 
 Each input line is {"gold": ..., "pred": ..., "input": "answer" | "response"}; further keys stay as they are. With
 "answer" (the default) `pred` is the answer itself; with "response" it is a text that contains the answer somewhere.
 Each output line is the row's id, if it has one, with `equal`, `verdict` and `seconds`. When rows carry the expected
 "equal", the last line is a confusion table; rows marked "contested" are left out of it.
+
+Any spelling of the right value is equal here, unless --answer-form says otherwise: the question is whether two answers
+are the same, not whether one may be copied from the task.
 """
 
 import asyncio
@@ -19,14 +22,14 @@ from typing import Any
 from actors.verifier.math import answers_equal, verify_anywhere
 from actors.verifier.pool import VerifierPool
 from common.config import Config, ConfigError
-from common.types import Verdict
+from common.types import AnswerForm, Verdict
 
 
-def grade_row(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+def grade_row(response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.ANY) -> Verdict:
     """The verifier function of this command: `row["input"]` says what the response is."""
     if row["input"] == "response":
-        return verify_anywhere(response, reference, row)
-    return Verdict.CORRECT if answers_equal(response, reference) else Verdict.WRONG
+        return verify_anywhere(response, reference, row, answer_form)
+    return Verdict.CORRECT if answers_equal(response, reference, answer_form) else Verdict.WRONG
 
 
 def main(path: str, config: Config) -> int:
@@ -67,7 +70,11 @@ async def _grade(rows: list[dict[str, Any]], config: Config) -> None:
     table: Counter[tuple[bool, bool]] = Counter()
     limit = asyncio.Semaphore(settings.num_workers)  # so that `seconds` holds no queueing
     async with VerifierPool(
-        "actors.grade:grade_row", settings.num_workers, settings.timeout_s, settings.memory_mb
+        "actors.grade:grade_row",
+        settings.num_workers,
+        settings.timeout_s,
+        settings.memory_mb,
+        answer_form=settings.answer_form,
     ) as pool:
 
         async def one(row: dict[str, Any]) -> tuple[Verdict, float]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from common.types import AnswerForm
+
 
 class ConfigError(ValueError):
     """A user's mistake in the configuration; one sentence that names the value and what to do."""
@@ -128,6 +130,8 @@ class VerifierConfig:
     timeout_s: float = 3.0  # wall-clock limit for one answer
     memory_mb: int = 1024  # address-space limit of one worker
     max_error_share: float = 0.1  # of a step's responses: when the verifier fails on more, the run ends
+    # "exact": a formula of the question is no answer to it; "any": its value is enough. Of a function with this keyword
+    answer_form: AnswerForm = AnswerForm.EXACT
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ class Verdict(StrEnum):
     ERROR = "error"  # nothing of the response: the verifier itself failed. Such a group is never trained on
 
 
+class AnswerForm(StrEnum):
+    """Which spellings of a right answer the mathematical verifier accepts."""
+
+    EXACT = "exact"  # worked out as its reference is: no formula where that is a number
+    ANY = "any"  # whatever has the value of the reference
+
+
 class FinishReason(StrEnum):
     """Why sampling ended: end-of-sequence or a stop string was drawn, or max_tokens was reached (truncated)."""
 

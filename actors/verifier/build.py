@@ -1,13 +1,11 @@
 """Builds tree nodes from the pieces that the parser has read: functions, numerals in a base, units."""
 
-import re
 from collections.abc import Callable
 from fractions import Fraction
 
 from actors.verifier.matrices import determinant
-from actors.verifier.tokens import ParseError, Token, lower_word
+from actors.verifier.tokens import ParseError, Token
 from actors.verifier.tree import ONE, REALS, TWO, Apply, Matrix, Node, Number, Relation, Sequence, Symbol
-from actors.verifier.vocabulary import ADJECTIVES, MAGNITUDES, NOT_UNITS, UNITS
 
 # Functions that are 1 over another one, and those that are another one of 1/x.
 _RECIPROCALS = {"coth": "tanh", "sech": "cosh", "csch": "sinh"}
@@ -27,6 +25,20 @@ def flat(tokens: tuple[Token, ...]) -> str:
 
 def _flat_parts(token: Token) -> str:
     return f"{token.kind}[{'|'.join(flat(part) for part in token.parts)}]" if token.parts else ""
+
+
+def canonical(tokens: tuple[Token, ...]) -> str:
+    """The tokens as one string, the same for two lists only if they differ in nothing but signs of multiplication and
+    braces around one token."""
+    pieces = []
+    for token in tokens:
+        if token.kind == "group":
+            inside = canonical(token.parts[0])
+            pieces.append(inside if len(token.parts[0]) == 1 else f"{{{inside}}}")
+        elif token != Token("op", "*"):
+            parts = "|".join(canonical(part) for part in token.parts)
+            pieces.append(f"{token.kind} {token.text}[{parts}]" if token.parts else token.text)
+    return " ".join(pieces)
 
 
 def product(left: Node, right: Node) -> Node:
@@ -76,42 +88,10 @@ def in_base(numeral: str, subscript: str) -> Node:
     if not 2 <= base <= 36:
         raise ParseError("base")
     try:
-        return Number(Fraction(int(numeral, base)))
+        value = Number(Fraction(int(numeral, base)))
     except ValueError as error:
         raise ParseError("digit beyond the base") from error
-
-
-def magnitude_and_unit(pieces: list[str]) -> tuple[Fraction, str]:
-    """The factor of words like "million" and one spelling for a unit.
-
-    "square centimeters", "cm^2" and "centimeters^2" are all "cm^2". Raises ParseError for words that change the value
-    or the meaning of the number before them.
-    """
-    factor, unit, power = Fraction(1), "", ""
-    spelled = re.sub(r"[A-Za-z]{2,}", lambda run: lower_word(run.group()), " ".join(pieces))  # but M is no m
-    words = re.findall(r"[A-Za-z']+|-?\d+|\S", spelled)
-    if words[-1:] and words[-1] in ADJECTIVES:
-        raise ParseError(f"{words[-1]} after a number")
-    for word in words:
-        if word in NOT_UNITS and words != ["times"]:
-            raise ParseError(f"{word} after a number")
-        if word in MAGNITUDES and not unit:
-            factor *= MAGNITUDES[word]
-        elif word in ("square", "sq", "cubic", "cu"):
-            power = "^2" if word[0] == "s" else "^3"
-        elif word == "per":
-            unit += "/"
-        elif re.fullmatch("[A-Za-z]+|%", word):
-            name = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word.removesuffix("s")
-            unit += ("" if not unit or unit.endswith("/") else " ") + name + power
-            power = ""
-        elif word == "*":  # kg m^2 and kg \cdot m^2
-            continue
-        elif word in ("^", "/", "2", "3", "-1", "-2"):
-            unit += word
-        else:
-            raise ParseError(f"{word} in a unit")
-    return factor, unit
+    return value if base == 10 else Apply("numeral", (value, Number(Fraction(base))))
 
 
 def structured(token: Token, parse: Callable[[tuple[Token, ...]], Node]) -> Node:

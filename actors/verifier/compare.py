@@ -1,15 +1,17 @@
 """Equality of two answers as texts: what they can be read as, and whether any reading of one is one of the other."""
 
 import re
-from fractions import Fraction
 from functools import lru_cache
 
+from actors.verifier.build import in_base
 from actors.verifier.equal import nodes_equal
+from actors.verifier.form import has_form
+from actors.verifier.latex import MAX_LENGTH
 from actors.verifier.notation import join_comma_groups, normalize
 from actors.verifier.numerals import number_in_words
 from actors.verifier.parse import parse
-from actors.verifier.tokens import MAX_LENGTH, ParseError
-from actors.verifier.tree import Node, Number
+from actors.verifier.tokens import ParseError
+from actors.verifier.tree import Node
 
 # "The answer is", "Therefore,": what comes before the answer itself.
 _PREFIX = re.compile(
@@ -71,18 +73,21 @@ _BETWEEN_POINTS = re.compile(r",?\s*\b(?:and|or)\b\s*")
 _NAMING = re.compile(r"\b[a-z]\s*=\s*")
 
 
-def texts_equal(a: str, b: str) -> bool:
-    """Whether two answers are equal as text or in one of their readings as mathematics."""
-    if max(len(a), len(b)) > 2 * MAX_LENGTH:
-        return a.strip() == b.strip() and _has_content(a)
-    a, b = _clean(a), _clean(b)
+def texts_equal(answer: str, reference: str, is_exact: bool) -> bool:
+    """Whether two answers are equal as text or in one of their readings as mathematics.
+
+    Where `is_exact`, the reading of the answer must have the form of that of the reference.
+    """
+    if max(len(answer), len(reference)) > 2 * MAX_LENGTH:
+        return answer.strip() == reference.strip() and _has_content(answer)
+    a, b = _clean(answer), _clean(reference)
     if not _has_content(a) or not _has_content(b):
         return False
     if _literal(a) == _literal(b):
         return True
-    if (choice := _choice_equal(a, b)) is not None:
+    if (choice := _choice_equal(a, b, is_exact)) is not None:
         return choice
-    return any(nodes_equal(x, y) for x in _readings(a) for y in _readings(b))
+    return any(nodes_equal(x, y) and (not is_exact or has_form(x, y)) for x in _readings(a) for y in _readings(b))
 
 
 @lru_cache(maxsize=256)
@@ -136,7 +141,7 @@ def _literal(text: str) -> str:
     return bare.lower() if _WORDY.fullmatch(bare) or bare.lower() == "no" else plain
 
 
-def _choice_equal(a: str, b: str) -> bool | None:
+def _choice_equal(a: str, b: str, is_exact: bool) -> bool | None:
     """A letter of a multiple-choice question against "C. x = 42" or "(C) 42"; None: not such a question."""
     for letter, other in ((a, b), (b, a)):
         plain = _literal(letter).strip("(){}")
@@ -147,7 +152,7 @@ def _choice_equal(a: str, b: str) -> bool | None:
             return plain == _literal(other).strip("()")
     labels = _split_label(a), _split_label(b)
     if labels[0] and labels[1]:
-        return labels[0][0] == labels[1][0] and texts_equal(labels[0][1], labels[1][1])
+        return labels[0][0] == labels[1][0] and texts_equal(labels[0][1], labels[1][1], is_exact)
     return None
 
 
@@ -174,8 +179,8 @@ def _readings(text: str) -> tuple[Node, ...]:
         return ()
     if "_" in text and (found := _HEX.fullmatch(_TEXT_MACRO.sub("", text).replace("{", "").replace("}", ""))):
         try:
-            return (Number(Fraction(int(found[1], int(found[2])))),)
-        except ValueError:  # a digit beyond the base
+            return (in_base(found[1], found[2]),)
+        except ParseError:  # a digit beyond the base
             return ()
     joined = join_comma_groups(text)
     spellings = dict.fromkeys((joined, joined if _ZERO_GROUP.search(text) else text))

@@ -34,10 +34,12 @@ def joined(items: list[Node], connectors: set[str]) -> list[Node]:
 
 
 def described(items: list[Node], conditions: list[Node]) -> Node:
-    """{x | x > 3} says the same as x > 3, {x in S | x > 3} also that x is in S; {2k | k in S} lists 2k and k in S."""
+    """{x | x > 3} is the set of x > 3, {x in S | x > 3} also that of x in S; {2k | k in S} lists 2k and k in S."""
     head = items[0]
     if isinstance(head, Apply) and head.function == "in":
         head, conditions = head.arguments[0], [head, *conditions]
     if len(items) == 1 and isinstance(head, Symbol) and all(map(_is_condition, conditions)):
-        return conditions[0] if len(conditions) == 1 else Apply("intersection", tuple(conditions))
+        return Apply(
+            "described", (conditions[0] if len(conditions) == 1 else Apply("intersection", tuple(conditions)),)
+        )
     return Sequence("", (*items, *conditions))

@@ -5,11 +5,11 @@ Symmetric by construction: each rule for a pair of different kinds is tried in b
 
 from itertools import combinations
 
-from actors.verifier.matrices import simplify_matrices
+from actors.verifier.naming import is_name, value_of
+from actors.verifier.prepare import prepare, without_degrees
 from actors.verifier.scalars import ratio_sign, scalars_equal
 from actors.verifier.sets import as_set, flip, is_clearly_a_set, sets_equal
 from actors.verifier.tree import (
-    REALS,
     Apply,
     Matrix,
     Node,
@@ -19,15 +19,13 @@ from actors.verifier.tree import (
     Sequence,
     Symbol,
     Text,
-    is_number_set,
+    base_of,
     is_scalar,
     key,
-    negate,
     replace,
     subtract,
     symbols,
     variables,
-    walk,
 )
 
 MAX_ITEMS = 100
@@ -35,69 +33,17 @@ MAX_ITEMS = 100
 
 def nodes_equal(a: Node, b: Node) -> bool:
     """Whether two trees are the same answer."""
-    a, b = _prepare(a), _prepare(b)
+    a, b = prepare(a), prepare(b)
     if key(a) == key(b):
         return True
     return _one_way(a, b) or _one_way(b, a) or _same_kind(a, b)
-
-
-def _prepare(node: Node) -> Node:
-    """Matrix arithmetic carried out, ± written as the list of its two values, and the k of "k in Z" under one name."""
-    node = _expand_signs(simplify_matrices(node))
-    match node:
-        case Sequence(brackets="", items=(*_, Apply(function="in", arguments=(Symbol() as name, domain)))):
-            return replace(node, name, Symbol("parameter")) if domain == REALS or is_number_set(domain) else node
-        case Apply(function="percent", arguments=(value,)):
-            return Quantity(value, "%")
-        case Apply(function="degree", arguments=(value,)):
-            return Quantity(value, "degree")
-        case Apply(function="neg", arguments=(Apply(function="percent" | "degree" as unit, arguments=(value,)),)):
-            return Quantity(negate(value), "%" if unit == "percent" else unit)
-    return node
-
-
-def _expand_signs(node: Node) -> Node:
-    if isinstance(node, Sequence):
-        items: list[Node] = []
-        for item in node.items:
-            expanded = _expand_signs(item)
-            is_pair = isinstance(expanded, Sequence) and expanded.brackets == "" and _has_sign(item)
-            items.extend(expanded.items if is_pair and isinstance(expanded, Sequence) else [item])
-        if node.brackets == "()" and _is_one_choice(node):
-            return Sequence("", (_choose_sign(node, True), _choose_sign(node, False)))
-        return Sequence(node.brackets, tuple(items)) if node.brackets in ("", "{}") else node
-    if not _has_sign(node):
-        return node
-    if isinstance(node, Apply) and node.function in ("union", "intersection", "setminus", "in"):
-        return Apply(node.function, tuple(map(_expand_signs, node.arguments)))
-    both = _choose_sign(node, True), _choose_sign(node, False)
-    if isinstance(node, Relation) and node.operators == ("≠",):
-        return Apply("intersection", both)
-    return Sequence("", both)
-
-
-def _has_sign(node: Node) -> bool:
-    return any(isinstance(n, Apply) and n.function in ("pm", "mp") for n in walk(node))
-
-
-def _is_one_choice(point: Sequence) -> bool:
-    """Whether (±1, 0) or (±1, ∓2) stands for two points; (±1, ±2) may be two or four."""
-    signs = [n.function for n in walk(point) if isinstance(n, Apply) and n.function in ("pm", "mp")]
-    return len(signs) == 1 or set(signs) == {"pm", "mp"}
-
-
-def _choose_sign(node: Node, is_upper: bool) -> Node:
-    for found in [n for n in walk(node) if isinstance(n, Apply) and n.function in ("pm", "mp")]:
-        is_plus = (found.function == "pm") == is_upper
-        node = replace(node, found, found.arguments[0] if is_plus else negate(found.arguments[0]))
-    return node
 
 
 def _one_way(a: Node, b: Node) -> bool:
     """Rules where only `a` is reduced to something simpler."""
     match a:
         case Quantity() if not isinstance(b, Quantity):
-            return _quantity_matches(a, b)
+            return a.is_known and _quantity_matches(a, b)
         case Relation(operators=("≡",), sides=(name, Apply(function="residue") as residue)) if is_name(name):
             return isinstance(b, Apply) and b.function == "residue" and nodes_equal(residue, b)
         case Relation() if not isinstance(b, Relation):
@@ -109,6 +55,8 @@ def _one_way(a: Node, b: Node) -> bool:
             return nodes_equal(value, b)
         case Apply(function="in") if not (isinstance(b, Apply) and b.function == "in"):
             return nodes_equal(a.arguments[1], b)
+        case Apply(function="described", arguments=(condition,)):
+            return not (isinstance(b, Sequence) and b.brackets == "") and nodes_equal(condition, b)
         case Matrix() if isinstance(b, Sequence) and (rows := _rows(b)) is not None:
             return _same_kind(a, Matrix(rows))
         case Matrix() if isinstance(b, Sequence) and b.brackets == "()" and len(a.rows[0]) == 1:
@@ -149,16 +97,27 @@ def _same_kind(a: Node, b: Node) -> bool:
             return _ratios_equal(a, b)
         case Apply(function="residue"), Apply(function="residue"):
             return _residues_equal(a, b)
-        case Apply(function="in"), Apply(function="in"):
+        case Apply(function="in" | "where" as f), Apply(function=g) if f == g:
             return nodes_equal(a.arguments[0], b.arguments[0]) and nodes_equal(a.arguments[1], b.arguments[1])
     if is_scalar(a) and is_scalar(b):
-        return scalars_equal(a, b)
+        if base_of(a) != base_of(b):  # 1011_2 asks for base two, and is no way to write 11
+            return False
+        return scalars_equal(a, b) or _equal_in_degrees(a, b)
     if variables(a) and variables(b) and variables(a) != variables(b):
         return False
     if is_clearly_a_set(a) or is_clearly_a_set(b):
         set_a, set_b = as_set(a), as_set(b)
         return set_a is not None and set_b is not None and sets_equal(set_a, set_b)
     return False
+
+
+def _equal_in_degrees(a: Node, b: Node) -> bool:
+    """180° - 2x and 180 - 2x: where one side writes no degrees, or leaves open what an unknown angle is measured in."""
+    plain_a, plain_b = without_degrees(a), without_degrees(b)
+    if plain_a == a and plain_b == b:
+        return False
+    is_open = plain_a == a or plain_b == b or bool(symbols(a))
+    return is_open and scalars_equal(plain_a, plain_b)
 
 
 def _residues_equal(a: Apply, b: Apply) -> bool:
@@ -201,6 +160,8 @@ def _sequences_equal(a: Sequence, b: Sequence) -> bool:
         as_sets = "{}" in kinds or any(isinstance(item, Sequence) for item in (*left, *right))
         return _items_equal(left, right, is_ordered=is_ordered, drop_repeated=as_sets and not is_ordered)
     is_list_in_brackets = kinds == {"", "[]"} and len(left) != 2  # [1, 2] is an interval
+    if kinds == {"", "()"} and (_gives_roots(a) or _gives_roots(b)):
+        return False
     if len(kinds) == 1 or kinds == {"", "()"} or is_list_in_brackets:
         return _items_equal(left, right, is_ordered=True)
     return False
@@ -217,6 +178,13 @@ def _is_ordered_list(a: Sequence, b: Sequence) -> bool:
     if any(isinstance(n, Symbol) and n.name == "..." for n in (*a.items, *b.items)):
         return True
     return _is_assignments(a) != _is_assignments(b) and (_names_differ(a) or _names_differ(b))
+
+
+def _gives_roots(sequence: Sequence) -> bool:
+    """Whether a list gives the values of one unknown, x = 1, x = 2 or x = 1, 2, and therefore no point."""
+    equations = [item for item in sequence.items if isinstance(item, Relation) and value_of(item) is not None]
+    names = {key(equation.sides[0]) for equation in equations}
+    return sequence.brackets == "" and len(names) == 1 and (len(equations) > 1 or sequence.items[0] == equations[0])
 
 
 def _is_assignments(sequence: Sequence) -> bool:
@@ -280,51 +248,6 @@ def _distinct(items: list[Node]) -> list[Node]:
     return kept
 
 
-def value_of(relation: Relation) -> Node | None:
-    """What `x = 5`, `f(x) = ... = x^2` or `2 + 3 = 5` states as its value; None where it is a true equation.
-
-    In a chain the last side before an approximation counts.
-    """
-    if not set(relation.operators) <= {"=", "≈"}:
-        return None
-    sides = list(relation.sides)
-    if "≈" in relation.operators:
-        is_only_named = relation.operators[0] == "≈" and is_name(sides[0])
-        sides = sides[:2] if is_only_named else sides[: relation.operators.index("≈") + 1]
-    if len(sides) == 1:
-        return sides[0] if is_scalar(sides[0]) and not symbols(sides[0]) else None
-    first, last = sides[0], sides[-1]
-    if isinstance(last, Matrix) and isinstance(first, Apply) and first.function == "^":  # A^{-1} = ..., A^T = ...
-        return last if isinstance(first.arguments[0], Symbol) else None
-    if is_name(first):
-        own = symbols(first) if isinstance(first, Symbol) else set()
-        return last if not own & symbols(last) else None
-    if is_name(last) and len(sides) == 2 and not symbols(first):
-        return first
-    is_constant = all(is_scalar(side) and not symbols(side) for side in sides)
-    return last if is_constant else None
-
-
-def is_name(node: Node) -> bool:
-    """Whether a side of an equation names something: x, f(x), |AB|, a:b, (x, y), without arithmetic."""
-    match node:
-        case Symbol():
-            return True
-        case Relation():  # within P(X = 2)
-            return True
-        case Matrix():
-            return all(is_name(entry) for row in node.rows for entry in row)
-        case Apply(function="sin" | "cos" | "tan" | "cot", arguments=(angle,)):
-            return isinstance(angle, Symbol)
-        case Apply(function="*" | "ratio" | "abs" | "/" | "overline" | "union" | "intersection"):
-            return all(is_name(argument) for argument in node.arguments)
-        case Apply():
-            return node.function.startswith("call:")
-        case Sequence(brackets="()"):
-            return all(is_name(item) for item in node.items)
-    return False
-
-
 def _relations_equal(a: Relation, b: Relation) -> bool:
     b = _with_variable_of(a, b)
     value_a, value_b = value_of(a), value_of(b)
@@ -333,7 +256,7 @@ def _relations_equal(a: Relation, b: Relation) -> bool:
         if (
             key(names[0]) == key(names[1])
             or _name_one_function(*names)
-            or (not is_name(names[0]) and not is_name(names[1]))
+            or not any(is_name(name) or symbols(name) for name in names)
         ):
             return nodes_equal(value_a, value_b)
     left, right = _links(a), _links(b)
@@ -363,10 +286,15 @@ def _with_variable_of(a: Relation, b: Relation) -> Relation:
         case (
             Apply(function=f, arguments=(Symbol() as new,)),
             Apply(function=g, arguments=(Symbol() as old,)),
-        ) if f == g and f.startswith("call:") and new.name not in symbols(b):
+        ) if f == g and f.startswith("call:") and new.name not in symbols(b) and _is_variable(old, new, b):
             renamed = replace(b, old, new)
             return renamed if isinstance(renamed, Relation) else b
     return b
+
+
+def _is_variable(old: Symbol, new: Symbol, relation: Relation) -> bool:
+    """Whether a name in brackets is a variable and no thing of its own, as A and B are in P(A) = 1/2 and P(B) = 1/2."""
+    return (old.name.islower() and new.name.islower()) or any(old.name in symbols(s) for s in relation.sides[1:])
 
 
 def _links(relation: Relation) -> list[tuple[str, Node, Node]]:

@@ -1,16 +1,16 @@
 """The mathematical verifier: is the final answer of a response equal to the reference?
 
 `verify` takes the last box of the response. `verify_answer_line`, `verify_hashes` and `verify_anywhere` also accept
-an answer without a box; which of them a task uses is its `verifier.function`.
+an answer without a box; which of them a task uses is its `verifier.function`. Each takes `verifier.answer_form`.
 """
 
 import re
 from fractions import Fraction
 from typing import Any
 
-from actors.verifier.extract import Extraction, extract, stated_answer
+from actors.verifier.extract import Extraction, extract, stated_reference, unboxed
 from actors.verifier.heavy import load
-from common.types import Verdict
+from common.types import AnswerForm, Verdict
 
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,400})(?:\.(\d{1,100}))?\s*\$?\s*\.?\s*")
 _MAX_PLAIN = 600  # characters of a plain number
@@ -45,24 +45,30 @@ _TYPICAL = {
 }
 
 
-def verify(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+def verify(response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT) -> Verdict:
     """Compares the last \\boxed{} or \\fbox{} of the response with the reference."""
-    return _verify(response, reference, Extraction.BOXED)
+    return _verify(response, reference, Extraction.BOXED, answer_form)
 
 
-def verify_answer_line(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+def verify_answer_line(
+    response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT
+) -> Verdict:
     """As `verify`; without a box, the last line of the form "Answer: ..."."""
-    return _verify(response, reference, Extraction.ANSWER_LINE)
+    return _verify(response, reference, Extraction.ANSWER_LINE, answer_form)
 
 
-def verify_hashes(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+def verify_hashes(
+    response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT
+) -> Verdict:
     """As `verify`; without a box, the text after the last ####."""
-    return _verify(response, reference, Extraction.HASHES)
+    return _verify(response, reference, Extraction.HASHES, answer_form)
 
 
-def verify_anywhere(response: str, reference: str, row: dict[str, Any]) -> Verdict:
+def verify_anywhere(
+    response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT
+) -> Verdict:
     """As `verify`; without a box, "the answer is ...", else the last formula or number of the text."""
-    return _verify(response, reference, Extraction.ANYWHERE)
+    return _verify(response, reference, Extraction.ANYWHERE, answer_form)
 
 
 def warm_up(module: str) -> None:
@@ -71,25 +77,29 @@ def warm_up(module: str) -> None:
     The pool's template process calls it once it has loaded the module; a user's verifier may have one as well.
     """
     for answer, reference in _TYPICAL.get(module, ()):
-        answers_equal(answer, reference)
+        answers_equal(answer, reference, AnswerForm.EXACT)
 
 
-def _verify(response: str, reference: str, mode: Extraction) -> Verdict:
+def _verify(response: str, reference: str, mode: Extraction, answer_form: AnswerForm) -> Verdict:
     answer = extract(response, mode)
     if answer is None:
         return Verdict.UNANSWERED
-    return Verdict.CORRECT if answers_equal(answer, reference) else Verdict.WRONG
+    return Verdict.CORRECT if answers_equal(answer, reference, answer_form) else Verdict.WRONG
 
 
-def answers_equal(a: str, b: str) -> bool:
-    """Whether two answers, as LaTeX or plain text, are the same. Symmetric; the empty answer equals nothing."""
-    x, y = _plain_number(a), _plain_number(b)
+def answers_equal(answer: str, reference: str, answer_form: AnswerForm = AnswerForm.ANY) -> bool:
+    """Whether an answer, as LaTeX or plain text, is the reference. The empty answer equals nothing.
+
+    With ANY symmetric, but that only the reference may be a worked solution. With EXACT it must also have the form of
+    the reference (see the module form).
+    """
+    x, y = _plain_number(answer), _plain_number(reference)
     if x is not None and y is not None:
         return x == y
-    if len(a) > _MAX_COMPARED or len(b) > _MAX_COMPARED:
+    if len(answer) > _MAX_COMPARED or len(reference) > _MAX_COMPARED:
         return False
     compare = load("actors.verifier.compare")  # the parser, which plain numbers do without
-    return bool(compare.texts_equal(stated_answer(a), stated_answer(b)))
+    return bool(compare.texts_equal(unboxed(answer), stated_reference(reference), answer_form is AnswerForm.EXACT))
 
 
 def _plain_number(text: str) -> Fraction | None:

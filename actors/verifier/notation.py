@@ -4,7 +4,16 @@
 import re
 import unicodedata
 
-from actors.verifier.vocabulary import CONSTANT_NAMES, PLAIN_FUNCTIONS
+from actors.verifier.vocabulary import (
+    CONNECTORS,
+    CONSTANT_NAMES,
+    FRACTIONS,
+    FUNCTION_NAMES,
+    GREEK,
+    MACROS,
+    PLAIN_FUNCTIONS,
+    TEXTS,
+)
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ", "0123456789+-()nixy")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₓₙₖₘᵢⱼ", "0123456789+-()aexnkmij")
@@ -26,12 +35,44 @@ _SIGNS = {
     **{"°": "^{\\circ}", "º": "^{\\circ}", "′": "'", "’": "'", "″": "''", "…": "...", "⋯": "...", "∶": ":"},
     **{"⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle "},
     **{"∠": "\\angle ", "△": "\\triangle ", "∣": "|", "→": "\\to ", "€": " ", "£": " ", "¥": " ", "₹": " "},
+    **{"㎡": "\\text{ m}^2", "㎠": "\\text{ cm}^2", "㎢": "\\text{ km}^2", "㎥": "\\text{ m}^3", "㎤": "\\text{ cm}^3"},
     **{"¢": "\\text{ cents}", "“": '"', "”": '"', "✓": " ", "✔": " ", "✅": " "},
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063", ""),
 }
 _SIGN = re.compile("[" + re.escape("".join(_SIGNS)) + "]")
 _ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\[a-z]+ ?|(?=[({]))")
 _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
+
+# Numbers in circles name statements: compatibility normalisation would make ② the number 2. Other circles -> these.
+_CIRCLED = {
+    **{0x24F5 + k: 0x2460 + k for k in range(10)},
+    **{start + k: 0x2460 + k for start in (0x2776, 0x2780, 0x278A) for k in range(10)},
+    **{0x24EB + k: 0x246A + k for k in range(10)},
+}
+_NOT_CIRCLED = re.compile("[^\u2460-\u2473]+")
+_TEXTCIRCLED = re.compile(r"\\textcircled\s*\{?\s*(?:\\[a-z]+\s*)?\{?\s*(\d{1,2})\s*\}{0,2}")
+_CHINESE_UNITS = {
+    **{"平方厘米": "cm^2", "平方米": "m^2", "平方千米": "km^2", "立方厘米": "cm^3", "立方米": "m^3", "厘米": "cm"},
+    **{"毫米": "mm", "分米": "dm", "千米": "km", "公里": "km", "米": "m", "千克": "kg", "公斤": "kg", "克": "g"},
+    **{
+        "吨": "ton",
+        "升": "l",
+        "毫升": "ml",
+        "小时": "h",
+        "分钟": "min",
+        "秒": "s",
+        "天": "day",
+        "年": "year",
+        "元": "yuan",
+    },
+    **{"度": "degree", "岁": "year", "千米/时": "km/h", "米/秒": "m/s"},
+    **dict.fromkeys("个人次种只本名条块张页支件棵位辆组班", "items"),
+}
+# Such a unit at the end, alone in \\text{} or after a number; a thing may follow a counting word.
+_CHINESE_UNIT = re.compile(
+    r"(?:\\text\s*\{\s*(%s)[\u4e00-\u9fff]{0,4}\s*\}|(?<=[\d})])\s*(%s)[\u4e00-\u9fff]{0,4})\s*[。.]?\s*$"
+    % (("|".join(sorted(_CHINESE_UNITS, key=len, reverse=True)),) * 2)
+)
 
 # A sign or code before an amount, with which the answer or an item of it ends or goes on in words.
 _CURRENCY = re.compile(
@@ -43,14 +84,18 @@ _CURRENCY = re.compile(
 _CURRENCY_NAMES = {"$": "dollar", "U": "dollar", "€": "euro", "E": "euro", "£": "pound", "G": "pound", "¥": "yen"}
 
 _OVER_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z{}$%,;!()\[\]])")
+_MACRO_NAMES = sorted(name for name in FRACTIONS | TEXTS | GREEK | {*MACROS, *FUNCTION_NAMES, "sqrt", "left", "right"})
+_OVER_ESCAPED_MACRO = re.compile(rf"\\\\(?=(?:{'|'.join(filter(str.isalpha, _MACRO_NAMES))})(?![a-zA-Z]))")
 _SINGLE_ESCAPE = re.compile(r"(?<!\\)\\(?!\\|n\b)")
 _DELIMITERS = re.compile(r"\$|(?<!\\)\\[()\[\]$]|\\(?:begin|end)\{(?:equation|align|gather|math)\*?\}")
 _EMPHASIS = re.compile(r"^(\*\*|__|\*|_|`+|\")(?!\s)(.+?)(?<!\s)\1$", re.DOTALL)
-_THIN_JOIN = re.compile(r"(?<=\d)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\u202f|\u00a0)(?=\d{3}(?!\d))")
-_SPACE_GROUPS = re.compile(r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d]| *[/\\])")
-_COMMA_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_THIN_JOIN = re.compile(
+    r"(?<=\d)(?<!\D0)(?<!^0)(?:,?\s*\\[!,]\s*|\{,\}|(?<![.\d]\d{4})\u2009|\u202f|\u00a0)(?=\d{3}(?!\d))"
+)
+_SPACE_GROUPS = re.compile(r"(?<![\d.,^_])[1-9]\d{0,2}(?: \d{3})+(?![\d]| *[/\\])")
+_COMMA_GROUPS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _MIXED = re.compile(r"(?<![\w.}^/)])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
-_LAST_WORD = re.compile(r"(?<=[\d}])\s+([a-z]{3,})$")
+_LAST_WORDS = re.compile(r"(?<=[\d}])\s+((?:[a-z]{3,} +)*[a-z]{3,})$")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _METRES = re.compile(r"(?<=\d)\s*(m)(\^\{?[23]\}?)$|(?<=\d)\s+([msgLh]|K[gGmM])$")
 _TAIL = re.compile(r"(?:\\\\|\\[,;!: ]?|(?<!\.)\.|[,;:~])\Z")
@@ -122,9 +167,13 @@ _RARE: tuple[tuple[str, re.Pattern[str], str], ...] = (
 
 def normalize(text: str) -> str:
     """The answer in plain LaTeX without delimiters; digit groups with commas are left for `join_comma_groups`."""
+    if "\\textcircled" in text:
+        text = _TEXTCIRCLED.sub(_spell_circled, text)
     text = _from_unicode(_CURRENCY.sub(_spell_currency, text))
-    if "\\\\" in text and not _SINGLE_ESCAPE.search(text.replace("\\\\", "")):
-        text = _OVER_ESCAPED.sub(r"\\", text)
+    if "\\\\" in text:
+        is_always_so = not _SINGLE_ESCAPE.search(text.replace("\\\\", ""))
+        if is_always_so or "\\begin" not in text:
+            text = (_OVER_ESCAPED if is_always_so else _OVER_ESCAPED_MACRO).sub(r"\\", text)
     text = _strip(text)
     while (emphasis := _EMPHASIS.match(text)) and emphasis.group(1) not in emphasis.group(2):
         text = _strip(emphasis.group(2))
@@ -137,7 +186,7 @@ def normalize(text: str) -> str:
     text = _THIN_JOIN.sub("", text)
     text = _SPACE_GROUPS.sub(lambda found: found.group().replace(" ", ""), text)
     text = _TIMES_TEN.sub(r"\\times ", _MIXED.sub(_spell_mixed, text))
-    text = _LAST_WORD.sub(_spell_unit, text)
+    text = _LAST_WORDS.sub(_spell_unit, text)
     return _METRES.sub(lambda found: rf"\text{{{found.group(1) or found.group(3)}}}{found.group(2) or ''}", text)
 
 
@@ -158,15 +207,16 @@ def _spell_currency(found: re.Match[str]) -> str:
 
 
 def _spell_unit(found: re.Match[str]) -> str:
-    """A word after a space at the end is a unit, not a product of letters."""
-    word = found.group(1)
-    return found.group() if word in PLAIN_FUNCTIONS or word in CONSTANT_NAMES else rf"\text{{ {word}}}"
+    """Words after a space at the end are a unit, not products of letters."""
+    words = set(found.group(1).split())
+    is_formula = (words - {"min"}) & ({*PLAIN_FUNCTIONS, *CONSTANT_NAMES, "mod"} | CONNECTORS)
+    return found.group() if is_formula else rf"\text{{ {found.group(1)}}}"
 
 
 def _spell_mixed(found: re.Match[str]) -> str:
-    """1 1/2 as a sum; an improper fraction after a space is left as it is, and refused by the parser."""
+    """1 1/2 as a mixed number; an improper fraction after a space is left as it is, and refused by the parser."""
     whole, top, bottom = found.groups()
-    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if int(top) < int(bottom) else found.group()
+    return rf"{whole}\frac{{{top}}}{{{bottom}}}" if int(top) < int(bottom) else found.group()
 
 
 def _from_unicode(text: str) -> str:
@@ -177,7 +227,19 @@ def _from_unicode(text: str) -> str:
     text = _VULGAR.sub(_spell_vulgar, text)
     text = _SIGN.sub(lambda sign: _SIGNS[sign.group()], text)
     text = _ROOT.sub(_spell_root, text)
-    return unicodedata.normalize("NFKC", text)
+    text = _CHINESE_UNIT.sub(_spell_chinese_unit, text)
+    return _NOT_CIRCLED.sub(lambda run: unicodedata.normalize("NFKC", run.group()), text.translate(_CIRCLED))
+
+
+def _spell_circled(found: re.Match[str]) -> str:
+    """\\textcircled{2} as the character for it."""
+    number = int(found.group(1))
+    return chr(0x245F + number) if 1 <= number <= 20 else found.group()
+
+
+def _spell_chinese_unit(found: re.Match[str]) -> str:
+    name, _, power = _CHINESE_UNITS[found.group(1) or found.group(2)].partition("^")
+    return rf"\text{{ {name}}}" + (f"^{power}" if power else "")
 
 
 def _spell_vulgar(found: re.Match[str]) -> str:

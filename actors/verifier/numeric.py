@@ -1,134 +1,66 @@
 """The value of a scalar tree: exactly as a rational where that is possible, else with mpmath at any precision."""
 
+import hashlib
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from actors.verifier.exact import rational
 from actors.verifier.heavy import load
 from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, names_terms, walk
 
 Value: TypeAlias = Any  # mpmath's mpf or mpc, which carry no type stubs
 
-MAX_BITS = 200_000  # of an exact integer; larger powers and factorials are evaluated approximately
-MAX_FACTORIAL = 10_000
-MAX_STEPS = 20_000  # nodes visited in one evaluation; sums visit their term again and again
+MAX_STEPS = 20_000  # nodes visited in one evaluation at 50 digits; sums visit their term again and again
+_MIN_STEPS = 500  # the same at any precision
+_GUARD_DIGITS = 15  # beyond those asked for: what operations lose
+_BITS_OF_DIGIT = math.log2(10)
+_MAX_BITS_OF_SUM = 20_000
+_LOSS_WATCHED = 40  # bits that a sum loses before its exact value is looked for
 MAX_ARGUMENT_BITS = 1000  # of an argument of sin and the like
 MAX_MAGNITUDE = 1 << 40  # bits of the exponent of an approximate value; beyond: Undefined
 
 
 class Undefined(Exception):
-    """The expression has no value at this point, or one that is too large to be computed."""
+    """The expression has no value at this point."""
 
 
-class TooMuchWork(Undefined):
+class TooLarge(Undefined):
+    """The expression may have a value here, which is too large or too small to be computed."""
+
+
+class TooMuchWork(TooLarge):
     """The evaluation would take too long, here as at any other point."""
 
 
-def rational(node: Node) -> Fraction | None:
-    """The exact value of a tree that is rational by rational operations, else None."""
-    try:
-        return _rational(node)
-    except (ZeroDivisionError, OverflowError):
-        return None
+@dataclass(frozen=True, slots=True)
+class Approximation:
+    """A value, with how well its precision shows what the sums in it add.
+
+    `drowned`: decimal digits between the largest and the smallest term of each sum, added up over all sums, and those
+    of very long numbers; with fewer digits of precision a term may be invisible. `cancelled`: the most digits that one
+    sum lost because its terms cancel, infinite where nothing is left of it; sums that are rational are exact and lose
+    none. `scale`: the largest term of a sum that lost digits so, 0 where there is none. `steps`: the work, in nodes
+    visited at 50 digits.
+    """
+
+    value: Value
+    drowned: float
+    cancelled: float
+    scale: Value
+    steps: int
 
 
-def _rational(node: Node) -> Fraction | None:
-    if isinstance(node, Number):
-        return node.value
-    if not isinstance(node, Apply):
-        return None
-    arguments = [_rational(argument) for argument in node.arguments]
-    values = [value for value in arguments if value is not None]
-    return _rational_apply(node.function, values) if len(values) == len(arguments) else None
+def evaluate(node: Node, digits: int, bindings: Mapping[str, Fraction] | None = None) -> Value:
+    """The approximate value with `digits` significant digits in every operation; see `approximate`."""
+    return approximate(node, digits, bindings).value
 
 
-def _rational_apply(function: str, x: list[Fraction]) -> Fraction | None:
-    if sum(v.numerator.bit_length() + v.denominator.bit_length() for v in x) > 4 * MAX_BITS:
-        return None
-    match function:
-        case "+":
-            return sum(x, Fraction(0))
-        case "*":
-            return math.prod(x, start=Fraction(1))
-        case "/":
-            return x[0] / x[1]
-        case "neg":
-            return -x[0]
-        case "abs":
-            return abs(x[0])
-        case "percent":
-            return x[0] / 100
-        case "floor":
-            return Fraction(math.floor(x[0]))
-        case "ceil":
-            return Fraction(math.ceil(x[0]))
-        case "^":
-            return _rational_power(x[0], x[1])
-        case "root":
-            return _rational_root(x[0], x[1])
-        case "mod" if x[1] != 0:
-            return x[0] % x[1]
-        case "min" | "max":
-            return (min if function == "min" else max)(x)
-    if all(value.denominator == 1 for value in x):
-        return _integer_apply(function, [int(value) for value in x])
-    return None
-
-
-def _integer_apply(function: str, x: list[int]) -> Fraction | None:
-    match function:
-        case "!" if 0 <= x[0] <= MAX_FACTORIAL:
-            return Fraction(math.factorial(x[0]))
-        case "binomial" if 0 <= x[0] <= MAX_FACTORIAL and x[1] >= 0:
-            return Fraction(math.comb(x[0], x[1]))
-        case "gcd":
-            return Fraction(math.gcd(*x))
-        case "lcm":
-            return Fraction(math.lcm(*x))
-    return None
-
-
-def _rational_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    if exponent.denominator != 1:
-        if exponent.denominator > 64:
-            return None
-        root = _rational_root(base, Fraction(exponent.denominator))
-        return None if root is None else _rational_power(root, Fraction(exponent.numerator))
-    size = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(base) != 1 and size * abs(exponent.numerator) > MAX_BITS:
-        return None
-    if base == 0 and exponent == 0:
-        return None
-    return base ** (exponent.numerator % 2 if abs(base) == 1 else exponent.numerator)
-
-
-def _rational_root(base: Fraction, index: Fraction) -> Fraction | None:
-    if index.denominator != 1 or not 2 <= index <= 64:
-        return None
-    n = int(index)
-    if base < 0 and n % 2 == 0:
-        return None
-    numerator, denominator = _integer_root(abs(base.numerator), n), _integer_root(base.denominator, n)
-    if numerator is None or denominator is None:
-        return None
-    return Fraction(numerator, denominator) * (-1 if base < 0 else 1)
-
-
-def _integer_root(value: int, n: int) -> int | None:
-    if n == 2:
-        root = math.isqrt(value)
-        return root if root * root == value else None
-    if value < 2:
-        return value
-    root = 1 << -(-value.bit_length() // n)  # Newton's method from above
-    while (better := ((n - 1) * root + value // root ** (n - 1)) // n) < root:
-        root = better
-    return root if root**n == value else None
-
-
-def evaluate(node: Node, digits: int, bindings: dict[str, Fraction] | None = None) -> Value:
-    """The approximate value with `digits` significant digits in every operation.
+def approximate(node: Node, digits: int, bindings: Mapping[str, Fraction] | None = None) -> Approximation:
+    """The value with `digits` significant digits in every operation.
 
     Without bindings the tree is a constant and complex arithmetic is used (principal values, but real odd roots of
     negative reals). With bindings the variables are real and so is everything else unless the tree contains i: an
@@ -136,30 +68,40 @@ def evaluate(node: Node, digits: int, bindings: dict[str, Fraction] | None = Non
     """
     mpmath = load("mpmath")
     is_complex = bindings is None or any(isinstance(n, Constant) and n.name == "i" for n in walk(node))
-    with mpmath.workdps(digits + 5):
+    with mpmath.workdps(digits + _GUARD_DIGITS):
+        evaluator = _Evaluator(mpmath, bindings or {}, is_complex, digits)
         try:
-            value = _Evaluator(mpmath, bindings or {}, is_complex).value(node)
-        except (ZeroDivisionError, ValueError, OverflowError, MemoryError, mpmath.mp.NoConvergence) as error:
+            value = evaluator.value(node)
+        except (ValueError, ZeroDivisionError, mpmath.mp.NoConvergence) as error:
             raise Undefined(str(error)) from error
+        except (OverflowError, MemoryError) as error:
+            raise TooLarge(str(error)) from error
         if not mpmath.isfinite(value):
             raise Undefined("infinite")
-        return value
+        steps = evaluator.num_steps * max(digits, 50) // 50
+        return Approximation(value, evaluator.drowned, evaluator.cancelled, evaluator.scale, steps)
 
 
 class _Evaluator:
     """Evaluates one tree within mpmath's current precision."""
 
-    def __init__(self, mpmath: ModuleType, bindings: dict[str, Fraction], is_complex: bool) -> None:
-        self._mp, self._bindings, self._is_complex = mpmath, bindings, is_complex
-        self._steps = MAX_STEPS
+    def __init__(self, mpmath: ModuleType, bindings: Mapping[str, Fraction], is_complex: bool, digits: int) -> None:
+        self._mp, self._bindings, self._is_complex, self._digits = mpmath, bindings, is_complex, digits
+        self._max_steps = max(_MIN_STEPS, MAX_STEPS * 50 // max(digits, 50))
+        self.num_steps = 0
+        self.drowned = self.cancelled = 0.0
+        self.scale: Value = mpmath.mpf(0)
 
     def value(self, node: Node) -> Value:
         mp = self._mp
-        self._steps -= 1
-        if self._steps < 0:
+        self.num_steps += 1
+        if self.num_steps > self._max_steps:
             raise TooMuchWork("too many steps")
         match node:
             case Number():
+                bits = max(node.value.numerator.bit_length(), node.value.denominator.bit_length())
+                if bits > _LOSS_WATCHED:
+                    self.drowned += bits / _BITS_OF_DIGIT
                 return self._fraction(node.value)
             case Symbol():
                 if node.name not in self._bindings:
@@ -171,6 +113,8 @@ class _Evaluator:
                 return {"pi": mp.pi, "e": mp.e, "i": mp.j}[node.name] * 1
             case Apply(function="sum" | "product"):
                 return self._series(node)
+            case Apply(function="+"):
+                return self._sum(node)
             case Apply(function="^"):
                 return self._power(node.arguments[0], node.arguments[1])
             case Apply():
@@ -180,6 +124,32 @@ class _Evaluator:
                 return result
         raise Undefined(type(node).__name__)
 
+    def _sum(self, node: Apply) -> Value:
+        """A sum; what of it is below the noise of its terms is 0. Keeps account of the digits that it loses."""
+        terms = [self.value(argument) for argument in node.arguments]
+        return self._add(terms, node)
+
+    def _add(self, terms: list[Value], node: Node) -> Value:
+        mp = self._mp
+        total = mp.fsum(terms)
+        if not mp.isfinite(total):
+            raise Undefined("infinite")
+        sizes = [mp.mag(term) for term in terms if term != 0]
+        if not sizes:
+            return total
+        largest = max(sizes)
+        noise = largest - (self._digits + 3) * _BITS_OF_DIGIT
+        if total != 0 and mp.mag(total) < noise:
+            total = mp.mpf(0)
+        cancelled = math.inf if total == 0 else largest - mp.mag(total)
+        self.drowned += (largest - min(sizes)) / _BITS_OF_DIGIT
+        if cancelled > _LOSS_WATCHED:
+            if (exact := rational(node, self._bindings, _MAX_BITS_OF_SUM)) is not None:
+                return self._fraction(exact)
+            self.cancelled = max(self.cancelled, cancelled / _BITS_OF_DIGIT)
+            self.scale = max(self.scale, mp.ldexp(1, largest))
+        return total
+
     def _fraction(self, value: Fraction) -> Value:
         numerator = self._mp.mpf(value.numerator)
         return numerator if value.denominator == 1 else numerator / value.denominator
@@ -187,8 +157,6 @@ class _Evaluator:
     def _apply(self, function: str, x: list[Value]) -> Value:
         mp = self._mp
         match function:
-            case "+":
-                return mp.fsum(x)
             case "*":
                 return mp.fprod(x)
             case "/":
@@ -197,6 +165,8 @@ class _Evaluator:
                 return -x[0]
             case "percent":
                 return x[0] / 100
+            case "numeral":
+                return x[0]
             case "degree":
                 return x[0] * mp.pi / 180
             case "root":
@@ -205,8 +175,8 @@ class _Evaluator:
                 return mp.log(x[0])
             case "log":
                 return mp.log(x[1]) / mp.log(x[0])
-            case "!":
-                return self._factorial(x[0])
+            case "!" | "!!":
+                return self._factorial(function, x[0])
             case "abs":
                 return abs(x[0])
             case "ceil" | "floor" | "exp" | "binomial" | "mod" | "min" | "max" | "gcd" | "lcm":
@@ -214,7 +184,7 @@ class _Evaluator:
         if function.startswith("call:") or function in ("overline", "det"):
             return self._unknown(function, x)
         if abs(x[0]) >= mp.ldexp(1, MAX_ARGUMENT_BITS):
-            raise Undefined("argument too large")
+            raise TooLarge("argument too large")
         operation = getattr(mp, _MPMATH_NAMES.get(function, function), None)
         if operation is None:  # a ratio, a union: not a number
             raise Undefined(function)
@@ -249,7 +219,7 @@ class _Evaluator:
         if base == 0 and exponent == 0:
             raise Undefined("0^0")
         if abs(exponent) > mp.ldexp(1, MAX_ARGUMENT_BITS):
-            raise Undefined("exponent too large")
+            raise TooLarge("exponent too large")
         if base != 0 and abs(exponent) * max(1, abs(mp.mag(base))) > MAX_MAGNITUDE:  # |log2| is at most that
             self._check_size(exponent * mp.log(abs(base), 2))
         exact = exponent_node.value if isinstance(exponent_node, Number) else rational(exponent_node)
@@ -269,6 +239,8 @@ class _Evaluator:
         if n != index or n == 0:
             return base ** (1 / index)
         if isinstance(base, mp.mpc) or base >= 0:
+            if n == 2:
+                return mp.sqrt(base)
             return mp.root(base, n) if n > 0 else 1 / mp.root(base, -n)
         if n % 2:
             return -mp.root(-base, n) if n > 0 else -1 / mp.root(-base, -n)
@@ -276,10 +248,10 @@ class _Evaluator:
             raise Undefined("even root of a negative number")
         return mp.root(mp.mpc(base), n)
 
-    def _factorial(self, x: Value) -> Value:
+    def _factorial(self, function: str, x: Value) -> Value:
         if isinstance(x, self._mp.mpc) or abs(x) > 1e6:
             raise Undefined("factorial")
-        return self._mp.factorial(x)
+        return self._mp.factorial(x) if function == "!" else self._mp.fac2(x)
 
     def _series(self, node: Apply) -> Value:
         variable, first_node, last_node, term = node.arguments
@@ -292,24 +264,27 @@ class _Evaluator:
             raise Undefined("series")
         terms = []
         for k in range(int(first), int(last) + 1):
-            inner = _Evaluator(self._mp, {**self._bindings, variable.name: Fraction(k)}, self._is_complex)
-            inner._steps = self._steps
-            terms.append(inner.value(term))
-            self._steps = inner._steps
-        return self._mp.fsum(terms) if node.function == "sum" else self._mp.fprod(terms)
+            outer, self._bindings = self._bindings, {**self._bindings, variable.name: Fraction(k)}
+            terms.append(self.value(term))
+            self._bindings = outer
+        return self._add(terms, node) if node.function == "sum" else self._mp.fprod(terms)
 
     def _unknown(self, function: str, x: list[Value]) -> Value:
-        """A fixed generic function for each name, so that f(x) equals f(y) only where x equals y."""
+        """A fixed generic function for each name, so that f(x) equals f(y) only where x equals y.
+
+        The name of an integral or a limit holds all of it, so it counts to its last letter.
+        """
         mp = self._mp
-        seed = int.from_bytes(function.encode()[-8:], "big") % 1_000_003
-        total = mp.mpf(seed) / 1009
+        name = function.encode("utf-8", "surrogatepass")
+        seed = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
+        total = mp.ldexp(seed, -124)
         for position, argument in enumerate(x):
             total += argument * mp.sqrt(position + 2) + argument**2 / (position + 7)
         return mp.cos(total) + mp.mpf(3) / 2
 
     def _check_size(self, log2: Value) -> None:
         if abs(log2) > MAX_MAGNITUDE:
-            raise Undefined("too large")
+            raise TooLarge("too large")
 
 
 _MPMATH_NAMES = {

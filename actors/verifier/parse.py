@@ -2,7 +2,7 @@
 """From tokens to the expression tree: a recursive descent parser for the notation of mathematical answers.
 
     answer  list ((";") list)*                       several items are a list, see Sequence
-    list    item (("," | "and" | "or") item)*
+    list    item (("," | "and" | "or") item)* (("where" | "for" | "if" ...) list)?
     item    side (relation side)*                    with a unit after a number
     side    ratio (("∪" | "∩" | "∖") ratio)*         with \\pmod{n} after it
     ratio   sum (":" sum)*
@@ -10,14 +10,16 @@
     term    factor (("*" | "/" | "mod" | nothing) factor)*
     factor  primary ("^" exponent | "!" | "%" | degree | prime | subscript)*
 
-From `ratio` on the module terms reads. Whatever is not in this grammar raises ParseError; the caller then compares it
-as text.
+From `ratio` on the module terms reads, and functions what a function applies to. Whatever is not in this grammar raises
+ParseError; the caller then compares it as text.
 """
 
-from actors.verifier.build import flat, magnitude_and_unit, named_point, product, structured
+from actors.verifier.build import flat, named_point, product, structured
 from actors.verifier.conditions import joined
-from actors.verifier.terms import SEPARATORS, ExpressionParser
-from actors.verifier.tokens import ParseError, Token, tokenize
+from actors.verifier.functions import SEPARATORS
+from actors.verifier.latex import tokenize
+from actors.verifier.terms import ExpressionParser
+from actors.verifier.tokens import ParseError, Token
 from actors.verifier.tree import (
     Apply,
     Node,
@@ -31,7 +33,8 @@ from actors.verifier.tree import (
     is_constant,
     symbols,
 )
-from actors.verifier.vocabulary import NUMBER_SETS
+from actors.verifier.units import magnitude_and_unit
+from actors.verifier.vocabulary import CONDITION_WORDS, NUMBER_SETS
 
 MAX_DEPTH = 100  # of the tree
 _CONNECTIVES = {"∪": "or", "∨": "or", "∧": "and"}
@@ -82,6 +85,8 @@ class _Parser(ExpressionParser):
     def items(self) -> list[Node]:
         items, connectors, is_formula = [self._item()], set[str](), False
         while self.at("comma") or self.at("and") or self.at("op", "∪") or self.at_membership():
+            if self.at("and", *CONDITION_WORDS):
+                return self._with_condition(items, connectors)
             while (token := self.accept("comma") or self.accept("and") or self.accept("op", "∪")) is not None:
                 connectors.add(_CONNECTIVES.get(token.text, token.text))
                 is_formula = is_formula or token.text in "∧∨"
@@ -93,6 +98,18 @@ class _Parser(ExpressionParser):
         if is_formula and any(isinstance(item, Symbol) for item in items):
             raise ParseError("a formula of logic")
         return joined(items, connectors) if len(items) > 1 else items
+
+    def _with_condition(self, items: list[Node], connectors: set[str]) -> list[Node]:
+        """What is said where something holds; "2k for k in Z" is a family like "2k, k in Z"."""
+        self.take()
+        conditions = self.items()
+        if any(isinstance(condition, Apply) and condition.function == "where" for condition in conditions):
+            raise ParseError("a condition on a condition")
+        if len(conditions) == 1 and isinstance(conditions[0], Apply) and conditions[0].function == "in":
+            return [*items, *conditions]
+        joint = joined(items, connectors) if len(items) > 1 else items
+        parts = (part[0] if len(part) == 1 else Sequence("", tuple(part)) for part in (joint, conditions))
+        return [Apply("where", tuple(parts))]
 
     def _item(self) -> Node:
         if self.at("word"):
@@ -170,7 +187,8 @@ class _Parser(ExpressionParser):
             if token.kind in ("op", "num") and (token.text == ":" or (token.kind == "num" and pieces[-1] != "^")):
                 raise ParseError("a number after a unit")
             pieces.append(flat((self.take(),)))
-        factor, unit = magnitude_and_unit(pieces)
+        factor, unit, is_known = magnitude_and_unit(pieces)
         if factor != 1:
-            node = product(Number(factor), node)
-        return Quantity(node, unit) if unit else node
+            is_plain = isinstance(node, Number)
+            node = Number(node.value * factor, node.digits) if is_plain else product(Number(factor), node)
+        return Quantity(node, unit, is_known) if unit else node

@@ -5,8 +5,11 @@ import inspect
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
+
+from common.types import AnswerForm
 
 VerifyFunction = Callable[[str, str, dict[str, Any]], Any]  # what it may return: judgement.CONTRACT
 
@@ -32,10 +35,11 @@ class Verifier:
         return True
 
 
-def load_verifier(function: str, correct_from: float) -> Verifier:
+def load_verifier(function: str, correct_from: float, answer_form: AnswerForm = AnswerForm.EXACT) -> Verifier:
     """Returns the function named by "module:function", with the module's `warm_up` and INTERRUPTIBLE if it has them.
 
-    Raises ValueError with one sentence when there is no such function.
+    A function with a keyword `answer_form` is called with that setting. Raises ValueError with one sentence when there
+    is no such function, or when the setting has no use with it.
     """
     module_name, _, name = function.partition(":")
     try:
@@ -50,6 +54,12 @@ def load_verifier(function: str, correct_from: float) -> Verifier:
         raise ValueError(f'verifier.function "{function}" is a {type(verify).__name__}, not a function')
     _check_signature(verify, function)
     is_async = inspect.iscoroutinefunction(verify) or inspect.iscoroutinefunction(type(verify).__call__)
+    if "answer_form" in _parameters(verify):
+        verify = partial(verify, answer_form=answer_form)
+    elif answer_form is not AnswerForm.EXACT:
+        raise ValueError(
+            f'verifier.answer_form is "{answer_form}", but {function} has no keyword answer_form; leave the setting out'
+        )
     interruptible = getattr(module, "INTERRUPTIBLE", ())
     if not isinstance(interruptible, tuple) or not all(isinstance(package, str) for package in interruptible):
         raise ValueError(f"{module_name}.INTERRUPTIBLE is {interruptible!r}; it must be a tuple of package names")
@@ -72,6 +82,14 @@ def _check_signature(verify: VerifyFunction, function: str) -> None:
             f'verifier.function "{function}" is {name}{signature}, but it is called as {name}(response, reference, '
             f"row): {error}"
         ) from error
+
+
+def _parameters(function: VerifyFunction) -> tuple[str, ...]:
+    """The names of a function's parameters; none of a built-in that does not tell."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def _reason(error: BaseException) -> str:

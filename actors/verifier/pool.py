@@ -17,7 +17,7 @@ from typing import Any, Self
 from actors.verifier.judgement import Judgement, decode
 from common.config import Config, ConfigError
 from common.tasks import default_verifier
-from common.types import Verdict
+from common.types import AnswerForm, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class VerifierPool:
         timeout_s: float,
         memory_mb: int,
         correct_from: float = 1.0,
+        answer_form: AnswerForm = AnswerForm.EXACT,
         *,
         is_quiet: bool = False,  # what the function prints, and tracebacks of what it raises, are left out
     ) -> None:
@@ -62,6 +63,7 @@ class VerifierPool:
         self._arguments = [
             *(function, "--num-workers", str(num_workers)),
             *("--timeout-s", str(timeout_s), "--memory-mb", str(memory_mb), "--correct-from", str(correct_from)),
+            *("--answer-form", answer_form),
         ]
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[Judgement]] = {}
@@ -196,6 +198,7 @@ def pool_of(config: Config, num_workers: int | None = None, *, is_quiet: bool = 
         settings.timeout_s,
         settings.memory_mb,
         config.reward.correct,
+        settings.answer_form,
         is_quiet=is_quiet,
     )
 

@@ -4,34 +4,29 @@
 * Two constants a, b: the difference is evaluated at two precisions. A difference that both show is not zero. For
   expressions out of integers, + - * / and roots, the precision is chosen from a separation bound (below), so that
   a difference of zero at that precision is a proof (up to 5000 digits; further is not looked). Constants with pi, e,
-  logarithms and the like have no known bound: they must agree to 250 digits.
-* Expressions with variables must agree at NUM_POINTS random real points at 50 digits, over positive, negative and
-  integer values; one point of disagreement rejects. Points at which either side is undefined do not count. Where too
-  few points are left, only a proof by sympy accepts.
-
-The points are drawn from a fixed seed: the same question always gets the same answer.
+  logarithms and the like have no known bound: they must agree to 250 digits. Both numbers are of digits beyond those by
+  which the terms of a sum differ in size: 10^5000 + 1 is not 10^5000. Where that is more than can be computed, the two
+  are not taken to be equal.
+* Expressions with variables: see the module probing.
 """
 
-import random
-from collections.abc import Iterator
+import math
 from fractions import Fraction
 from math import log10
 
+from actors.verifier.exact import rational, same_ratio
 from actors.verifier.heavy import load
-from actors.verifier.numeric import TooMuchWork, Undefined, Value, evaluate, rational
-from actors.verifier.symbolic import proves_zero
-from actors.verifier.tree import Apply, Constant, Node, Number, key, subtract, symbols, walk
+from actors.verifier.numeric import Undefined, approximate, evaluate
+from actors.verifier.probing import DIGITS, ratio_sign
+from actors.verifier.tree import INFINITY, Apply, Constant, Node, Number, key, subtract, symbols, walk
 
-NUM_POINTS = 10
-DIGITS = 50
 TRANSCENDENTAL_DIGITS = 250
-_MAX_ATTEMPTS = 60
-_MAX_DIGITS = 5_000
+_FIRST_DIGITS = 30
+_ALGEBRAIC_DIGITS = 5_000
+_MAX_DIGITS = {True: 40_000, False: 10_000}  # by whether the constant is algebraic
+_MAX_DEGREE = 10**6
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.
 _MIN_DIGITS_OF_APPROXIMATION = 10
-_INTEGER_NAMES = frozenset({"k", "m", "n"})
-_LARGE = 5  # from here on differences of exponentials may have lost most of their digits
-_FUNCTIONS_OF_INTEGERS = frozenset({"sum", "product", "!", "binomial", "mod", "gcd", "lcm", "floor", "ceil"})
 
 
 def scalars_equal(a: Node, b: Node) -> bool:
@@ -41,6 +36,8 @@ def scalars_equal(a: Node, b: Node) -> bool:
     x, y = rational(a), rational(b)
     if x is not None and y is not None:
         return x == y or _is_rounding(a, x, y) or _is_rounding(b, y, x)
+    if INFINITY in walk(a) or INFINITY in walk(b):  # no number, and equal to what is spelled so
+        return False
     if symbols(a) | symbols(b):
         return ratio_sign(a, b, must_be_one=True) is not None
     return _constants_equal(a, b)
@@ -63,19 +60,45 @@ def _is_rounding(decimal: Node, value: Fraction, exact: Fraction) -> bool:
 
 
 def _constants_equal(a: Node, b: Node) -> bool:
+    if (is_same := same_ratio(a, b)) is not None:
+        return is_same
     difference = subtract(a, b)
+    bound = _proof_digits(difference)
+    most = _MAX_DIGITS[bound is not None]
     try:
-        if not _vanishes(difference, 30):
+        first = approximate(difference, _FIRST_DIGITS)
+        if first.value != 0 and first.cancelled == 0:  # no sum has lost a digit: it is not 0
             return False
-        return _vanishes(difference, max(DIGITS, min(_proof_digits(difference), _MAX_DIGITS)))
+        drowned = _drowned_digits(difference, most)
+        if not _vanishes(difference, _FIRST_DIGITS + drowned):
+            return False
+        needed = TRANSCENDENTAL_DIGITS + drowned if bound is None else min(bound, _ALGEBRAIC_DIGITS + drowned)
+        return needed <= most and _vanishes(difference, max(DIGITS, needed))
     except Undefined:
         return False
 
 
+def _drowned_digits(node: Node, most: int) -> int:
+    """By how many digits the terms of sums differ in size, which a precision has to show. Raises Undefined beyond
+    `most`."""
+    drowned = 0
+    while (found := math.ceil(approximate(node, _FIRST_DIGITS + drowned).drowned)) > drowned:
+        drowned = found
+        if _FIRST_DIGITS + drowned > most:
+            raise Undefined("terms of too different size")
+    return drowned
+
+
 def _vanishes(node: Node, digits: int) -> bool:
-    """Whether the value has no digit that `digits` and 2 * `digits` agree on."""
+    """Whether the value has no digit that `digits` and 2 * `digits` agree on.
+
+    What is below the noise of its terms is 0 already (see numeric), and needs no second look.
+    """
     mpmath = load("mpmath")
-    coarse, fine = evaluate(node, digits), evaluate(node, 2 * digits)
+    coarse = evaluate(node, digits)
+    if coarse == 0:
+        return True
+    fine = evaluate(node, 2 * digits)
     with mpmath.workdps(15):
         return bool(fine == 0 or abs(coarse - fine) > abs(fine) * mpmath.mpf("1e-6"))
 
@@ -87,22 +110,23 @@ def is_positive(node: Node) -> bool:
     return not isinstance(value, mpmath.mpc) and value > 0
 
 
-def _proof_digits(node: Node) -> int:
-    """Digits after which an algebraic expression that shows no digit is zero, else TRANSCENDENTAL_DIGITS.
+def _proof_digits(node: Node) -> int | None:
+    """Digits after which an algebraic expression that shows no digit is zero; None for other expressions.
 
     Burnikel, Fleischer, Mehlhorn and Schirra (2000): an expression E = U/L out of integers by + - * / and k-th roots,
     with D the product of the k, is zero or |E| >= 1 / (l(E) u(E)^(D^2 - 1)). Here log10 of u and l.
     """
     if any(isinstance(n, Constant) and n.name in ("pi", "e") for n in walk(node)):
-        return TRANSCENDENTAL_DIGITS
+        return None
     degree = 1
     for radical in {key(n): n for n in walk(node)}.values():
-        degree *= _root_index(radical)
+        degree = min(degree * _root_index(radical), _MAX_DEGREE)
     bound = _bound(node)
     if bound is None:
-        return TRANSCENDENTAL_DIGITS
+        return None
     upper, lower = bound
-    return int(lower + upper * (degree**2 - 1)) + DIGITS
+    digits = lower + upper * (degree**2 - 1)
+    return math.ceil(min(digits, 10.0**9)) + DIGITS
 
 
 def _root_index(node: Node) -> int:
@@ -136,7 +160,7 @@ def _bound(node: Node) -> tuple[float, float] | None:
                 return None
             power = 1 / exponent if node.function == "root" and exponent else exponent
             upper, lower = base if power >= 0 else (base[1], base[0])
-            size = abs(float(power))
+            size = float(min(abs(power), Fraction(10**9)))
             return (size * (upper + lower), lower * size) if size < 1 else (size * upper, size * lower)
     return None
 
@@ -155,88 +179,3 @@ def _combine(function: str, parts: list[tuple[float, float]]) -> tuple[float, fl
 
 def _log10(value: int) -> float:
     return value.bit_length() * log10(2)
-
-
-def ratio_sign(a: Node, b: Node, must_be_one: bool = False) -> int | None:
-    """The sign (1 or -1) of the constant c with a = c b at all points probed; None where there is no such c != 0."""
-    names = sorted(symbols(a) | symbols(b))
-    agreeing, ratio = 0, None
-    largest = 20 if _grows_with_size(a) or _grows_with_size(b) else 10**6
-    for point in _points(names, _needs_integers(a) or _needs_integers(b), largest):
-        try:
-            x, y = evaluate(a, DIGITS, point), evaluate(b, DIGITS, point)
-        except TooMuchWork:
-            return None
-        except Undefined:
-            continue
-        if must_be_one:
-            is_same = _close(x, y)
-        else:
-            if x == 0 and y == 0:
-                continue
-            ratio = x / y if ratio is None and x != 0 and y != 0 else ratio
-            is_same = x != 0 and y != 0 and _close(x / y, ratio)
-        if not is_same:
-            if _cancels(a, point) or _cancels(b, point):
-                continue
-            return None
-        agreeing += 1
-        if agreeing == NUM_POINTS:
-            return 1 if ratio is None or ratio.real > 0 else -1
-    return 1 if must_be_one and proves_zero(subtract(a, b)) else None
-
-
-def _close(x: Value, y: Value) -> bool:
-    return bool(abs(x - y) <= max(abs(x), abs(y)) * load("mpmath").mpf("1e-35") or x == y)
-
-
-def _cancels(node: Node, point: dict[str, Fraction]) -> bool:
-    """Whether variables are so large that few digits of a sum are left, as of cosh x - sinh x."""
-    if all(abs(value) < _LARGE for value in point.values()):
-        return False
-    for part in walk(node):
-        if not isinstance(part, Apply) or part.function != "+":
-            continue
-        try:
-            largest = max(abs(evaluate(term, DIGITS, point)) for term in part.arguments)
-            if abs(evaluate(part, DIGITS, point)) < largest * 1e-15:
-                return True
-        except Undefined:  # a term with the variable of a sum
-            continue
-    return False
-
-
-def _needs_integers(node: Node) -> bool:
-    return any(isinstance(n, Apply) and (n.function in _FUNCTIONS_OF_INTEGERS or _alternates(n)) for n in walk(node))
-
-
-def _grows_with_size(node: Node) -> bool:
-    """Whether large integers cost many terms, or all the digits that a remainder is left of."""
-    return any(isinstance(n, Apply) and n.function in ("sum", "product", "mod") for n in walk(node))
-
-
-def _alternates(node: Apply) -> bool:
-    """(-1)^n, which has a real value at integers alone."""
-    if node.function != "^" or not symbols(node.arguments[1]):
-        return False
-    base = rational(node.arguments[0])
-    return base is not None and base < 0
-
-
-def _points(names: list[str], with_integers: bool, largest: int) -> Iterator[dict[str, Fraction]]:
-    """Probe points: all variables in (0, 1), above 1, negative, of mixed sign, and integers where it matters.
-
-    There k, m and n are integers at all points, of up to `largest` where others are negative or large.
-    """
-    generator = random.Random(20250407)
-    ranges = [(0.2, 0.95), (1.1, 4.0), (-3.0, -0.2), (-2.5, 2.5), (5.0, 20.0), (100.0, 2000.0)]
-    for attempt in range(_MAX_ATTEMPTS):
-        if with_integers and attempt % 2:
-            yield {name: Fraction(generator.randint(2 if attempt % 4 == 1 else 6, 15)) for name in names}
-            continue
-        low, high = ranges[(attempt // 2 if with_integers else attempt) % len(ranges)]
-        point = {name: Fraction(round(generator.uniform(low, high) * 2**40) * 2 + 1, 2**41) for name in names}
-        if with_integers:
-            first, last = (largest // 10, largest) if low > 50 or high < 0 else (2, 15)
-            point |= {name: Fraction(generator.randint(first, last)) for name in names if name in _INTEGER_NAMES}
-        yield point

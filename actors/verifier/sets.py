@@ -84,6 +84,8 @@ def _as_set(node: Node) -> list[Interval] | None:
             return [Interval(low, high, *_BRACKETS[node.brackets])]
         case Apply(function="in"):
             return _as_set(node.arguments[1])
+        case Apply(function="described"):
+            return _as_set(node.arguments[0])
         case Apply(function="union"):
             parts = [_as_set(argument) for argument in node.arguments]
             return None if any(part is None for part in parts) else [i for part in parts if part for i in part]
@@ -113,7 +115,7 @@ def _disjoint_union(nodes: tuple[Node, ...]) -> list[Interval] | None:
 def is_clearly_a_set(node: Node) -> bool:
     """Whether a node is a set of numbers and nothing else; (1, 2) may also be a point."""
     match node:
-        case Apply(function="union" | "intersection" | "conditions" | "setminus" | "in"):
+        case Apply(function="union" | "intersection" | "conditions" | "setminus" | "in" | "described"):
             return True
         case Relation():
             return not set(node.operators) & set("=≈≡")

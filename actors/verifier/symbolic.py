@@ -2,18 +2,19 @@
 
 from typing import Any
 
+from actors.verifier.exact import MAX_BITS, MAX_FACTORIAL
 from actors.verifier.heavy import load
 from actors.verifier.limits import take_time
-from actors.verifier.numeric import MAX_BITS, MAX_FACTORIAL
 from actors.verifier.tree import Apply, Constant, Node, Number, Symbol, walk
 
 # sympy objects are not typed here: sympy's annotations are partial.
 _SYMPY_NAMES = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "floor")},
     **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh")},
-    **{"abs": "Abs", "ceil": "ceiling", "ln": "log", "!": "factorial", "min": "Min", "max": "Max"},
+    **{"abs": "Abs", "ceil": "ceiling", "ln": "log", "!": "factorial", "!!": "factorial2", "min": "Min", "max": "Max"},
     **{"binomial": "binomial", "gcd": "gcd", "lcm": "lcm"},
 }
+_MAX_EXPONENT = 6400  # 64 (see _bits) times the largest power of an expression, which sympy may multiply out
 _CONVERTED = frozenset({"+", "*", "/", "neg", "^", "root", "log", "percent", "degree", "mod", *_SYMPY_NAMES})
 
 
@@ -63,7 +64,8 @@ def _apply(sympy: Any, function: str, x: list[Any]) -> Any:
         case "neg":
             return -x[0]
         case "^":
-            if x[0].is_number and x[1].is_number and abs(x[1]) * _bits(x[0]) > MAX_BITS:
+            limit = MAX_BITS if x[0].is_number else _MAX_EXPONENT
+            if x[1].is_number and abs(x[1]) * _bits(x[0]) > limit:
                 raise NotImplementedError("power too large")
             return sympy.Pow(*x)
         case "root":
@@ -76,7 +78,7 @@ def _apply(sympy: Any, function: str, x: list[Any]) -> Any:
             return x[0] * sympy.pi / 180
         case "mod":
             return sympy.Mod(*x)
-    if function in ("!", "binomial") and any(v.is_number and abs(v) > MAX_FACTORIAL for v in x):
+    if function in ("!", "!!", "binomial") and any(v.is_number and abs(v) > MAX_FACTORIAL for v in x):
         raise NotImplementedError("factorial too large")
     if function.startswith("call:"):
         return sympy.Function(function.removeprefix("call:"))(*x)

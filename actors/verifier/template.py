@@ -49,7 +49,7 @@ from actors.verifier.plugin import Verifier, load_verifier
 from actors.verifier.retries import Retries
 from actors.verifier.usual import UsualTime
 from actors.verifier.worker import AGAIN, COLD, JUDGED, LATER, SPOILT, run_worker
-from common.types import Verdict
+from common.types import AnswerForm, Verdict
 
 FASTEST_S = 0.004  # no answer is slow before
 FASTEST_INTERRUPTED_S = 0.001  # nor interrupted: another attempt is cheap
@@ -373,13 +373,14 @@ def main() -> int:
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-mb", type=int, required=True)
     parser.add_argument("--correct-from", type=float, required=True)
+    parser.add_argument("--answer-form", type=AnswerForm, required=True)
     args = parser.parse_args()
     # An interrupt of the terminal reaches the whole group; the pool ends this process by closing stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        verifier = load_verifier(args.function, args.correct_from)
+        verifier = load_verifier(args.function, args.correct_from, args.answer_form)
     except ValueError as error:
         write_all(replies_fd, f"error {' '.join(str(error).split())}\n".encode("utf-8", "replace"))
         return 2

@@ -1,36 +1,28 @@
 """The part of the parser that reads one expression: sums, products, powers, functions, and what stands in brackets."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from fractions import Fraction
 
-from actors.verifier.build import INVERTIBLE, apply_function, flat, in_base, product, structured
+from actors.verifier.build import flat, in_base, product, structured
 from actors.verifier.conditions import described
-from actors.verifier.cursor import Cursor
+from actors.verifier.functions import ARGUMENT, FunctionParser
 from actors.verifier.matrices import determinant
 from actors.verifier.tokens import ParseError, Token, repeating_decimal
 from actors.verifier.tree import (
-    ZERO,
     Apply,
     Constant,
     Matrix,
     Node,
     Number,
-    Relation,
     Sequence,
     Symbol,
-    names_terms,
     negate,
-    replace,
     symbols,
-    walk,
 )
-from actors.verifier.vocabulary import CONSTANT_NAMES
+from actors.verifier.vocabulary import CONSTANT_NAMES, UNIT_LETTERS_OF_TEXT
 
-SEPARATORS = frozenset({"comma", "and"})
 _CALLABLE = frozenset("fghFGH")  # f(x+1) is a call; a(x+1) is a product
-_ARGUMENT = frozenset({"num", "sym", "const", "frac", "root", "group", "binom", "overline"})
-_PRIMARY = _ARGUMENT - {"num"} | {"letter", "func", "matrix", "series", "numbers", "mark", "lim", "empty"}
-_EXPONENTIAL = (Token("const", "e"), Token("op", "^"))
+_PRIMARY = ARGUMENT - {"num"} | {"letter", "func", "matrix", "series", "numbers", "mark", "lim", "opaque", "empty"}
 _CONDITIONAL = ["open", "sym", "bar", "sym", "close"]  # (A | B)
 
 
@@ -45,7 +37,7 @@ def _signed(sign: str, node: Node) -> Node:
     return node
 
 
-class ExpressionParser(Cursor, ABC):
+class ExpressionParser(FunctionParser):
     """A cursor over one token list that reads expressions; what lists and sides are, a subclass says."""
 
     def __init__(self, tokens: tuple[Token, ...]) -> None:
@@ -60,10 +52,6 @@ class ExpressionParser(Cursor, ABC):
     @abstractmethod
     def side(self) -> Node:
         """One side of a relation."""
-
-    @abstractmethod
-    def nested(self, tokens: tuple[Token, ...]) -> Node:
-        """The tree of a whole token list, such as an argument of \\frac. Raises ParseError."""
 
     def at_membership(self) -> bool:
         """Whether (k in Z) follows, which is no factor."""
@@ -86,7 +74,7 @@ class ExpressionParser(Cursor, ABC):
             signs: list[str] = []
             while (sign := self.accept("op", "+", "-", "±", "∓")) is not None:
                 signs.append(sign.text)
-            node = self._term()
+            node = self.term()
             if terms and signs == ["-"] and isinstance(node, Sequence) and node.brackets == "{}":
                 terms = [Apply("setminus", (terms[0] if len(terms) == 1 else Apply("+", tuple(terms)), node))]
                 continue
@@ -95,8 +83,8 @@ class ExpressionParser(Cursor, ABC):
             terms.append(node)
         return terms[0] if len(terms) == 1 else Apply("+", tuple(terms))
 
-    def _term(self) -> Node:
-        node = self._factor()
+    def term(self) -> Node:
+        node = self.factor()
         while True:
             if self.accept("op", "*"):
                 node = product(node, self._signed_factor())
@@ -106,11 +94,11 @@ class ExpressionParser(Cursor, ABC):
             elif self.accept("op", "mod"):
                 node = Apply("mod", (node, self._signed_factor()))
             elif self.accept("op", "°"):  # f \circ g
-                node = Apply("call:compose", (node, self._factor()))
+                node = Apply("call:compose", (node, self.factor()))
             elif self.accept("op", "choose"):
-                node = Apply("binomial", (node, self._factor()))
+                node = Apply("binomial", (node, self.factor()))
             elif self._starts_factor(node):
-                node = product(node, self._factor())
+                node = product(node, self.factor())
             else:
                 return node
 
@@ -128,11 +116,11 @@ class ExpressionParser(Cursor, ABC):
         if token.kind == "bar":
             return self._open_bars == 0
         if token.kind == "letter" and not isinstance(left, Sequence):  # after a number a letter of a text is its unit
-            return token.text in CONSTANT_NAMES or bool(symbols(left))
+            return token.text in CONSTANT_NAMES or token.text not in UNIT_LETTERS_OF_TEXT or bool(symbols(left))
         if token.kind == "letter" or (token.kind == "sym" and token.text == "U"):
             return not isinstance(left, Number | Sequence)
         if token.kind == "num" and not isinstance(left, Number | Sequence):  # n2^{n-1}, 2!3!; x2 is open to doubt
-            is_factorial = isinstance(left, Apply) and left.function == "!"
+            is_factorial = isinstance(left, Apply) and left.function in ("!", "!!")
             return is_factorial or self.peek(1) in (Token("op", "^"), Token("op", "!"))
         return token.kind in _PRIMARY
 
@@ -140,15 +128,16 @@ class ExpressionParser(Cursor, ABC):
         if self.accept("op", "-"):
             return negate(self._signed_factor())
         self.accept("op", "+")
-        return self._factor()
+        return self.factor()
 
-    def _factor(self) -> Node:
-        node = self._primary()
+    def factor(self) -> Node:
+        node = self.primary()
         while True:
             if self.accept("op", "!"):
+                function = "!!" if self.accept("op", "!") else "!"
                 if self.at("op", "!"):
-                    raise ParseError("double factorial")
-                node = Apply("!", (node,))
+                    raise ParseError("more than a double factorial")
+                node = Apply(function, (node,))
             elif self.accept("op", "%"):
                 node = Apply("percent", (node,))
             elif self.accept("degree"):
@@ -158,20 +147,23 @@ class ExpressionParser(Cursor, ABC):
             elif self.accept("op", "_"):
                 node = self._subscripted(node)
             elif self.accept("op", "^"):
-                node = self._raised(node)
+                node = self.raised(node)
             else:
                 return self._called(node)
 
     def _subscripted(self, node: Node) -> Node:
         subscript = flat((self.take(),)).strip("()")
-        if isinstance(node, Symbol):
-            return Symbol(f"{node.name}_{subscript}")
+        match node:
+            case Symbol(name=name) | Constant(name="pi" | "e" | "i" as name):
+                return Symbol(f"{name}_{subscript}")
+            case Apply(function="^" | "overline" as function, arguments=(Symbol(name=name), *others)):  # v^2_0 is v_0^2
+                return Apply(function, (Symbol(f"{name}_{subscript}"), *others))
         before = self.tokens[self.position - 3]
         if isinstance(node, Number) and before.kind == "num" and before.text.isdigit():
             return in_base(before.text, subscript.removeprefix("base"))
         raise ParseError("subscript")
 
-    def _raised(self, node: Node) -> Node:
+    def raised(self, node: Node) -> Node:
         token = self.take()
         if token.kind == "group":
             inside = token.parts[0]
@@ -190,9 +182,9 @@ class ExpressionParser(Cursor, ABC):
         if token.kind == "op" and token.text == "*" and isinstance(node, Symbol):
             return Symbol(node.name + "*")
         self.position -= 1
-        exponent = self._primary()
+        exponent = self.primary()
         if self.accept("op", "^"):
-            exponent = self._raised(exponent)
+            exponent = self.raised(exponent)
         return Apply("^", (node, exponent))
 
     def _called(self, node: Node) -> Node:
@@ -204,7 +196,7 @@ class ExpressionParser(Cursor, ABC):
             inside = [self.take().text for _ in _CONDITIONAL]
             return Symbol(node.name + "".join(inside))
         is_single = inner is not None and inner.kind == "sym" and after == Token("close", ")")
-        if node.name[0] not in _CALLABLE and not is_single and not self._defines_function():
+        if node.name[0] not in _CALLABLE and not is_single and not self._definesfunction():
             return node
         self.take()
         arguments = self.items()
@@ -212,27 +204,27 @@ class ExpressionParser(Cursor, ABC):
             raise ParseError("unclosed call")
         return Apply(f"call:{node.name}", tuple(arguments))
 
-    def _defines_function(self) -> bool:
+    def _definesfunction(self) -> bool:
         """Whether (x, t) = or (100) = follows, as in u(x, t) = 2xt, where A(1, 2) alone names a point."""
         ahead = 1
         while (token := self.peek(ahead)) is not None and token.kind in ("sym", "num", "comma"):
             ahead += 1
         return ahead > 1 and self.peek(ahead) == Token("close", ")") and self.peek(ahead + 1) == Token("rel", "=")
 
-    def _primary(self) -> Node:
+    def primary(self) -> Node:
         token = self.take()
         match token.kind:
             case "num":
                 return self._number(token)
             case "sym":
-                return self._difference() if token.text == "Delta" else Symbol(token.text)
+                return self.difference() if token.text == "Delta" else Symbol(token.text)
             case "letter":
                 name = token.text
                 return Constant(CONSTANT_NAMES[name]) if name in CONSTANT_NAMES else Symbol(name)
             case "const":
                 return Constant(token.text)
             case "func":
-                return self._function(token.text, self.nested(token.parts[0]) if token.parts else None)
+                return self.function(token.text, self.nested(token.parts[0]) if token.parts else None)
             case "group":
                 return self.nested(token.parts[0])
             case "open":
@@ -240,38 +232,14 @@ class ExpressionParser(Cursor, ABC):
             case "bar":
                 return self._absolute()
             case "series":
-                return self._series(token.text)
+                return self.series(token.text)
             case "lim":
-                self.accept("op", "_")
-                return Apply(f"call:lim {flat((self.take(),))}", (self._term(),))
+                return self.limit()
             case "opaque":
-                return self._opaque(token.text)
+                return self.opaque(token.text)
             case "mark":
-                return self._marked(token.text)
+                return self.marked(token.text)
         return structured(token, self.nested)
-
-    def _difference(self) -> Node:
-        """\\Delta x is one name: in \\Delta x / \\Delta t nothing cancels."""
-        after = self.peek()
-        named = after.parts[0] if after is not None and after.kind == "group" else (after,)
-        if len(named) != 1 or named[0] is None or named[0].kind != "sym":
-            return Symbol("Delta")
-        self.take()
-        return Symbol(f"Delta {named[0].text}")
-
-    def _marked(self, mark: str) -> Node:
-        """An angle or a triangle; of an angle the middle letter counts, not the direction."""
-        named = self._term()
-        if mark == "angle" and isinstance(named, Symbol):
-            named = Symbol(min(named.name, named.name[::-1]))
-        return Apply(f"call:{mark}", (named,))
-
-    def _opaque(self, name: str) -> Node:
-        """An integral: not worked out, but equal to itself and the name of its value in an equation."""
-        consumed = []
-        while (token := self.peek()) is not None and token.kind not in ("rel", "semi", "close", *SEPARATORS):
-            consumed.append(self.take())
-        return Apply(f"call:{name} {flat(tuple(consumed))}", (ZERO,))
 
     def _number(self, token: Token) -> Node:
         assert token.value is not None
@@ -334,54 +302,3 @@ class ExpressionParser(Cursor, ABC):
         if not self.accept("bar") and not self.accept("close", "|"):
             raise ParseError("unclosed |")
         return determinant(node) if isinstance(node, Matrix) else Apply("abs", (node,))
-
-    def _series(self, function: str) -> Node:
-        if not self.accept("op", "_"):
-            raise ParseError("series without bounds")
-        start = self.nested(self.take().parts[0])
-        if not self.accept("op", "^") or not isinstance(start, Relation) or start.operators != ("=",):
-            raise ParseError("series without bounds")
-        end = self._primary()
-        variable, term = start.sides[0], self._term()
-        if isinstance(variable, Symbol | Constant):  # its name does not matter; and i is not the imaginary unit here
-            depth = sum(isinstance(n, Apply) and n.function in ("sum", "product") for n in walk(term))
-            index = Symbol(f"index {variable.name if names_terms(term, variable.name) else f'#{depth}'}")
-            variable, term = index, replace(term, variable, index)
-        return Apply(function, (variable, start.sides[1], end, term))
-
-    def _function(self, name: str, base: Node | None) -> Node:
-        """`base`: the index of a root, which stands before its argument as the base of a logarithm does."""
-        if name in ("max", "min") and self.at("rel"):
-            return Symbol(name)
-        power: Node | None = None
-        while self.at("op", "^", "_"):
-            if self.take().text == "_":
-                base = self._primary()
-            else:
-                power = self._power()
-        arguments = self._arguments()
-        if power == Number(Fraction(-1)) and name in INVERTIBLE:
-            name, power = f"arc{name}", None
-        node = apply_function(name, base, arguments)
-        return Apply("^", (node, power)) if power is not None else node
-
-    def _power(self) -> Node:
-        """The exponent of \\sin^2."""
-        raised = self._raised(Symbol(""))
-        if not isinstance(raised, Apply) or raised.function != "^":
-            raise ParseError("a function to the power of a sign")
-        return raised.arguments[1]
-
-    def _arguments(self) -> list[Node]:
-        if self.at("open", "("):
-            node = self._primary()
-            return list(node.items) if isinstance(node, Sequence) and node.brackets == "()" else [node]
-        if self.at("open"):
-            node = self._primary()
-            return list(node.items) if isinstance(node, Sequence) else [node]
-        node = negate(self._factor()) if self.accept("op", "-") else self._factor()
-        while (token := self.peek()) is not None and token.kind in _ARGUMENT and token.kind != "num":
-            if not isinstance(node, Number) and (token, self.peek(1)) == _EXPONENTIAL:  # sin x e^t is sin(x) e^t
-                break
-            node = product(node, self._factor())
-        return [node]

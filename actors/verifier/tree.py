@@ -12,8 +12,10 @@ from typing import TypeAlias
 # name: number of arguments; None: one or more. The tree is closed over these.
 FUNCTIONS: dict[str, int | None] = {
     **dict.fromkeys(("+", "*", "gcd", "lcm", "min", "max", "ratio", "union", "intersection", "conditions"), None),
-    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in"), 2),
-    **dict.fromkeys(("neg", "pm", "mp", "!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp"), 1),
+    **dict.fromkeys(("/", "^", "root", "log", "binomial", "mod", "residue", "setminus", "in", "where", "numeral"), 2),
+    **dict.fromkeys(
+        ("neg", "pm", "mp", "!", "!!", "percent", "degree", "abs", "floor", "ceil", "ln", "exp", "described"), 1
+    ),
     **dict.fromkeys(("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"), 1),
     **dict.fromkeys(("arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh", "arctanh"), 1),
     **dict.fromkeys(("overline", "det"), 1),
@@ -21,7 +23,9 @@ FUNCTIONS: dict[str, int | None] = {
     "product": 4,
 }
 COMMUTATIVE = frozenset({"+", "*", "gcd", "lcm", "min", "max", "union", "intersection", "conditions"})
-_NOT_SCALAR = frozenset({"union", "intersection", "conditions", "setminus", "in", "ratio", "residue"})
+_NOT_SCALAR = frozenset(
+    {"union", "intersection", "conditions", "setminus", "in", "ratio", "residue", "described", "where"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,11 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A value with a unit in normal form, for example 5 and "cm^2"."""
+    """A value with a unit in normal form, for example 5 and "cm^2". `is_known`: no other word after a number."""
 
     value: "Node"
     unit: str
+    is_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,14 @@ def is_scalar(node: Node) -> bool:
     )
 
 
+def base_of(node: Node) -> int:
+    """The base of a numeral; 10 for everything else."""
+    match node:
+        case Apply(function="numeral", arguments=(_, Number(value=base))):
+            return int(base)
+    return 10
+
+
 def is_constant(node: Node) -> bool:
     """Whether the tree is one number."""
     return is_scalar(node) and not symbols(node)
@@ -190,7 +203,7 @@ def replace(node: Node, old: Node, new: Node) -> Node:
         case Matrix():
             return Matrix(tuple(tuple(replace(i, old, new) for i in row) for row in node.rows))
         case Quantity():
-            return Quantity(replace(node.value, old, new), node.unit)
+            return Quantity(replace(node.value, old, new), node.unit, node.is_known)
     return node
 
 
@@ -202,7 +215,7 @@ def key(node: Node) -> str:
         case Symbol() | Constant():
             return f"{type(node).__name__[0]}:{node.name}"
         case Apply():
-            parts = [key(part) for part in _flatten(node)]
+            parts = [key(part) for part in operands(node)]
             if node.function in COMMUTATIVE:
                 parts.sort()
             return f"{node.function}({','.join(parts)})"
@@ -217,9 +230,10 @@ def key(node: Node) -> str:
     return f"text({node.words})"
 
 
-def _flatten(node: Apply) -> Iterator[Node]:
+def operands(node: Apply) -> Iterator[Node]:
+    """The arguments of a function; of a sum or product also those of the sums or products among them."""
     for argument in node.arguments:
         if isinstance(argument, Apply) and argument.function == node.function and node.function in ("+", "*"):
-            yield from _flatten(argument)
+            yield from operands(argument)
         else:
             yield argument

@@ -174,9 +174,24 @@ MACROS: dict[str, tuple[str, str]] = {
         "top": ("sym", "T"),
         "intercal": ("sym", "T"),
         "lim": ("lim", "lim"),
-        "int": ("opaque", "int"),
+        **{name: ("opaque", name) for name in ("int", "iint", "iiint", "oint")},
     },
 }
+# Signs that are no symbols: operators without a meaning here, relations, arrows. Other unknown macros are symbols.
+_OPERATORS = """
+oplus ominus otimes oslash odot star bullet diamond bigcirc amalg wr sqcap sqcup uplus dagger ddagger bigoplus
+bigotimes bigodot bigsqcup biguplus bigcap bigvee bigwedge coprod triangleleft triangleright rtimes ltimes Cap
+Cup boxplus boxtimes subset supset subseteq supseteq subsetneq supsetneq nsubseteq nsupseteq sqsubset sqsupset
+sqsubseteq sqsupseteq ni notin nin prec succ preceq succeq ll gg lll ggg perp parallel nparallel propto vdash
+dashv models vDash asymp doteq smile frown bowtie trianglelefteq trianglerighteq nmid not doteqdot leqgtr
+lesssim gtrsim sym nless ngtr nleq ngeq vartriangleleft leftarrow Leftarrow Rightarrow leftrightarrow
+Leftrightarrow longrightarrow Longrightarrow longleftarrow mapsto longmapsto uparrow downarrow updownarrow
+nearrow searrow hookrightarrow rightharpoonup rightleftharpoons implies impliedby iff leadsto gets lnot neg
+forall exists nexists therefore because vdots ddots sup inf limsup liminf arg Re Im dim ker hom deg argmax
+argmin middle over atop stackrel overset underset substack cancel sout textsuperscript textsubscript mathop
+mathrel mathbin
+"""
+OPERATORS = frozenset(_OPERATORS.split())
 NUMBER_SETS = frozenset({*"RZNQC", "Z+"})
 _BOTH = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln")},
@@ -195,7 +210,9 @@ CONSTANT_NAMES = {
     **{"pi": "pi", "e": "e", "i": "i"},
     **{"inf": "oo", "infty": "oo", "infinity": "oo", "oo": "oo"},
 }
-CONNECTORS = frozenset({"and", "or", "where"})
+# What joins the items of a list, and what joins a statement and its condition.
+CONDITION_WORDS = frozenset({"where", "for", "if", "when", "whenever", "with", "provided"})
+CONNECTORS = frozenset({"and", "or"}) | CONDITION_WORDS
 SEGMENTS = "arcsin|arccos|arctan|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|and|or"
 
 MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -205,89 +222,10 @@ ORDINAL_WORDS = {
     **{"half": 2, "halve": 2, "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7},
     **{"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100, "thousandth": 1000},
 }
-_MONTHS = "january february march april june july august september october november december"
-# Such a word restricts what stands before it, unless a noun follows: n > 3 even, but 3 even numbers.
-ADJECTIVES = frozenset({"odd", "even", "prime", "composite", "positive", "real", "rational"})
-# Words after a number that are no unit: they change its value, or leave open which number is meant.
-NOT_UNITS = frozenset(
-    [
-        *_MONTHS.split(),
-        *ORDINAL_WORDS,
-        *(f"{word}s" for word in ORDINAL_WORDS),
-        "about",
-        "above",
-        "approximately",
-        "at",
-        "below",
-        "between",
-        "but",
-        "choose",
-        "cubed",
-        "divided",
-        "dozen",
-        "dozens",
-        "each",
-        "either",
-        "except",
-        "factorial",
-        "from",
-        "greater",
-        "hardly",
-        "if",
-        "incorrect",
-        "isn't",
-        "least",
-        "less",
-        "maybe",
-        "minus",
-        "modulo",
-        "more",
-        "most",
-        "negative",
-        "never",
-        "no",
-        "not",
-        "nor",
-        "of",
-        "off",
-        "only",
-        "over",
-        "perhaps",
-        "plus",
-        "possibly",
-        "probably",
-        "remainder",
-        "root",
-        "roughly",
-        "squared",
-        "than",
-        "then",
-        "through",
-        "times",
-        "to",
-        "too",
-        "unless",
-        "until",
-        "up",
-        "versus",
-        "vs",
-        "when",
-        "while",
-        "without",
-        "wrong",
-        "is",
-        "are",
-        "was",
-        "mod",
-        "base",
-        "equals",
-        "else",
-        "otherwise",
-        "instead",
-    ]
-)
 # Runs of at most three letters are products of variables, except these.
 SHORT_WORDS = frozenset({"per", "the", "but", "not", "nor", "are", "was", "too", "sq", "cu"})
+# The same where spaces set them apart.
+SHORT_WORDS_APART = frozenset({"is", "of", "on", "its", "has", "all", "any", "one", "two", "out", "off", "let"})
 NUMBER_WORDS = {
     word: str(value)
     for value, word in enumerate(
@@ -326,34 +264,80 @@ TENS = {
 
 # Upright letters that are units after a number; others, as \mathrm{x}, may be variables.
 UNIT_LETTERS = frozenset("gmsJKNVW")
+UNIT_LETTERS_OF_TEXT = UNIT_LETTERS | frozenset("ACFHLMTWbhlt")
 MEGA_UNITS = frozenset({"Mg", "MN", "MW", "MV", "MJ", "MHz", "MeV", "MPa"})  # in lower case they would be milli
-# Spellings of units -> one spelling each. Other words after a number count as a unit in the spelling given.
+_SPELLINGS = """
+% percent pct percentage percents
+degree degrees deg °
+dollar dollars usd bucks
+cent cents
+m meter meters metre metres
+cm centimeter centimeters centimetre centimetres
+mm millimeter millimeters millimetre millimetres
+km kilometer kilometers kilometre kilometres
+dm decimeter decimeters decimetre decimetres
+in inch inches
+ft foot feet
+yd yard yards
+mi mile miles
+g gram grams
+kg kilogram kilograms kgs kilo kilos
+mg milligram milligrams
+lb lbs pound pounds
+oz ounce ounces
+l L liter liters litre litres
+ml mL milliliter milliliters millilitre millilitres
+s sec secs second seconds
+min mins minute minutes
+h hr hrs hour hours
+day days
+year years yr yrs
+unit units
+mi/h mph
+rad radian radians
+n newton newtons
+j joule joules
+kj kilojoule kilojoules
+w watt watts
+kw kilowatt kilowatts
+v volt volts
+a amp amps ampere amperes
+k kelvin kelvins
+pa pascal pascals
+hz hertz
+mol mole moles
+t ton tons tonne tonnes
+gal gallon gallons
+qt quart quarts
+pt pint pints
+acre acres
+ha hectare hectares
+month months
+week weeks
+yuan rmb cny
+euro euros eur
+yen jpy
+rupee rupees inr rs
+"""
+_OTHERS = """
+celsius fahrenheit nm pm um ms ns us khz ghz kpa atm bar kn mn ev kev gev kv mv ma ohm ohms tesla gauss wb weber
+henry farad coulomb coulombs lux lumen lumens cal kcal calorie calories btu hp db ly pc au knot knots rpm ppm
+bit bits byte bytes kb mb gb tb tbsp tsp cup cups teaspoon teaspoons tablespoon tablespoons decade decades
+century centuries fortnight erg ergs dyne dynes psi poise angstrom angstroms micron microns mmol sr steradian am
+pm kph kmh kmph revolution revolutions cycle cycles turn turns pence penny pennies nickel nickels dime dimes
+quarter quarters peso pesos franc francs krone kroner won ruble rubles bps mbps kbps lightyear lightyears
+furlong furlongs league leagues stone stones carat carats
+"""
+# Spellings of units -> one spelling each.
 UNITS = {
-    **dict.fromkeys(("%", "percent", "pct", "percentage", "percents"), "%"),
-    **dict.fromkeys(("degree", "degrees", "deg", "°"), "degree"),
-    **dict.fromkeys(("dollar", "dollars", "usd", "bucks"), "dollar"),
-    **dict.fromkeys(("cent", "cents"), "cent"),
-    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), "m"),
-    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), "cm"),
-    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), "mm"),
-    **dict.fromkeys(("km", "kilometer", "kilometers", "kilometre", "kilometres"), "km"),
-    **dict.fromkeys(("in", "inch", "inches"), "in"),
-    **dict.fromkeys(("ft", "foot", "feet"), "ft"),
-    **dict.fromkeys(("yd", "yard", "yards"), "yd"),
-    **dict.fromkeys(("mi", "mile", "miles"), "mi"),
-    **dict.fromkeys(("g", "gram", "grams"), "g"),
-    **dict.fromkeys(("kg", "kilogram", "kilograms", "kgs"), "kg"),
-    **dict.fromkeys(("mg", "milligram", "milligrams"), "mg"),
-    **dict.fromkeys(("lb", "lbs", "pound", "pounds"), "lb"),
-    **dict.fromkeys(("oz", "ounce", "ounces"), "oz"),
-    **dict.fromkeys(("l", "L", "liter", "liters", "litre", "litres"), "l"),
-    **dict.fromkeys(("ml", "mL", "milliliter", "milliliters", "millilitre", "millilitres"), "ml"),
-    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
-    **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
-    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
-    **dict.fromkeys(("day", "days"), "day"),
-    **dict.fromkeys(("year", "years", "yr", "yrs"), "year"),
-    **dict.fromkeys(("unit", "units"), "unit"),
-    **dict.fromkeys(("mph",), "mi/h"),
-    **dict.fromkeys(("rad", "radian", "radians"), "rad"),
+    name: names[0] for names in map(str.split, _SPELLINGS.strip().splitlines()) for name in names if name != "mi/h"
 }
+UNITS |= {name: name for name in _OTHERS.split() if name not in UNITS}
+# Runs of at most three letters that are units and not products, even outside of \\text{}.
+_SHORT = "pct usd deg cm mm km in ft yd mi kg kgs mg lb lbs oz ml mL sec min hr hrs day yr yrs mph rad"
+SHORT_UNITS = frozenset(_SHORT.split())
+
+
+def lower_word(word: str) -> str:
+    """The word in lower case, except units that would be others then."""
+    return word if word in MEGA_UNITS else word.lower()

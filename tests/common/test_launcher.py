@@ -207,3 +207,14 @@ def test_grade_prints_a_verdict_per_case(tmp_path: Path) -> None:
     result = run("grade", str(cases))
     assert result.returncode == 0, result.stderr
     assert '"equal": true' in result.stdout
+
+
+@pytest.mark.parametrize(("options", "is_equal"), [((), "true"), (("--answer-form", "exact"), "false")])
+def test_grade_wants_the_form_of_training_where_it_is_told_so(
+    tmp_path: Path, options: tuple[str, ...], is_equal: str
+) -> None:
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text('{"gold": "26000", "pred": "513^2-487^2"}\n')
+    result = run("grade", str(cases), *options)
+    assert result.returncode == 0, result.stderr
+    assert f'"equal": {is_equal}' in result.stdout

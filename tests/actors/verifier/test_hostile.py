@@ -39,17 +39,37 @@ HOSTILE = {
     "nested radicals": "+".join(rf"\sqrt{{{p}+\sqrt[3]{{{p}}}}}" for p in (2, 3, 5, 7, 11, 13, 17)),
     "surrogate": "\ud800\x00",
     "simplification": LONG_SIMPLIFICATION,
+    # what once raised or took seconds, and its like
+    "sum without bounds": r"\sum_x r(x)\pi_x",
+    "signs without arguments": r"\sum_ \prod \lim_ \int \max \log_",
+    "tiny exponent": "2^{1/2^{1000}}",
+    "root of a giant index": r"\sqrt[10^{400}]{2}",
+    "huge power of a sum": "(x+1)^{22222222222222222222222222222222222222222}",
+    "limit of factorials": r"\lim_{n \to \infty} \frac{(2n)!}{2^n (n!)^2}",
+    "one beside a million digits": "10^{1000000}+1",
+    "one beside a giant in a formula": "x+10^{1000000}+1",
+    "a giant factorial and one": "49999!+1",
+    "binomial of an angle": r"\frac{4^{2024}}{\binom{4048}{223^\circ}}-2",
+    "cancelling giants": r"\cosh(x^9)-\sinh(x^9)",
+    "double factorials": "5" + "!!" * 500,
+    "circled digits": "①" * 900,
+    "answer tags": "<answer>" * 20_000,
+    "answer lines": "**Answer:**\n" * 20_000,
+    "emphasis": "Answer: " + "*" * 50_000,
+    "chinese": "答案是" * 20_000,
+    "digit groups with commas": "1,234" * 20_000,
+    "clauses": "The answer is " + "x, which " * 20_000,
 }
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in ("simplification", "double sum")])
 def test_a_hostile_answer_is_judged_wrong_in_good_time(name: str) -> None:
     text = HOSTILE[name]
-    started_s = time.monotonic()
+    started_s = time.process_time()  # other processes may take what they like
     for reference in ("42", r"\sqrt{2}+x"):
         assert verify("\\boxed{" + text + "}", reference, {}) in (Verdict.WRONG, Verdict.UNANSWERED)
         assert verify_anywhere(text, reference, {}) in (Verdict.WRONG, Verdict.UNANSWERED)
-    assert time.monotonic() - started_s < 4 * TIMEOUT_S
+    assert time.process_time() - started_s < TIMEOUT_S
 
 
 def test_the_pool_gives_every_hostile_answer_a_verdict_and_is_whole_afterwards() -> None:
@@ -66,7 +86,7 @@ def test_the_pool_gives_every_hostile_answer_a_verdict_and_is_whole_afterwards()
     assert Verdict.CORRECT not in verdicts.values()
     assert verdicts["simplification"] is Verdict.TIMED_OUT
     assert after == [Verdict.CORRECT] * 4
-    assert elapsed_s < 30
+    assert elapsed_s < TIMEOUT_S * len(HOSTILE) / 2 + 10
 
 
 def test_text_is_never_executed(tmp_path: object) -> None:

@@ -10,6 +10,7 @@ from actors.verifier.extract import Extraction, extract
 from actors.verifier.math import answers_equal, verify, verify_anywhere
 from actors.verifier.numeric import Undefined, evaluate
 from actors.verifier.tree import Apply, Node, Number, Symbol, replace, symbols, walk
+from common.types import AnswerForm
 
 pytestmark = pytest.mark.timeout(120)
 slow_is_fine = settings(
@@ -143,8 +144,15 @@ def test_integers_are_equal_when_they_are_the_same(a: int, b: int) -> None:
     assert answers_equal(rf"\frac{{{a}}}{{7}}", f"{b}/7") == (a == b)
 
 
-MACROS = r"\frac \sqrt \left( \right) \text \begin{pmatrix} \end{pmatrix} \boxed{ \\ \{ \} \pm \cup \in \pi \sin \log"
-SIGNS = "{ } ( ) [ ] , ; = < | ^ _ ! ' + - * / : . % $ & 1 2 10 0.5 x y f e i or and cm 50% "
+MACROS = r"""
+\frac \sqrt \left( \right) \text \begin{pmatrix} \end{pmatrix} \boxed \\ \{ \} \pm \cup \in \pi \sin \log \sum \prod
+\sum_{k=1}^{n} \int_0^1 \lim \binom \overline \max \det \angle \Delta \infty \mathbb{R} \pmod{5} \bmod \approx \equiv
+\subset \odot \foo \textcircled{3} \dot ^\circ \operatorname \lfloor \rfloor \mid \begin{cases} \end{cases} \over \exp
+"""
+SIGNS = """
+{ } ( ) [ ] , ; = < | ^ _ ! !! ' + - * / : . % $ & 1 2 10 0.5 x y f n e i or and for if cm 50% ② 个 10^{9} 2^{1000}
+1e999 0.333... 0.(3) f(x) a_n 5! 1/0 0^0 three A (A) **
+"""
 FRAGMENTS = [*MACROS.split(), *SIGNS.split()]
 latex_soup = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map(" ".join)
 any_text = st.text(st.characters(), max_size=60)  # surrogates and controls included
@@ -154,6 +162,21 @@ any_text = st.text(st.characters(), max_size=60)  # surrogates and controls incl
 @given(st.one_of(latex_soup, any_text), st.one_of(latex_soup, any_text))
 def test_equality_is_symmetric_and_never_raises(a: str, b: str) -> None:
     assert answers_equal(a, b) == answers_equal(b, a)
+
+
+@settings(slow_is_fine, max_examples=250)
+@given(latex_soup, latex_soup)
+def test_an_answer_in_the_form_of_its_reference_also_has_its_value(a: str, b: str) -> None:
+    assert answers_equal(a, b, AnswerForm.ANY) or not answers_equal(a, b, AnswerForm.EXACT)
+
+
+@slow_is_fine
+@given(constants, st.integers(0, 400))
+def test_one_more_is_another_number_however_large(node: Node, exponent: int) -> None:
+    assume(values(node))
+    text = rf"10^{{{exponent}}} \cdot ({as_latex(node)})^2"
+    assert not answers_equal(text, f"{text} + 1")
+    assert answers_equal(f"1 + {text}", f"{text} + 1")
 
 
 @settings(slow_is_fine, max_examples=150)
