@@ -14,13 +14,13 @@ from tests.support.verifier_cases import CLASSES, DIFFERENT
 # In a process of its own, because the time limits take SIGALRM. Interrupted in sympy a worker is replaced: not here.
 SCRIPT = """
 import json, random, sys
-from actors.verifier import scalars
+from actors.verifier import probing
 from actors.verifier.math import answers_equal
 from actors.verifier.plugin import load_verifier
 from actors.verifier.limits import Interrupted, Limits
 
-scalars.proves_zero = lambda node: False
-pairs, verifier, limits = json.load(sys.stdin), load_verifier("actors.verifier.math:verify"), Limits()
+probing.proves_zero = lambda node: False
+pairs, verifier, limits = json.load(sys.stdin), load_verifier("actors.verifier.math:verify", 1.0), Limits()
 generator, interruptions = random.Random(0), []
 before = [answers_equal(a, b) for a, b in pairs[::2]]
 for a, b in pairs * 8:
