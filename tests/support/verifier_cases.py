@@ -522,7 +522,6 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     ("204_5", r"204_{5}", r"204_{\text{five}}", r"204_{(5)}"),
     ("1112112_3",),
     ("1112122_3",),
-    ("A3_{16}", "163"),
     # conditions joined by words
     (
         r"x<-1 \text{ or } x>3",
@@ -684,6 +683,7 @@ CLASSES: tuple[tuple[str, ...], ...] = (
 )
 
 DIFFERENT: tuple[tuple[str, str], ...] = (
+    ("A3_{16}", "163"),  # a numeral in a base asks for that base
     (r"\sum_{k=1}^{n} a_k", r"\sum_{k=0}^{n-1} a_k"),
     (r"\int_0^1 x\,dx", r"\int_0^2 x\,dx"),
     ("3 abc", "4"),

@@ -183,7 +183,7 @@ def test_one_more_is_another_number_however_large(node: Node, exponent: int) -> 
 @given(latex_soup)
 def test_an_answer_with_content_equals_itself(text: str) -> None:
     assume(any(c.isalnum() for c in text) and "boxed" not in text)
-    assume(any(c in "0123456789xyf" for c in text))
+    assume(any(c in "0123456789xyf" for c in text.replace("approx", "")))  # the word only introduces an answer
     assert answers_equal(text, text)
 
 
