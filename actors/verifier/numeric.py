@@ -198,6 +198,8 @@ class _Evaluator:
                 return mp.exp(x[0])
             case "binomial":
                 return mp.binomial(*x)
+        x = [self._real(value) for value in x]
+        match function:
             case "mod":
                 return x[0] - x[1] * mp.floor(x[0] / x[1])
             case "gcd" | "lcm":
@@ -211,6 +213,14 @@ class _Evaluator:
         if x[0] != nearest and abs(x[0] - nearest) < mp.mpf(10) ** (8 - mp.mp.dps):
             return nearest
         return mp.floor(x[0]) if function == "floor" else mp.ceil(x[0])
+
+    def _real(self, value: Value) -> Value:
+        """The value if it is real; complex numbers have no order. Raises Undefined."""
+        if not isinstance(value, self._mp.mpc):
+            return value
+        if value.imag != 0:
+            raise Undefined("not real")
+        return value.real
 
     def _power(self, base_node: Node, exponent_node: Node) -> Value:
         """base^exponent; a rational exponent with odd denominator takes the real root of a negative base."""
@@ -257,7 +267,7 @@ class _Evaluator:
         variable, first_node, last_node, term = node.arguments
         if isinstance(variable, Symbol) and names_terms(term, variable.name.removeprefix("index ")):
             raise Undefined("terms of a sequence")
-        first, last = self.value(first_node), self.value(last_node)
+        first, last = self._real(self.value(first_node)), self._real(self.value(last_node))
         if abs(first) > 1e6 or abs(last) > 1e6:
             raise Undefined("series")
         if not isinstance(variable, Symbol) or first != int(first) or last != int(last) or last - first > 1000:

@@ -23,7 +23,7 @@ from actors.verifier.tree import INFINITY, Apply, Constant, Node, Number, key, s
 TRANSCENDENTAL_DIGITS = 250
 _FIRST_DIGITS = 30
 _ALGEBRAIC_DIGITS = 5_000
-_MAX_DIGITS = {True: 40_000, False: 10_000}  # by whether the constant is algebraic
+_MAX_DIGITS = {True: 40_000, False: 3_000}  # by whether the constant is algebraic
 _MAX_DEGREE = 10**6
 # A decimal with fewer digits than these is that decimal and not an approximation of something else.
 _MIN_DIGITS_OF_APPROXIMATION = 10

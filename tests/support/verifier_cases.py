@@ -522,6 +522,7 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     ("204_5", r"204_{5}", r"204_{\text{five}}", r"204_{(5)}"),
     ("1112112_3",),
     ("1112122_3",),
+    ("A3_{16}", r"\text{A3}_{16}"),
     # conditions joined by words
     (
         r"x<-1 \text{ or } x>3",

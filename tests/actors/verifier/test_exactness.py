@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.verifier.exact import MAX_BITS, rational, same_ratio
-from actors.verifier.numeric import TooLarge, approximate
+from actors.verifier.numeric import TooLarge, Undefined, approximate
 from actors.verifier.parse import parse
 from actors.verifier.probing import ratio_sign
 from actors.verifier.tree import Apply, Node, Number, Symbol
@@ -88,3 +88,12 @@ def test_a_ratio_keeps_its_sign_whatever_hides_in_its_sums() -> None:
     one, other = parse(r"y-\sin x-10^{60}"), parse(r"2\sin x+2\cdot10^{60}-2y")
     assert ratio_sign(one, other) == -1
     assert ratio_sign(one, parse(r"y-\sin x-10^{60}-1")) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\gcd(i,2)", r"\max(i,2)", r"i \bmod 2", r"\lfloor i \rfloor", r"\sum_{k=i}^{3}k", r"\prod_{k=1}^{i}k", "i!"],
+)
+def test_complex_numbers_have_no_order_and_functions_that_need_one_no_value(text: str) -> None:
+    with pytest.raises(Undefined):
+        approximate(parse(text), 30)
