@@ -70,6 +70,7 @@ class Coordinator:
         self._counts = Counts()
         self.verdicts = Verdicts(config)
         self.version = 0
+        self._is_folder_version_0 = True  # not after a resume while version 0 lasts: see load_state_dict
         self.outbox: deque[tuple[str, LearnerMessage]] = deque()
 
     @property
@@ -88,7 +89,8 @@ class Coordinator:
         """Its engine is up. Version 0 is the model folder that both sides have compared."""
         member = self._members[name]
         member.presence, member.was_ready = Presence.READY, True
-        member.version = version if version == self.version else None
+        is_current = version == self.version and (version > 0 or self._is_folder_version_0)
+        member.version = version if is_current else None
         member.probe_logprobs = probe_logprobs
 
     def heard(self, name: str, now: float) -> None:
@@ -304,8 +306,8 @@ class Coordinator:
                 break
             if is_over_age(self._config.staleness, slot.group, self.version):
                 stale.append(slot)
-            elif self._is_filtering() and not is_informative(slot.group.completed):  # it came during warm-up
-                self.verdicts.drop_uninformative(slot.group.completed)
+            elif self._is_filtering() and not is_informative(slot.group.completed):
+                # It came during warm-up. It is not one in a row: its neighbours in the buffer may be kept.
                 self._forget(slot, DropReason.UNINFORMATIVE)
             else:
                 batch.append(slot.group)
@@ -393,6 +395,8 @@ class Coordinator:
         self._pending = deque(self._stream.find(uid) for uid in state["untrained"])
         self.version = state["version"]
         self.pace.load_state_dict(state["pace"])
+        # With weights.publish_every > 1 the policy has moved on since version 0, which now names the checkpoint's weights.
+        self._is_folder_version_0 = self.pace.steps_done <= self.pace.warmup_steps
         self._slots.next_lease_id = state["next_lease_id"]
         self._counts.load_state_dict(state["counts"])
         self.verdicts.load_state_dict(state["verdicts"])
