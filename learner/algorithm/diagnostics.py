@@ -234,8 +234,8 @@ def critic_metrics(
     """Quality of the values at the start of the step, against the outcome.
 
     Explained variance is 1 - Var(R - V) / (Var(R) + 1e-5) with the outcome R, not a bootstrapped return,
-    which would tend to 1 whatever the values are worth; it is left out where all outcomes are alike. `brier` maps values to probabilities of being
-    correct with `reward_range` = (reward of a wrong response, of a correct one).
+    which would tend to 1 whatever the values are worth; it is left out where all outcomes are alike. `brier` maps
+    values to probabilities of being correct with `reward_range` = (reward of a wrong response, of a correct one).
     """
     if not mask_T.any():
         return {}

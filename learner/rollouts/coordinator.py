@@ -70,7 +70,6 @@ class Coordinator:
         self._counts = Counts()
         self.verdicts = Verdicts(config)
         self.version = 0
-        self._is_folder_version_0 = True  # not after a resume while version 0 lasts: see load_state_dict
         self.outbox: deque[tuple[str, LearnerMessage]] = deque()
 
     @property
@@ -89,8 +88,7 @@ class Coordinator:
         """Its engine is up. Version 0 is the model folder that both sides have compared."""
         member = self._members[name]
         member.presence, member.was_ready = Presence.READY, True
-        is_current = version == self.version and (version > 0 or self._is_folder_version_0)
-        member.version = version if is_current else None
+        member.version = version if version == self.version and (version or self.pace.is_folder_version_0) else None
         member.probe_logprobs = probe_logprobs
 
     def heard(self, name: str, now: float) -> None:
@@ -395,8 +393,6 @@ class Coordinator:
         self._pending = deque(self._stream.find(uid) for uid in state["untrained"])
         self.version = state["version"]
         self.pace.load_state_dict(state["pace"])
-        # With weights.publish_every > 1 the policy has moved on since version 0, which now names the checkpoint's weights.
-        self._is_folder_version_0 = self.pace.steps_done <= self.pace.warmup_steps
         self._slots.next_lease_id = state["next_lease_id"]
         self._counts.load_state_dict(state["counts"])
         self.verdicts.load_state_dict(state["verdicts"])
