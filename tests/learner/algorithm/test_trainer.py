@@ -486,7 +486,7 @@ def test_a_linear_schedule_ends_at_zero_with_the_run() -> None:
 
 
 def test_a_linear_schedule_ends_with_the_run_when_a_resume_changes_how_many_updates_a_step_makes() -> None:
-    """Two steps of warm-up and two of the policy by 2 mini-batches, then two by 1: zero comes at the end, not before."""
+    """Two steps of warm-up and two of the policy by 2 mini-batches, then two by 1: zero comes at the end."""
     cfg = config(mini_batches=2, learning_rate=1.0, critic_warmup_steps=2, critic_warmup_epochs=2)
     linear = replace(cfg.learner.policy, schedule=Schedule.linear)
     cfg = replace(cfg, learner=replace(cfg.learner, steps=4, policy=linear, critic=linear))
