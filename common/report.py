@@ -34,6 +34,7 @@ class Summary:
     config: Config
     evaluations: tuple[Evaluation, ...]
     num_steps: int  # learner steps with a metrics line, critic warm-up included
+    num_warmup_steps: int  # of them; a gate may have ended the warm-up early
     num_versions: int  # published weight updates
     num_groups: int  # lines of the ledger
     wall_s: float  # sum of time/step_s
@@ -68,11 +69,13 @@ def summary(run_dir: str | Path) -> Summary:
     wall_s = sum(row["time/step_s"] for row in steps)
     histogram = _histogram(rows)
     generated, trained = _last(rows, "tokens/generated"), _last(rows, "tokens/trained")
+    config = read_config(folder / "config.yaml")
     return Summary(
         run_dir=folder,
-        config=read_config(folder / "config.yaml"),
+        config=config,
         evaluations=_evaluations(rows),
         num_steps=len(steps),
+        num_warmup_steps=_num_warmup_steps(config, steps),
         num_versions=int(_last(rows, "version") or 0),
         num_groups=sum(1 for _ in read_jsonl(ledger)) if ledger.is_file() else 0,
         wall_s=wall_s,
@@ -144,10 +147,17 @@ def _marks(points: Sequence[Evaluation]) -> str:
 
 
 def _steps_text(summary: Summary) -> str:
-    warmup = min(summary.config.algorithm.critic_warmup_steps, summary.num_steps)
-    planned = summary.config.learner.steps + summary.config.algorithm.critic_warmup_steps
+    warmup, config = summary.num_warmup_steps, summary.config
+    is_over = summary.num_steps > warmup
+    planned = config.learner.steps + (warmup if is_over else config.algorithm.critic_warmup_steps)
     text = f"{summary.num_steps} of {planned} ({warmup} of critic warm-up) in {_duration(summary.wall_s)}"
     return f"{text}; {summary.num_versions} versions published"
+
+
+def _num_warmup_steps(config: Config, steps: Sequence[Row]) -> int:
+    """Steps before the first one that trained the policy, which is the first with a histogram of staleness."""
+    before = next((number for number, row in enumerate(steps) if "staleness/hist" in row), None)
+    return min(config.algorithm.critic_warmup_steps, len(steps)) if before is None else before
 
 
 def _staleness_text(summary: Summary) -> str:

@@ -312,6 +312,11 @@ def _check_rewards(config: Config) -> None:
 
 
 def _check_critic(algorithm: AlgorithmConfig) -> None:
+    rho_bar, c_bar = algorithm.vtrace_rho_bar, algorithm.vtrace_c_bar
+    _refuse_if(
+        algorithm.value_target is ValueTarget.vtrace and rho_bar < c_bar,
+        f"algorithm.vtrace_rho_bar={rho_bar:g} must be at least algorithm.vtrace_c_bar={c_bar:g}",
+    )
     if algorithm.advantage is AdvantageEstimator.gae:
         return
     needs_critic = {

@@ -234,8 +234,8 @@ def critic_metrics(
     """Quality of the values at the start of the step, against the outcome.
 
     Explained variance is 1 - Var(R - V) / (Var(R) + 1e-5) with the outcome R, not a bootstrapped return,
-    which would tend to 1 whatever the values are worth. `brier` maps values to probabilities of being
-    correct with `reward_range` = (reward of a wrong response, of a correct one).
+    which would tend to 1 whatever the values are worth; it is left out where all outcomes are alike. `brier` maps
+    values to probabilities of being correct with `reward_range` = (reward of a wrong response, of a correct one).
     """
     if not mask_T.any():
         return {}
@@ -246,12 +246,11 @@ def critic_metrics(
     low, high = reward_range
     probability_T = ((kept_T - low) / max(high - low, 1e-8)).clamp(0.0, 1.0)
     metrics = {
-        "critic/explained_variance": explained_variance(kept_T, outcome_T),
         "critic/value_mean": kept_T.mean().item(),
         "critic/value_min": kept_T.min().item(),
         "critic/value_max": kept_T.max().item(),
         "critic/brier": (probability_T - correct_T).square().mean().item(),
-    }
+    } | _explained("critic/explained_variance", kept_T, outcome_T)
     for name, fraction in POSITIONS.items():
         at_B = cu_seqlens_B1[:-1] + (fraction * (lengths_B - 1)).long()
         metrics |= _value_metrics_at(name, values_T[at_B].double(), rewards_B.double(), is_correct_B)
@@ -260,7 +259,7 @@ def critic_metrics(
 
 def _value_metrics_at(name: str, values_B: Tensor, rewards_B: Tensor, is_correct_B: Tensor) -> Metrics:
     """One token of each response: explained variance, mean value by verdict, and ranking of the verdicts."""
-    metrics = {f"critic/explained_variance_{name}": explained_variance(values_B, rewards_B)}
+    metrics = _explained(f"critic/explained_variance_{name}", values_B, rewards_B)
     right, wrong = values_B[is_correct_B], values_B[~is_correct_B]
     if right.numel():
         metrics[f"critic/value_correct_{name}"] = right.mean().item()
@@ -269,6 +268,11 @@ def _value_metrics_at(name: str, values_B: Tensor, rewards_B: Tensor, is_correct
     if right.numel() and wrong.numel():
         metrics[f"critic/auc_{name}"] = area_under_curve(right, wrong)
     return metrics
+
+
+def _explained(name: str, values: Tensor, outcomes: Tensor) -> Metrics:
+    """Nothing where all outcomes are alike: there is nothing to explain, and any constant value would do it fully."""
+    return {} if outcomes.min() == outcomes.max() else {name: explained_variance(values, outcomes)}
 
 
 def explained_variance(values: Tensor, outcomes: Tensor) -> float:

@@ -26,9 +26,10 @@ class Optimised:
     finite is skipped, and does not count as one.
     """
 
-    def __init__(self, name: str, network: nn.Module, config: OptimizerConfig, total_updates: int) -> None:
-        """`name` is what errors and metrics call the network; `total_updates` is at most how many the run makes."""
-        self.name, self.network, self.config, self.total_updates = name, network, config, total_updates
+    def __init__(self, name: str, network: nn.Module, config: OptimizerConfig) -> None:
+        """`name` is what errors and metrics call the network."""
+        self.name, self.network, self.config = name, network, config
+        self.total_updates = 0  # of the whole run, as far as is known; only a schedule needs it
         self.num_updates = 0
         self.num_skipped = 0  # in all
         self.skipped_in_a_row = 0  # since the last update

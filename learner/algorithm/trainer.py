@@ -59,14 +59,11 @@ class Trainer:
         if (algorithm.kl_weight > 0.0) != (reference is not None):
             raise ValueError(f"algorithm.kl_weight={algorithm.kl_weight}: a reference policy goes with a positive one")
         self.config, self.rank, self.world = config, rank, world
-        learner = config.learner
-        self.policy = Optimised("policy", policy, learner.policy, learner.steps * learner.mini_batches)
-        passes = algorithm.critic_warmup_steps * algorithm.critic_warmup_epochs
-        passes += learner.steps * algorithm.critic_updates_per_step
-        updates = passes * learner.mini_batches
-        self.critic = None if critic is None else Optimised("critic", critic, learner.critic, updates)
+        self.policy = Optimised("policy", policy, config.learner.policy)
+        self.critic = None if critic is None else Optimised("critic", critic, config.learner.critic)
         self.reference = reference
         self.num_steps = 0  # taken so far, warm-up included; seeds the shuffling
+        self.num_policy_steps = 0  # those after the warm-up
         self.group = dist.group.WORLD if world > 1 else None
         on_cuda = config.device is Device.cuda
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
@@ -80,6 +77,7 @@ class Trainer:
         are not finite again and again, ValueError when there are fewer responses than mini-batches.
         """
         clock = Stopwatch(self.device)
+        self._count_updates(is_warmup)
         batch = self._mask_over_age(batch, version)
         plans = self._plans(batch, is_warmup)
         with clock.stage("score"):
@@ -91,13 +89,15 @@ class Trainer:
             for mini in plan:
                 self._update(work, mini, updates_policy=plan is plans[-1] and not is_warmup)
         self.num_steps += 1
+        self.num_policy_steps += not is_warmup
         with clock.stage("describe"):
             metrics = self._describe(work)
         return metrics | clock.metrics(batch.num_response_tokens)
 
     def state_dict(self) -> StateDict:
         """Networks, optimizers and counters, for learner/checkpoint.py."""
-        state: StateDict = {"policy": self.policy.state_dict(), "num_steps": self.num_steps}
+        counters = {"num_steps": self.num_steps, "num_policy_steps": self.num_policy_steps}
+        state: StateDict = {"policy": self.policy.state_dict()} | counters
         return state if self.critic is None else state | {"critic": self.critic.state_dict()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -105,6 +105,21 @@ class Trainer:
         if self.critic is not None:
             self.critic.load_state_dict(state_dict["critic"])
         self.num_steps = state_dict["num_steps"]
+        self.num_policy_steps = state_dict["num_policy_steps"]
+
+    def _count_updates(self, is_warmup: bool) -> None:
+        """Tells the schedules how many updates the run makes: those that were made, and those of all steps to come.
+
+        Counted anew at every step: a warm-up that its gate ends makes fewer, and so do skipped ones; a resume may
+        change how many a step makes.
+        """
+        algorithm, learner = self.config.algorithm, self.config.learner
+        policy_steps = max(0, learner.steps - self.num_policy_steps)
+        warmup_steps = max(0, algorithm.critic_warmup_steps - self.num_steps) if is_warmup else 0
+        self.policy.total_updates = self.policy.num_updates + policy_steps * learner.mini_batches
+        if self.critic is not None:
+            passes = warmup_steps * algorithm.critic_warmup_epochs + policy_steps * algorithm.critic_updates_per_step
+            self.critic.total_updates = self.critic.num_updates + passes * learner.mini_batches
 
     def _mask_over_age(self, batch: Batch, version: int) -> Batch:
         """With over_age=mask, the tokens that are too old leave the loss mask; with drop there are none."""

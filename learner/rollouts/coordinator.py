@@ -88,7 +88,7 @@ class Coordinator:
         """Its engine is up. Version 0 is the model folder that both sides have compared."""
         member = self._members[name]
         member.presence, member.was_ready = Presence.READY, True
-        member.version = version if version == self.version else None
+        member.version = version if version == self.version and (version or self.pace.is_folder_version_0) else None
         member.probe_logprobs = probe_logprobs
 
     def heard(self, name: str, now: float) -> None:
@@ -304,8 +304,8 @@ class Coordinator:
                 break
             if is_over_age(self._config.staleness, slot.group, self.version):
                 stale.append(slot)
-            elif self._is_filtering() and not is_informative(slot.group.completed):  # it came during warm-up
-                self.verdicts.drop_uninformative(slot.group.completed)
+            elif self._is_filtering() and not is_informative(slot.group.completed):
+                # It came during warm-up. It is not one in a row: its neighbours in the buffer may be kept.
                 self._forget(slot, DropReason.UNINFORMATIVE)
             else:
                 batch.append(slot.group)

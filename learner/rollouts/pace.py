@@ -29,6 +29,7 @@ class Pace:
         self.warmup_steps = config.algorithm.critic_warmup_steps
         self.steps_done = 0  # warm-up included
         self.steps_taken = 0  # one more while a step is under way
+        self.is_folder_version_0 = True  # or, after a resume in the middle of it, the weights of a checkpoint
 
     @property
     def is_warmup(self) -> bool:
@@ -57,3 +58,4 @@ class Pace:
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         self.steps_done = self.steps_taken = state["steps_done"]
         self.warmup_steps = state["warmup_steps"]
+        self.is_folder_version_0 = self.steps_done <= self.warmup_steps

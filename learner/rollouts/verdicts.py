@@ -49,17 +49,8 @@ class Verdicts:
         if is_informative(group):
             self._in_a_row.clear()
             return None
-        self.drop_uninformative(group)
+        self._count_uninformative(group)
         return DropReason.UNINFORMATIVE
-
-    def drop_uninformative(self, group: CompletedGroup) -> None:
-        """Dynamic sampling has dropped this group; too many in a row are a `problem`."""
-        self._in_a_row[Verdict.CORRECT in group.verdicts] += 1
-        if self._in_a_row.total() >= self._config.algorithm.max_uninformative:
-            self.problem = (
-                f"{self._describe_dropped()} in a row: give the model prompts that it solves sometimes, or more tokens "
-                f"than rollout.max_tokens={self._config.rollout.max_tokens}"
-            )
 
     def batch_taken(self) -> None:
         self._num_responses = self._num_errors = 0
@@ -78,6 +69,15 @@ class Verdicts:
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         self.counts = Counter({Verdict(verdict): count for verdict, count in state.items()})
+
+    def _count_uninformative(self, group: CompletedGroup) -> None:
+        """Too many in a row are a `problem`."""
+        self._in_a_row[Verdict.CORRECT in group.verdicts] += 1
+        if self._in_a_row.total() >= self._config.algorithm.max_uninformative:
+            self.problem = (
+                f"{self._describe_dropped()} in a row: give the model prompts that it solves sometimes, or more tokens "
+                f"than rollout.max_tokens={self._config.rollout.max_tokens}"
+            )
 
     def _describe_errors(self) -> str:
         function = self._config.verifier.function or default_verifier(self._config.task)

@@ -51,6 +51,15 @@ def test_staleness_is_weighted_by_tokens(tmp_path: Path) -> None:
     assert "2 old  50.0% ####################\n" in text
 
 
+def test_a_warm_up_that_its_gate_ended_is_counted_as_long_as_it_was(tmp_path: Path) -> None:
+    """Planned are 50 steps of warm-up and 30 of the policy."""
+    folder = run_dir(tmp_path, [step(1.0)] * 3)
+    assert "3 of 80 (3 of critic warm-up) in 3 s" in render(summary(folder))
+    with RunLog(folder) as log:
+        log.log(4, step(1.0, staleness__hist={0: 5.0}))
+    assert "4 of 33 (3 of critic warm-up) in 4 s" in render(summary(folder))
+
+
 def test_accuracy_is_shown_before_during_and_after_with_its_version(tmp_path: Path) -> None:
     rows: list[dict[str, Value]] = [
         {"accuracy/heldout": 0.44, "accuracy/version": 0},

@@ -204,3 +204,12 @@ def test_update_totals_of_pieces_are_those_of_the_whole() -> None:
     }
     for metrics in results:
         assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_outcomes_that_are_all_alike_say_nothing_about_a_critic() -> None:
+    """A fresh critic (V = 0) on responses that are all wrong: 1 - 0 / 1e-5 would open the gate of the warm-up."""
+    mask_T, cu_seqlens_B1 = torch.ones(4, dtype=torch.bool), torch.tensor([0, 2, 4])
+    wrong_B = torch.tensor([False, False])
+    metrics = critic_metrics(torch.zeros(4), tensor(-1.0, -1.0), wrong_B, mask_T, cu_seqlens_B1, (-1.0, 1.0))
+    assert not [name for name in metrics if name.startswith("critic/explained_variance")]
+    assert metrics["critic/value_mean"] == 0.0 and metrics["critic/brier"] == 0.25

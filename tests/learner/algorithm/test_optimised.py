@@ -38,7 +38,7 @@ def _train_on_two_ranks(rank: int) -> None:
     dist.init_process_group("gloo")
     plain, sharded = make_network(), make_network()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))  # averages the gradients of equal work: the same
-    one, two = (Optimised("policy", network, CONFIG, 100) for network in (plain, sharded))
+    one, two = (Optimised("policy", network, CONFIG) for network in (plain, sharded))
     for step in range(3):
         expected, found = take_step(plain, one, step), take_step(sharded, two, step)
         torch.testing.assert_close(found, expected)
@@ -82,7 +82,7 @@ class FusedUpdates(TorchDispatchMode):
 
 def test_all_parameters_are_updated_in_one_fused_pass() -> None:
     network = make_network()
-    optimised = Optimised("policy", network, CONFIG, 100)
+    optimised = Optimised("policy", network, CONFIG)
     with FusedUpdates() as fused:
         take_step(network, optimised, 0)
     assert fused.sizes == [4]
@@ -91,7 +91,7 @@ def test_all_parameters_are_updated_in_one_fused_pass() -> None:
 def test_gradients_that_stay_infinite_end_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    optimised = Optimised("critic", nn.Linear(1, 1), CONFIG, 100)
+    optimised = Optimised("critic", nn.Linear(1, 1), CONFIG)
 
     def command(_: object) -> int:
         for _ in range(MAX_SKIPPED_IN_A_ROW):
@@ -113,7 +113,7 @@ def test_a_step_is_adamw_of_the_paper_with_a_warm_up_of_the_rate() -> None:
     network = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(2.0)
-    optimised = Optimised("policy", network, OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1), 100)
+    optimised = Optimised("policy", network, OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1))
     weight, first, second = 2.0, 0.0, 0.0
     for step, gradient in enumerate((0.5, -0.25), start=1):
         network.weight.grad = torch.full((1, 1), gradient)

@@ -485,6 +485,28 @@ def test_a_linear_schedule_ends_at_zero_with_the_run() -> None:
     assert rates == [(1.0, 0.5), (0.5, 0.25), (0.0, 0.0), (0.0, 0.0)]
 
 
+def test_a_linear_schedule_ends_with_the_run_when_a_resume_changes_how_many_updates_a_step_makes() -> None:
+    """Two steps of warm-up and two of the policy by 2 mini-batches, then two by 1: zero comes at the end."""
+    cfg = config(mini_batches=2, learning_rate=1.0, critic_warmup_steps=2, critic_warmup_epochs=2)
+    linear = replace(cfg.learner.policy, schedule=Schedule.linear)
+    cfg = replace(cfg, learner=replace(cfg.learner, steps=4, policy=linear, critic=linear))
+    before = make_trainer(cfg)
+    for is_warmup in (True, True, False, False):
+        before.step(make_batch(LENGTHS), 0, is_warmup)
+    after = make_trainer(
+        replace(
+            cfg, learner=replace(cfg.learner, mini_batches=1), algorithm=replace(cfg.algorithm, critic_warmup_epochs=1)
+        )
+    )
+    after.load_state_dict(before.state_dict())
+    rates = []
+    for _ in range(2):
+        metrics = after.step(make_batch(LENGTHS), 0, False)
+        rates.append((metrics["policy/learning_rate"], metrics["critic/learning_rate"]))
+    # The policy has made 4 of then 4 + 2 updates, the critic 2 x 2 x 2 + 4 = 12 of 14.
+    assert rates == [(pytest.approx(1 / 6), pytest.approx(1 / 14)), (0.0, 0.0)]
+
+
 def test_a_restored_trainer_goes_on_exactly_like_the_saved_one(tmp_path: Path) -> None:
     trainer, twin = (make_trainer(config(mini_batches=4, **EVERYTHING)) for _ in range(2))
     trainer.step(make_batch(LENGTHS), 0, is_warmup=False)

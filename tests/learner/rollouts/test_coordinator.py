@@ -444,6 +444,23 @@ def test_an_actor_that_claims_a_version_of_another_run_has_to_wait_for_weights()
     assert coordinator.waiting_for_weights() == ("a",)
 
 
+@pytest.mark.parametrize(("steps_done", "is_folder"), [(2, True), (3, False)])
+def test_after_a_resume_in_the_middle_of_version_0_the_model_folder_is_no_longer_that_version(
+    steps_done: int, is_folder: bool
+) -> None:
+    config = make_config(publish_every=3, warmup=2)
+    before, after = make(config), make(config)
+    before.set_version(0, steps_done)
+    after.load_state_dict(before.state_dict())
+    for coordinator, is_current in ((before, True), (after, is_folder)):
+        coordinator.join("late", 1, 0.0)
+        coordinator.ready("late", 0, NO_PROBE)
+        assert coordinator.waiting_for_weights() == (() if is_current else ("late",))
+        assert bool(granted(coordinator)) == is_current
+    after.loaded("late", 0)
+    assert after.waiting_for_weights() == ()
+
+
 def test_prompts_of_a_lost_actor_are_leased_first_and_in_order() -> None:
     coordinator = make(make_config(max_staleness=3), "a", capacity=3)
     first = granted(coordinator)
@@ -593,6 +610,21 @@ def test_dynamic_sampling_leaves_the_critics_warm_up_alone() -> None:
     finish(coordinator, leases[3:])
     assert coordinator.take_batch() is None
     assert coordinator.drops == {DropReason.UNINFORMATIVE: 1}
+
+
+def test_groups_that_wait_in_the_buffer_when_the_warm_up_ends_are_no_row() -> None:
+    """Every other one is kept, and dropping the rest of them at once ends no run."""
+    config = make_config(prompts_per_step=4, max_staleness=2, warmup=1, dynamic=True)
+    config = replace(config, algorithm=replace(config.algorithm, max_uninformative=3))
+    coordinator = make(config, "a")
+    leases = granted(coordinator)
+    for i, lease in enumerate(leases):
+        finish(coordinator, [lease], num_correct=0 if i % 2 else 1)
+    assert ids(coordinator.take_batch()) == [0, 1, 2, 3]
+    coordinator.set_version(0, 1)
+    assert ids(coordinator.take_batch()) == [4, 6, 8, 10]
+    assert coordinator.drops == {DropReason.UNINFORMATIVE: 3}
+    assert coordinator.verdicts.problem is None
 
 
 def test_a_group_on_which_the_verifier_failed_is_dropped_and_the_next_prompt_takes_its_place() -> None:
