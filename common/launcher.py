@@ -62,6 +62,7 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
         refuse_earlier(config, earlier)
+        specs = learner_specs(config, port) + actor_specs(config)  # refuses too few GPUs, before anything is deleted
         with TemporaryDirectory(prefix=f".{config.name}.", dir=config.runs_dir) as staging:
             is_resumed = earlier is EarlierRun.RESUME
             data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
@@ -72,7 +73,6 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
                 data.replace(config.run_dir / "data")
         config = settle(config)
         save_config(config, config.run_dir / "config.yaml")
-        specs = learner_specs(config, port) + actor_specs(config)
         shares = deal_cores(cores, len(specs))
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
         places = ", ".join(f"{spec.name} on {','.join(map(str, spec.cores))}" for spec in specs)

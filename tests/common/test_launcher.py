@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, Device
 from common.launcher import (
     EarlierRun,
     actor_specs,
@@ -20,6 +21,7 @@ from common.launcher import (
     prepare_run_dir,
     rank_environment,
     reserve_port,
+    train,
     wait_for_endpoint,
     with_cores,
 )
@@ -80,6 +82,16 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(config: Config) -> None:
         prepare_run_dir(config, EarlierRun.REFUSE)
     prepare_run_dir(config, EarlierRun.OVERWRITE)
     assert sorted(path.name for path in config.run_dir.iterdir()) == ["config.yaml", "logs", "notes.txt"]
+
+
+def test_too_few_gpus_do_not_cost_the_earlier_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_run_dir(config, EarlierRun.REFUSE)
+    (config.run_dir / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config = replace(config, device=Device.cuda)
+    with pytest.raises(ConfigError, match="need 4 GPUs, but 1 are visible"):
+        train(config, EarlierRun.OVERWRITE, lambda config: config)
+    assert (config.run_dir / "metrics.jsonl").read_text() == "{}\n"
 
 
 def test_a_folder_that_is_no_run_is_left_alone(config: Config) -> None:
