@@ -178,9 +178,10 @@ def _train_files(config: TaskConfig) -> list[TrainFile]:
     for source in config.train_files:
         if not 0 < source.weight < float("inf"):
             raise ConfigError(f"task.train_files: weight={source.weight} of {source.path} must be above 0.")
-    paths = [source.path for source in config.train_files]
+    paths = [Path(source.path).resolve() for source in config.train_files]
     if len(set(paths)) < len(paths):
-        raise ConfigError(f"task.train_files names {max(paths, key=paths.count)} twice; give it one larger weight.")
+        twice = config.train_files[paths.index(max(paths, key=paths.count))].path
+        raise ConfigError(f"task.train_files names {twice} twice; give it one larger weight.")
     return config.train_files
 
 
@@ -206,21 +207,19 @@ def _refuse_settings(config: TaskConfig, names: tuple[str, ...], reason: str) ->
 
 def _apart(task: Task, policy: OnBadRow) -> Task:
     """No prompt is both trained on and held out: refused, or not trained on."""
-    uid_of = {(prompt.text, repr(prompt.messages)): prompt.uid for prompt in task.heldout}
+    heldout = {(prompt.text, repr(prompt.messages)): prompt for prompt in task.heldout}
     twins = {
-        prompt.uid: uid_of[key] for prompt in task.train if (key := (prompt.text, repr(prompt.messages))) in uid_of
+        prompt.uid: heldout[key] for prompt in task.train if (key := (prompt.text, repr(prompt.messages))) in heldout
     }
-    if twins and policy is OnBadRow.error:
-        trained, held_out = next(iter(twins.items()))
-        raise ConfigError(
-            f"the prompt of {held_out} is also that of {trained}; remove it from one file, because held-out prompts "
-            f"must not be trained on (or leave such rows out of training with task.on_bad_row=drop)."
-        )
     problems = [
         Problem(
-            place=task.place(prompt), reason=BadRow.HELD_OUT, text=f"its prompt is also that of {twins[prompt.uid]}"
+            place=task.place(prompt),
+            reason=BadRow.HELD_OUT,
+            text=f"its prompt is also that of {task.place(twins[prompt.uid])}, and held-out prompts must not be "
+            "trained on",
         )
         for prompt in task.train
         if prompt.uid in twins
     ]
+    settle(problems, policy)
     return task.without(problems, lambda prompt: prompt.uid in twins)
