@@ -9,6 +9,7 @@ Importing this file does not load transformers; calling it does, and transformer
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def check_template(config: Config, prompts: Iterable[Prompt], place: Callable[[P
             "chat_template; use an instruction-tuned model's tokenizer, or give prompts as text"
         )
     for name in keywords:
-        if name in _OWN_KEYWORDS or (isinstance(template, str) and name not in template):
+        is_used = not isinstance(template, str) or re.search(rf"\b{re.escape(name)}\b", template)
+        if name in _OWN_KEYWORDS or not is_used:
             why = "is set by this program" if name in _OWN_KEYWORDS else "does not occur in the tokenizer's template"
             raise ConfigError(f"task.chat_template_kwargs.{name}={keywords[name]!r} has no effect: {name} {why}")
 

@@ -69,6 +69,7 @@ def test_a_conversation_needs_a_template_and_keywords_need_one_that_uses_them(tm
 
     assert "train.jsonl, line 1: the prompt is a conversation, but" in refusal(config_of(without), chat(("user", "1")))
     assert "no prompt is a conversation" in refusal(config_of(with_template, think=True), text("1"))
+    assert "thin does not occur" in refusal(config_of(with_template, thin=True), chat(("user", "1"))), "a part of think"
     assert "thinking does not occur" in refusal(config_of(with_template, thinking=True), chat(("user", "1")))
     assert "tokenize is set by this program" in refusal(config_of(with_template, tokenize=1), chat(("user", "1")))
     check_template(config_of(with_template, think=True), [text("1"), chat(("user", "1"))], str)
