@@ -75,7 +75,8 @@ def _check_signature(verify: VerifyFunction, function: str) -> None:
     except (TypeError, ValueError):  # written in C: the first call will tell
         return
     try:
-        signature.bind("response", "reference", {})
+        form = {"answer_form": AnswerForm.EXACT} if "answer_form" in signature.parameters else {}
+        signature.bind("response", "reference", {}, **form)
     except TypeError as error:
         name = function.partition(":")[2]
         raise ValueError(

@@ -1,6 +1,7 @@
 r"""The form of an answer: a formula of the question is no answer to it, whatever its value."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,13 @@ def test_a_function_without_the_keyword_is_left_alone_and_the_setting_is_refused
     load_verifier("common.tasks.chain_sum:verify", 1.0)
     with pytest.raises(ValueError, match=r'answer_form is "any", but common\.tasks\.chain_sum:verify has no keyword'):
         load_verifier("common.tasks.chain_sum:verify", 1.0, AnswerForm.ANY)
+
+
+def test_a_function_that_asks_for_the_form_without_a_default_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "def verify(response, reference, row, *, answer_form):\n    return answer_form == 'any'\n"
+    (tmp_path / "asks_for_the_form.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    verifier = load_verifier("asks_for_the_form:verify", 1.0, AnswerForm.ANY)
+    assert verifier.verify("r", "a", {}) is True
