@@ -30,12 +30,13 @@ def fetch_model(name: str, setting: str) -> str:
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise ConfigError(_missing(setting, name, why)) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except (HFValidationError, HfHubHTTPError) as error:
         raise ConfigError(
-            f"{setting}={name} is neither a folder here nor a model that the Hub gives away ({reason}): correct the "
-            f"name, or log in with `hf auth login` if it needs a login"
+            f"{setting}={name} is neither a folder here nor a model that the Hub gives away ({_line(error)}): correct "
+            f"the name, or log in with `hf auth login` if it needs a login"
         ) from error
+    except Exception as error:  # a proxy that refuses, a connection that breaks, a full disk: all have their own kind
+        raise ConfigError(_missing(setting, name, f"fetching it failed ({_line(error)})")) from error
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise ConfigError(_missing(setting, name, "its files in the local cache lack the weights"))
     return str(folder)
@@ -46,3 +47,9 @@ def _missing(setting: str, name: str, why: str) -> str:
         f"{setting}={name} is neither a folder here nor in the cache of the Hub, and {why}: run `hf download {name}` "
         f"where there is a network, or give the folder of a copy"
     )
+
+
+def _line(error: Exception) -> str:
+    """The first line of what the client says, without its final stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

@@ -52,3 +52,14 @@ def test_offline_and_missing_says_how_to_fetch_it(tmp_path: Path, monkeypatch: p
     message = str(caught.value)
     assert message.startswith("model.path=owner/name is neither a folder here nor in the cache of the Hub, and ")
     assert "run `hf download owner/name` where there is a network" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("error", [RuntimeError("403 Forbidden\nby the proxy"), OSError()])
+def test_whatever_breaks_while_it_is_fetched_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, **settings: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(ConfigError, match=r"^model\.path=owner/name .*\((403 Forbidden|OSError)\)") as caught:
+        fetch_model("owner/name", "model.path")
+    assert "\n" not in str(caught.value)
