@@ -88,7 +88,7 @@ def _report(config: Config, outcome: Outcome | None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """What a run is given: model folders, data, and one call of the user's verifier function, if there is one.
+    """What a run is given: model folders, data, and one call of the verifier, if it is not as the task brings it.
 
     With --data it also leaves there what the learner needs of the data.
     """
@@ -101,7 +101,7 @@ def _check(arguments: argparse.Namespace) -> int:
     data = load_dataset(config, folder, num_processes=len(os.sched_getaffinity(0)))
     for line in describe(data):
         print(line)
-    if config.verifier.function is not None:
+    if config.verifier.function is not None or config.verifier.answer_form is not AnswerForm.EXACT:
         asyncio.run(try_verifier(config, data.task.train[0]))
     return 0
 

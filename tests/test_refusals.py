@@ -50,6 +50,12 @@ def test_a_verifier_that_fails_on_the_first_row(tmp_path: Path, body: str, words
     assert words in line and "train/0" in line
 
 
+def test_a_form_of_answers_that_the_task_s_own_verifier_does_not_know(tmp_path: Path) -> None:
+    assert 'verifier.answer_form is "any", but common.tasks.number_walk:verify has no keyword' in refused(
+        tmp_path, "verifier.answer_form=any"
+    )
+
+
 def test_an_earlier_run_is_not_deleted_for_a_run_that_cannot_start(tmp_path: Path) -> None:
     kept = tmp_path / "earlier" / "demo" / "metrics.jsonl"
     kept.parent.mkdir(parents=True)
