@@ -135,8 +135,14 @@ def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
 def lock_run(config: Config) -> Iterator[None]:
     """One `train` per run directory at a time; the kernel releases the lock however this process ends."""
     runs_dir = Path(config.runs_dir)
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    with (runs_dir / f".{config.name}.lock").open("w") as file:
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        file = (runs_dir / f".{config.name}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"{config.run_dir} cannot be made ({error.strerror}): choose another runs_dir={config.runs_dir} or name"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -109,6 +109,13 @@ def test_a_run_directory_has_one_train_at_a_time(config: Config) -> None:
         pass
 
 
+def test_a_place_where_no_run_directory_can_be_is_one_sentence(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (replace(config, runs_dir=str(tmp_path / "file")), replace(config, name="n" * 300)):
+        with pytest.raises(ConfigError, match=r"cannot be made \([^)]+\): choose another runs_dir"), lock_run(place):
+            pass
+
+
 def test_a_reserved_port_is_free_for_the_store_and_for_nobody_else() -> None:
     with reserve_port() as port:
         with socket.socket() as stranger, pytest.raises(OSError) as caught:
