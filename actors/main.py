@@ -9,6 +9,7 @@ time. A completed group is kept until the learner acknowledges it.
 import asyncio
 import logging
 import signal
+import sys
 import time
 from typing import Any
 
@@ -235,6 +236,6 @@ def main(config: Config, endpoint: str, name: str) -> int:
         return 130
     except (ActorError, EngineError, VerifierError, TimeoutError, ValueError) as error:
         logger.error("actor %s: %s", name, error)
-        print(f"error: actor {name}: {error}", flush=True)
+        print(f"error: actor {name}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     return 0

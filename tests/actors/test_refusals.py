@@ -11,12 +11,22 @@ from vllm.outputs import CompletionOutput, WeightVersionSpan
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from actors.engine import Engine, EngineError, RequestRefused
-from actors.main import Actor
-from common.config import Config, ModelConfig
+from actors.main import Actor, main
+from common.config import Config, ModelConfig, VerifierConfig
 from common.types import CompletedGroup, FinishReason, LeaseFailed
 from common.wire import WireError
 from tests.support.fake_actors import group
+from tests.support.runs import ROOT
 from tests.support.vllm_support import lease
+
+
+def test_an_actor_that_cannot_start_says_so_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config(
+        model=ModelConfig(path=str(ROOT / "configs/models/chain_sum")), verifier=VerifierConfig("nowhere:f")
+    )
+    assert main(config, "tcp://127.0.0.1:1", "a") == 2
+    said = capsys.readouterr()
+    assert 'error: actor a: verifier.function "nowhere:f" cannot be loaded' in said.err and said.out == ""
 
 
 def output(**changes: Any) -> CompletionOutput:
