@@ -130,6 +130,8 @@ def _messages(value: JSON, name: str) -> tuple[dict[str, str], ...]:
             f"column '{name}' must be a text that is not blank or a list of messages with the strings role and "
             f"content, not {kind_of(value)}",
         )
+    if not any(message["content"].strip() for message in value):
+        raise RowError(BadRow.NO_PROMPT, f"the conversation in column '{name}' is blank")
     if value[-1]["role"] == "assistant":
         raise RowError(
             BadRow.ANSWERED,

@@ -43,6 +43,7 @@ BAD_ROWS = [
     ([1], BadRow.UNREADABLE, "must be a JSON object, not a list"),
     ({"prompt": " \n", "answer": 1}, BadRow.NO_PROMPT, "column 'prompt' must be a text that is not blank"),
     ({"prompt": [{"role": "user"}], "answer": 1}, BadRow.NO_PROMPT, "column 'prompt' must be"),
+    ({"prompt": [{"role": "user", "content": " "}], "answer": 1}, BadRow.NO_PROMPT, "'prompt' is blank"),
     ({"prompt": None, "answer": 1}, BadRow.NO_PROMPT, "not nothing"),
     ({"answer": 1}, BadRow.NO_PROMPT, "column 'prompt' is missing (there is: answer)"),
     ({"prompt": "b"}, BadRow.NO_ANSWER, "column 'answer' is missing"),
