@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from common.config import Config
 from common.processtree import child_setup
 from common.progress import Progress
 from common.tasks import Task, load_task
-from common.tasks.rows import BadRow, Problem, RowError, counts, settle
+from common.tasks.rows import ADVICE, BadRow, Problem, RowError, counts, settle
 from common.tasks.tokenizing import check_template, fingerprint, tokenizing
 from common.types import Int32Array, Lease, Prompt, Purpose
 from common.wire import WireError, encode
@@ -74,7 +75,7 @@ def load_dataset(config: Config, folder: Path | None, num_processes: int = 1) ->
     problems = [
         Problem(place=task.place(p), reason=bad[p.uid].reason, text=bad[p.uid].text) for p in prompts if p.uid in bad
     ]
-    settle(problems, config.task.on_bad_row)
+    settle(problems, config.task.on_bad_row, ADVICE if task.files else "give the task's model and limits that fit it")
     task = task.without(problems, lambda prompt: prompt.uid in bad)
     if folder is not None:
         _list_dropped(folder / "dropped.jsonl", task.problems)
@@ -212,14 +213,17 @@ def _write(path: Path, key: str, results: Sequence[Result]) -> None:
 
 
 def _read(path: Path, key: str) -> list[Result] | None:
-    """None when there is nothing, or of another key."""
+    """None when there is nothing, or of another key, or damaged: it can be made again."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        if str(stored["key"]) != key:
-            return None
-        lengths, refused = stored["lengths"], json.loads(str(stored["refused"]))
-        results: list[Result] = list(np.split(stored["token_ids"], np.cumsum(lengths)[:-1]))
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                return None
+            lengths, refused = stored["lengths"], json.loads(str(stored["refused"]))
+            results: list[Result] = list(np.split(stored["token_ids"], np.cumsum(lengths)[:-1]))
+    except (BadZipFile, ValueError, LookupError, EOFError):  # cut off when the machine went down
+        return None
     for index, (reason, text) in refused.items():
         results[int(index)] = Refusal(BadRow(reason), text)
     return results

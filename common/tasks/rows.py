@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from common.config import ConfigError, OnBadRow
 
+ADVICE = "mend or remove the row, or leave such rows out with task.on_bad_row=drop"
+
 
 class BadRow(StrEnum):
     """Why a row cannot be used."""
@@ -39,15 +41,13 @@ class Problem:
     text: str
 
 
-def settle(problems: Sequence[Problem], policy: OnBadRow) -> None:
+def settle(problems: Sequence[Problem], policy: OnBadRow, advice: str = ADVICE) -> None:
     """Returns where the rows may be dropped. Raises ConfigError for the first one where they may not."""
     if not problems or policy is OnBadRow.drop:
         return
     first, others = problems[0], len(problems) - 1
     more = f" ({others} more such row{'s' if others > 1 else ''})" if others else ""
-    raise ConfigError(
-        f"{first.place}: {first.text}{more}; mend or remove the row, or leave such rows out with task.on_bad_row=drop."
-    )
+    raise ConfigError(f"{first.place}: {first.text}{more}; {advice}.")
 
 
 def counts(problems: Sequence[Problem]) -> str:

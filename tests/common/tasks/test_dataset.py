@@ -92,6 +92,17 @@ def test_a_second_look_reads_what_the_first_kept(tmp_path: Path, monkeypatch: py
     assert second.token_ids(second.task.train[0]).dtype == np.int32
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+@pytest.mark.usefixtures("model")
+def test_what_was_kept_is_made_again_when_it_is_damaged(tmp_path: Path, content: bytes | None) -> None:
+    config, kept = config_of(tmp_path, rows_of("1+1")), tmp_path / "data" / "tokens.npz"
+    first = load_dataset(config, tmp_path / "data")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert ids(load_dataset(config, tmp_path / "data")) == ids(first)
+    assert kept.read_bytes() == whole
+
+
 @pytest.mark.parametrize("change", ["rows", "tokenizer", "limit"])
 @pytest.mark.usefixtures("model")
 def test_what_was_kept_is_made_again_when_its_premises_changed(tmp_path: Path, change: str) -> None:
@@ -123,5 +134,8 @@ def test_built_in_tasks_are_judged_as_well(tmp_path: Path) -> None:
         model=ModelConfig(path=str(tmp_path / "model"), max_model_len=140),
         task=TaskConfig(name="chain_sum", num_train=200, num_heldout=2),
     )
-    with pytest.raises(ConfigError, match=r"^train/\d+: its prompt has \d+ tokens, and with rollout\.max_tokens=128"):
+    with pytest.raises(
+        ConfigError, match=r"^train/\d+: its prompt has \d+ tokens, and with rollout\.max_tokens=128"
+    ) as caught:
         load_dataset(config, None)
+    assert "on_bad_row" not in str(caught.value), "which this task does not have"
