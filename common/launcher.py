@@ -9,6 +9,7 @@ Learner and actors start at the same time, because either needs half a minute.
 """
 
 import fcntl
+import operator
 import os
 import shutil
 import signal
@@ -129,6 +130,19 @@ def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
         raise ConfigError(
             f"{run_dir} already holds a run: choose another name=..., pass --overwrite, or use --resume {run_dir}"
         )
+    if earlier is EarlierRun.OVERWRITE:
+        _refuse_own_source(config)
+
+
+def _refuse_own_source(config: Config) -> None:
+    """Raises ConfigError when the new run starts from something that goes with the earlier one."""
+    goes = [(config.run_dir / name).resolve() for name in RUN_CONTENT]
+    for key in ("model.path", "model.critic_path", "task.train_file", "task.heldout_file"):
+        path = operator.attrgetter(key)(config)
+        if path is not None and any(Path(path).resolve().is_relative_to(folder) for folder in goes):
+            raise ConfigError(
+                f"{key}={path} is a part of {config.run_dir}, which --overwrite deletes: choose another name=..."
+            )
 
 
 @contextmanager

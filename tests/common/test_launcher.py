@@ -94,6 +94,16 @@ def test_too_few_gpus_do_not_cost_the_earlier_run(config: Config, monkeypatch: p
     assert (config.run_dir / "metrics.jsonl").read_text() == "{}\n"
 
 
+def test_what_the_new_run_starts_from_is_not_overwritten(config: Config) -> None:
+    prepare_run_dir(config, EarlierRun.REFUSE)
+    final = config.run_dir / "checkpoints" / "final"
+    final.mkdir(parents=True)
+    again = replace(config, model=replace(config.model, path=str(final)))
+    with pytest.raises(ConfigError, match=r"^model\.path=\S+/final is a part of \S+/trial, which --overwrite deletes"):
+        prepare_run_dir(again, EarlierRun.OVERWRITE)
+    assert final.is_dir()
+
+
 def test_a_folder_that_is_no_run_is_left_alone(config: Config) -> None:
     config.run_dir.mkdir()
     (config.run_dir / "thesis.tex").write_text("years of work")
