@@ -44,12 +44,12 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"grade: {path} is not a file; give a .jsonl file of cases.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # texts may hold other ends of lines
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:  # or no UTF-8
             raise ConfigError(
                 f"grade: line {number} of {path} is not JSON ({error}); write one object a line."
             ) from None
