@@ -56,10 +56,10 @@ def choose_columns(rows: Sequence[Row], path: Path, prompt_field: str | None, an
     if answer_field is not None:
         return Columns(prompt=prompt, answer=_only((answer_field,), seen, path, "answer"), part=Part.ALL)
     if not any(_has(row, name) for row in seen for name in ANSWERS) and any(_has(row, WORKED_ANSWER) for row in seen):
-        is_boxed = any("\\boxed" in str(row.get(WORKED_ANSWER)) for row in seen)
+        is_boxed = _is_usual(seen, WORKED_ANSWER, "\\boxed")
         return Columns(prompt=prompt, answer=WORKED_ANSWER, part=Part.BOXED if is_boxed else Part.ALL)
     answer = _only(ANSWERS, seen, path, "answer")
-    shows_work = answer == "answer" and any(HASHES in str(row.get(answer)) for row in seen)
+    shows_work = answer == "answer" and _is_usual(seen, answer, HASHES)
     return Columns(prompt=prompt, answer=answer, part=Part.AFTER_HASHES if shows_work else Part.ALL)
 
 
@@ -113,6 +113,12 @@ def _only(candidates: Sequence[str], rows: Sequence[Row], path: Path, what: str)
         f"{path}: column '{candidates[0]}' is missing (there is: {columns}); name the column of the {what} with "
         f"task.{what}_field."
     )
+
+
+def _is_usual(rows: Sequence[Row], name: str, mark: str) -> bool:
+    """Whether half of the cells that hold anything have `mark`: a single one that has it says nothing of the others."""
+    cells = [str(row[name]) for row in rows if _has(row, name)]
+    return 2 * sum(mark in cell for cell in cells) >= len(cells)
 
 
 def _has(row: Row, name: str) -> bool:

@@ -151,6 +151,11 @@ def test_the_columns_in_use_can_be_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_mark_that_few_answers_hold_does_not_cut_the_others(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "#### 1" if i == 0 else str(i)} for i in range(5)]
+    assert [prompt.reference for prompt in task_of(tmp_path, rows).train] == ["#### 1", "1", "2", "3", "4"]
+
+
 def test_a_named_column_is_taken_as_it_stands(tmp_path: Path) -> None:
     rows = [{"question": "1+1?", "answer": "Add. #### 2", "prompt": "other"}]
     train = write(tmp_path / "train.jsonl", rows)
