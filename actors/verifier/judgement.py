@@ -53,7 +53,11 @@ def raised(error: BaseException, own_frames: int = 1) -> Judgement:
     frames = traceback.extract_tb(error.__traceback__)[own_frames:]
     place = next((frame for frame in reversed(frames) if frame.filename == frames[0].filename), None)
     where = f" ({place.filename.rpartition('/')[2]} line {place.lineno})" if place is not None else ""
-    return failure(f"raised {type(error).__name__}: {error}{where}")
+    try:
+        text = str(error)
+    except Exception:  # a mistake in the exception's own class
+        text = "(without a text)"
+    return failure(f"raised {type(error).__name__}: {text}{where}")
 
 
 def failure(error: str) -> Judgement:

@@ -79,3 +79,11 @@ def test_a_judgement_crosses_the_pipe_whole(judgement: Judgement) -> None:
 def test_a_text_that_cannot_be_written_is_made_one_that_can() -> None:
     judgement = judgement_of(VALUES["surrogate"], 1.0)
     assert decode(encode(judgement)) == judgement
+
+
+def test_an_exception_that_cannot_be_written_is_an_error_all_the_same() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert raised(Mute()).error == "raised Mute: (without a text)"
