@@ -20,7 +20,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
-	@echo "== training the demo: about five minutes on two cores; Ctrl-C stops it"
+	@echo "== training the demo: about four minutes on two cores; Ctrl-C stops it"
 	@$(BIN)/python run.py train -c demo --overwrite $(RUN_ARGS)
 
 test: lint
