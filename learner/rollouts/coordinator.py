@@ -342,6 +342,10 @@ class Coordinator:
             self._evaluation = None
         return result
 
+    @property
+    def is_evaluating(self) -> bool:
+        return self._evaluation is not None
+
     # ---- reports and checkpoints
 
     def stats(self) -> dict[str, float]:

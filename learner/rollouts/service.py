@@ -133,6 +133,11 @@ class LearnerService:
         with self._locked():
             return self._coordinator.members()
 
+    def needs_weights(self) -> bool:
+        """Whether a ready actor does not hold the current version."""
+        with self._locked():
+            return bool(self._coordinator.waiting_for_weights())
+
     def ready_probes(self) -> dict[str, Float32Array]:
         """The probe's log-probs [probe tokens - 1] that each ready actor reported when it became ready."""
         with self._locked():

@@ -353,6 +353,8 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.join("zoe", 5, self.now)
         self.processes["zoe"] = Process(5, version=self.version, is_ready=True)
         self.coordinator.ready("zoe", self.version, NO_PROBE)
+        if "zoe" in self.coordinator.waiting_for_weights():  # after a resume amid version 0 the folder's are not its
+            self.coordinator.loaded("zoe", self.version)
         for _ in range(200):
             self.settle()
             if (batch := self.coordinator.take_batch()) is not None:

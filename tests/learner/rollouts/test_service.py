@@ -235,12 +235,14 @@ def test_a_late_joiner_waits_for_the_current_weights(service: LearnerService) ->
         service.set_version(1, 2)
         with FakeActor(service.endpoint, "second") as late:
             service.wait_for_members(2, 10.0)
+            assert service.needs_weights()
             with pytest.raises(MembersWaiting, match="second"):
                 service.take_batch(10.0)
             with pytest.raises(MembersWaiting):
                 service.wait_window_sampled(10.0)
             assert not late.leases()
             publish(service, 1)
+            assert not service.needs_weights()
             publish(service, 2)
             service.set_version(2, 3)
             until(late.leases)
