@@ -9,6 +9,7 @@ repeated, so that an interrupted benchmark goes on where it stopped. Exit code 1
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,9 +67,22 @@ def run(seed: int, is_busy: bool, runs_dir: Path, overrides: Sequence[str]) -> P
     with ExitStack() as stack:
         if is_busy:
             stack.enter_context(busy_cores())
-        subprocess.run(command, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
+        train(command)
     done.touch()
     return done.parent
+
+
+def train(command: Sequence[str]) -> None:
+    """Runs it to its end; when this process is stopped, so is the run, in order."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            code = process.wait(TIMEOUT_S)
+        except BaseException:
+            process.terminate()
+            process.wait(60.0)
+            raise
+    if code != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}")
 
 
 def judge(run_dir: Path, is_busy: bool) -> Judged:
@@ -152,6 +166,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the demo's")
     arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     judged = []
     for is_busy, seeds in ((False, arguments.seeds), (True, arguments.busy_seeds)):
         for seed in seeds:

@@ -8,6 +8,7 @@ its newest checkpoint. Another --runs-dir begins anew. Settings at the end hold 
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--cores", nargs="+", type=int, default=[0, 1], help="cores that each run one job at a time")
     parser.add_argument("--svg", type=Path, help="draw the curves here")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # then run_all ends the runs
     jobs = [
         Job(runs_dir=arguments.runs_dir, correction=correction, seed=seed, settings=tuple(arguments.settings))
         for seed in arguments.seeds
