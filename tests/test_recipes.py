@@ -105,7 +105,8 @@ def test_dapo_replaces_groups_without_a_signal(tmp_path: Path) -> None:
 def assert_no_critic(tmp_path: Path, steps: list[dict[str, Any]]) -> None:
     """Neither in the metrics nor in the checkpoint, and no step is spent on its warm-up."""
     assert [row["version"] for row in steps] == [1, 2]
-    assert names_of(steps, "critic/") == {"critic/updates"} and not any(row["critic/updates"] for row in steps)
+    assert names_of(steps, "critic/") == {"critic/updates", "critic/skipped_updates"}
+    assert not any(row["critic/updates"] or row["critic/skipped_updates"] for row in steps)
     assert names_of(steps, "gae/lambda") == set()
     state = (tmp_path / "run" / "checkpoints" / "step_00000002" / "state.json").read_text()
     assert '"policy/' in state and '"critic/' not in state
