@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("staleness.max_staleness=8", "staleness.exact=true", "checkpoint.every=25")
 ARMS = (Correction.none, Correction.behavior, Correction.decoupled)
 POLL_S = 1.0
+STOP_S = 60.0  # for a run to end in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,10 @@ def run_all(jobs: Sequence[Job], cores: Sequence[int]) -> list[Job]:
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
-            process.wait()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
     return failed
 
 
