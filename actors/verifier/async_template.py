@@ -2,7 +2,7 @@
 
 So an answer that waits for a service blocks no other. A worker ends an answer after its time limit itself. One whose
 event loop stands still cannot: the template kills it a little later. The answers that are over their limit by then are
-`timed_out`, the others are judged again by another worker.
+`timed_out`, the others are judged again by another worker. When a worker dies by itself, all it held is an `error`.
 """
 
 import os
@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from actors.verifier.handle import Answer
-from actors.verifier.judgement import Judgement, encode
+from actors.verifier.judgement import DIED, Judgement, encode, failure
 from actors.verifier.plugin import Verifier
 from actors.verifier.worker import run_worker
 from common.types import Verdict
@@ -23,6 +23,7 @@ MAX_AT_ONCE = 256
 GRACE_S = 1.0  # beyond the time limit, in which a worker that is not stuck has ended the answer itself
 _READ_BYTES = 1 << 20
 _TIMED_OUT = encode(Judgement(Verdict.TIMED_OUT))
+_DIED = encode(failure(DIED))
 
 
 @dataclass(eq=False)
@@ -125,12 +126,12 @@ class AsyncTemplate:
     def _lose(self, judge: _Worker) -> None:
         """The worker died, of which of its answers cannot be known: none of them has a verdict."""
         for answer in judge.answers.values():
-            self._time_out(answer)
+            self._reply(answer, _DIED)
         judge.answers.clear()
         self._remove(judge)
 
-    def _time_out(self, answer: Answer) -> None:
-        self._replies += b"%s %s\n" % (answer.id, _TIMED_OUT)
+    def _reply(self, answer: Answer, judgement: bytes) -> None:
+        self._replies += b"%s %s\n" % (answer.id, judgement)
 
     def _remove(self, judge: _Worker) -> None:
         """Ends the worker; what it was judging goes back to the front of the queue."""
@@ -151,7 +152,7 @@ class AsyncTemplate:
                 continue
             over = [answer for answer in judge.answers.values() if now_s - answer.started_s >= self._timeout_s]
             for answer in over:
-                self._time_out(judge.answers.pop(answer.id))
+                self._reply(judge.answers.pop(answer.id), _TIMED_OUT)
             self._remove(judge)
 
     def _next_wake_ms(self) -> float | None:

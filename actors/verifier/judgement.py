@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from common.types import Verdict
 
 CONTRACT = "a Verdict, a bool, a finite number (the reward) or an object with reward and verdict"
+DIED = "ended its process"  # an error: the verifier's code exited or crashed
 _NAMES = frozenset(Verdict)
 _LARGEST = 3.4e38  # rewards travel as float32
 _MAX_CHARS = 300  # of an error
@@ -18,7 +19,7 @@ _MAX_CHARS = 300  # of an error
 class Judgement:
     """A verdict and, where the function gave one, the reward; None: the configured reward of the verdict.
 
-    `error` goes with Verdict.ERROR: "raised ..." or "returned ...".
+    `error` goes with Verdict.ERROR: "raised ...", "returned ..." or DIED.
     """
 
     verdict: Verdict

@@ -14,7 +14,7 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
-from actors.verifier.judgement import Judgement, decode
+from actors.verifier.judgement import DIED, Judgement, decode, failure
 from common.config import Config, ConfigError
 from common.tasks import default_verifier
 from common.types import AnswerForm, Verdict
@@ -33,12 +33,12 @@ class VerifierError(RuntimeError):
 class VerifierPool:
     """An async context manager around `num_workers` worker processes that run `function` ("module:function").
 
-    Every call of `judge` ends: with the function's verdict; with ERROR when it raised or returned what is none; or with
-    TIMED_OUT when a worker ran over `timeout_s` seconds (wall clock, counted from when the worker takes the answer up),
-    exceeded `memory_mb` of address space or died. A number that the function returns is the reward, and CORRECT from
-    `correct_from` on. States: closed -> running (`async with`) -> closed. When the template process
-    itself dies, the answers that it held are TIMED_OUT and the next call starts another. One event loop
-    only; any number of tasks.
+    Every call of `judge` ends: with the function's verdict; with ERROR when it raised, returned what is none or ended
+    its process; or with TIMED_OUT when a worker ran over `timeout_s` seconds (wall clock, counted from when the worker
+    takes the answer up) or exceeded `memory_mb` of address space. A number that the function returns is the reward, and
+    CORRECT from `correct_from` on. States: closed -> running (`async with`) -> closed. When the template process itself
+    dies, the answers that it held are an ERROR and the next call starts another. One event loop only; any number of
+    tasks.
     """
 
     def __init__(
@@ -174,10 +174,12 @@ class VerifierPool:
                 request_id, judgement = line.split(b" ", 1)
                 self._resolve(int(request_id), decode(judgement))
         assert process.stdin is not None
+        judgement = Judgement(Verdict.TIMED_OUT)
         if self._pending and not process.stdin.is_closing():
             logger.error("verifier template %d died with %d answers", process.pid, len(self._pending))
+            judgement = failure(DIED)
         for unanswered in list(self._pending):
-            self._resolve(unanswered, Judgement(Verdict.TIMED_OUT))
+            self._resolve(unanswered, judgement)
 
     def _is_stuck(self) -> bool:
         silent_s = asyncio.get_running_loop().time() - self._active_s

@@ -4,8 +4,9 @@
 
 It starts fresh (`python -m actors.verifier.template`), loads the verifier and nothing else, and stays
 single-threaded, so a worker is a fork of a few milliseconds with everything loaded. It does no verification
-itself and therefore cannot hang on an answer. A worker that is over its time limit, or dies, is killed and
-reaped, its answer is `timed_out`, and another takes its place.
+itself and therefore cannot hang on an answer. A worker that is over its time or memory limit is killed and
+reaped, its answer is `timed_out`, and another takes its place. One that dies by itself has failed: its answer is an
+`error`.
 
 What others wait for has to make way when it takes longer than usual (actors/verifier/usual.py), in processor time, or
 asleep in wall-clock time. How depends on the verifier:
@@ -44,11 +45,11 @@ from collections import deque
 
 from actors.verifier.async_template import AsyncTemplate, write_all
 from actors.verifier.handle import Answer, Handle
-from actors.verifier.judgement import Judgement, encode, raised
+from actors.verifier.judgement import DIED, Judgement, encode, failure, raised
 from actors.verifier.plugin import Verifier, load_verifier
 from actors.verifier.retries import Retries
 from actors.verifier.usual import UsualTime
-from actors.verifier.worker import AGAIN, COLD, JUDGED, LATER, SPOILT, run_worker
+from actors.verifier.worker import AGAIN, COLD, FULL, JUDGED, LATER, SPOILT, run_worker
 from common.types import AnswerForm, Verdict
 
 FASTEST_S = 0.004  # no answer is slow before
@@ -70,6 +71,7 @@ _DEAF_S = 0.02  # processor time beyond its limit after which a worker is not go
 _TURN_S = 0.005
 _READ_BYTES = 1 << 20
 _TIMED_OUT = encode(Judgement(Verdict.TIMED_OUT))
+_DIED = encode(failure(DIED))
 
 
 class Template:
@@ -155,7 +157,7 @@ class Template:
         try:
             worker.send(batch, cpu_limit_s, wall_limit_s, hurry)
         except OSError:
-            self._lose(worker)
+            self._lose(worker, _DIED)
 
     def _fork(self, crew: dict[int, Handle]) -> Handle:
         ours, theirs = socket.socketpair()
@@ -173,7 +175,7 @@ class Template:
             return
         lines = worker.receive()
         if lines is None:
-            self._lose(worker)
+            self._lose(worker, _DIED)
             return
         for line in lines:
             self._take_reply(worker, line)
@@ -199,8 +201,10 @@ class Template:
                     self._remove(worker)
             case [kind, module] if kind == COLD and module.decode() not in worker.modules:
                 self._load(module.decode(), worker)
+            case [kind] if kind == FULL:
+                self._lose(worker, _TIMED_OUT)
             case _:
-                self._lose(worker)
+                self._lose(worker, _DIED)
 
     def _welcome_back(self, worker: Handle) -> None:
         """A slow worker that came to an end after all is the next spare, unless there is one."""
@@ -216,18 +220,15 @@ class Template:
         data, self._replies = bytes(self._replies), bytearray()
         write_all(self._replies_fd, data)
 
-    def _time_out(self, answer: Answer) -> None:
-        self._reply(answer, _TIMED_OUT)
-
     def _put_off(self, answer: Answer, spent_s: float) -> None:
         """The answer has had its time in this attempt; another follows unless its limit has passed."""
         answer.spent_s = max(answer.spent_s, spent_s)
         self._retries.push(answer)
 
-    def _lose(self, worker: Handle) -> None:
-        """The worker died or ran out of time or memory: no verdict, and another worker in its place."""
+    def _lose(self, worker: Handle, judgement: bytes) -> None:
+        """The worker died or ran out of time or memory: that is what its answer gets, and another is in its place."""
         if worker.answers:
-            self._time_out(worker.answers.popleft())
+            self._reply(worker.answers.popleft(), judgement)
         self._remove(worker)
 
     def _remove(self, worker: Handle) -> None:
@@ -282,7 +283,7 @@ class Template:
             self._killed = [pid for pid in self._killed if os.waitpid(pid, os.WNOHANG)[0] == 0]
         for worker in [w for w in self._workers.values() if w.answers]:
             if self._is_over_time(worker, now_s):
-                self._lose(worker)
+                self._lose(worker, _TIMED_OUT)
             elif self._queue:
                 self._make_way(worker, now_s)
         if (self._slow or self._retries) and now_s - self._turned_s >= _TURN_S:
@@ -317,13 +318,13 @@ class Template:
     def _look_after_slow(self, now_s: float) -> None:
         for worker in [w for w in self._slow.values() if w.answers]:
             if self._is_over_time(worker, now_s):
-                self._lose(worker)
+                self._lose(worker, _TIMED_OUT)
             elif self._retries and self._is_deaf(worker):
                 self._try_again_later(worker)
             elif not worker.is_stopped:
                 worker.look()
         for answer in self._retries.started_before(now_s - self._timeout_s):
-            self._time_out(answer)
+            self._reply(answer, _TIMED_OUT)
         self._share_turns(now_s)
 
     def _has_taken(self, worker: Handle, share: float, now_s: float) -> bool:

@@ -22,7 +22,7 @@ async def try_verifier(config: Config, prompt: Prompt) -> None:
     elif judgement.verdict is Verdict.TIMED_OUT:
         problem = (
             f"came to no end within verifier.timeout_s={settings.timeout_s:g} s and "
-            f"verifier.memory_mb={settings.memory_mb} of address space, or ended its process"
+            f"verifier.memory_mb={settings.memory_mb} of address space"
         )
     if problem is not None:
         raise ConfigError(f"verifier.function={pool.function} {problem}, on the first row ({prompt.uid})")

@@ -9,9 +9,10 @@ The reply is one line:
     spoilt <processor s>               the same, but this worker must not be used any more
     later <processor s>                it was about to begin what takes long
     cold <module>                      the verifier raised HeavyImportNeeded
+    full                               the memory limit was reached; the worker leaves
 
 An exception of the verifier is a judgement (the traceback goes to stderr), except for MemoryError: what that left
-behind cannot be trusted, so the worker leaves. An async verifier is served by actors/verifier/async_worker.py instead.
+behind cannot be trusted. An async verifier is served by actors/verifier/async_worker.py instead.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from actors.verifier.judgement import encode, judgement_of, raised
 from actors.verifier.limits import Interrupted, Limits, TakesTime
 from actors.verifier.plugin import Verifier
 
-JUDGED, AGAIN, SPOILT, LATER, COLD = b"judged", b"again", b"spoilt", b"later", b"cold"
+JUDGED, AGAIN, SPOILT, LATER, COLD, FULL = b"judged", b"again", b"spoilt", b"later", b"cold", b"full"
 _CHANNEL_FD = 3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)  # loaded here, in the template: after the fork it would cost each worker 0.3 ms
@@ -76,7 +77,12 @@ def _serve(verifier: Verifier, channel: socket.socket) -> None:
     limits = Limits() if verifier.interruptible else None
     with channel.makefile("rb") as requests:
         for line in requests:
-            channel.sendall(_answer(verifier, limits, line))
+            try:
+                reply = _answer(verifier, limits, line)
+            except MemoryError:
+                channel.sendall(FULL + b"\n")
+                raise
+            channel.sendall(reply)
 
 
 def _answer(verifier: Verifier, limits: Limits | None, line: bytes) -> bytes:

@@ -53,8 +53,9 @@ def test_the_plug_in_gets_response_reference_and_row_and_its_verdict_comes_back(
 @pytest.mark.parametrize(
     ("behaviour", "verdict"),
     [
-        *((behaviour, Verdict.TIMED_OUT) for behaviour in ("hang", "die", "eat memory", "close descriptors")),
-        *((behaviour, Verdict.ERROR) for behaviour in ("raise", "exit", "load what is not there")),
+        *((behaviour, Verdict.TIMED_OUT) for behaviour in ("hang", "eat memory")),
+        *((behaviour, Verdict.ERROR) for behaviour in ("raise", "exit", "die", "close descriptors")),
+        ("load what is not there", Verdict.ERROR),
     ],
 )
 def test_after_an_answer_that_ruins_its_worker_the_next_is_served(
@@ -93,7 +94,7 @@ def test_the_event_loop_runs_on_while_answers_hang() -> None:
     assert in_pool(body) > 10
 
 
-def test_when_the_template_is_killed_its_answers_time_out_and_another_is_started() -> None:
+def test_when_the_template_is_killed_its_answers_are_errors_and_another_is_started() -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         hanging = asyncio.create_task(pool.verify("hang", "", {}))
         await pool.verify("echo", "a", {"expected": "a"})
@@ -101,7 +102,7 @@ def test_when_the_template_is_killed_its_answers_time_out_and_another_is_started
         os.kill(pool._process.pid, signal.SIGKILL)
         return [await hanging, await pool.verify("echo", "a", {"expected": "a"})]
 
-    assert in_pool(body, timeout_s=20.0) == [Verdict.TIMED_OUT, Verdict.CORRECT]
+    assert in_pool(body, timeout_s=20.0) == [Verdict.ERROR, Verdict.CORRECT]
 
 
 @either
@@ -216,7 +217,7 @@ def test_the_answers_handed_over_together_with_one_that_ruins_their_worker_are_j
         answers = [(behaviour, "", {}) if k % 100 == 7 else ECHO for k in range(400)]
         return await asyncio.gather(*[pool.verify(*answer) for answer in answers])
 
-    ruined = Verdict.ERROR if behaviour in ("raise", "exit") else Verdict.TIMED_OUT
+    ruined = Verdict.ERROR if behaviour in ("raise", "exit", "die") else Verdict.TIMED_OUT
     expected = [ruined if k % 100 == 7 else Verdict.CORRECT for k in range(400)]
     assert in_pool(body, INTERRUPTIBLE, timeout_s=1.5) == expected
 
