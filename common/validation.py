@@ -243,6 +243,11 @@ def _check_staleness(config: Config) -> None:
         f"weights.publish_every={every} cannot be on-policy: staleness.max_staleness=0 needs publish_every=1",
     )
     _refuse_if(
+        config.learner.steps % every != 0,
+        f"weights.publish_every={every} must divide learner.steps={config.learner.steps}: the last steps would never "
+        "be published, nor evaluated",
+    )
+    _refuse_if(
         config.staleness.exact and bound == 0,
         "staleness.exact=true has nothing to hold back at staleness.max_staleness=0: raise the bound",
     )

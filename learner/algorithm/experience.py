@@ -129,8 +129,10 @@ def is_lm_token(batch: Batch) -> Tensor:
     return adv.expand(is_lm_B, batch.response_cu_seqlens_B1, batch.num_response_tokens)
 
 
-def policy_lambda(algorithm: AlgorithmConfig, lengths_B: Tensor) -> Tensor:
-    """The policy's GAE lambda of each response: length-adaptive or fixed, float32 (B,)."""
+def policy_lambda(algorithm: AlgorithmConfig, lengths_B: Tensor, uses_values: bool = True) -> Tensor:
+    """The policy's GAE lambda of each response: length-adaptive or fixed, and 1 without values; float32 (B,)."""
+    if not uses_values:
+        return torch.ones(lengths_B.shape, device=lengths_B.device)
     if algorithm.length_adaptive_alpha is None:
         return torch.full(lengths_B.shape, algorithm.policy_lambda, device=lengths_B.device)
     return adv.length_adaptive_lambda(lengths_B, algorithm.length_adaptive_alpha)
@@ -172,10 +174,9 @@ def policy_advantages(
     if algorithm.advantage is AdvantageEstimator.gae:
         assert values_T is not None, "GAE needs values"
         cu_seqlens_B1 = share.response_cu_seqlens_B1.to(values_T.device)
-        lambda_B = policy_lambda(algorithm, cu_seqlens_B1.diff())
+        lambda_B = policy_lambda(algorithm, cu_seqlens_B1.diff(), uses_values)
         if not uses_values:
             values_T = torch.full_like(values_T, batch.rewards_B.mean().item())
-            lambda_B = torch.ones_like(lambda_B)
         return adv.gae(values_T, share.rewards_B.to(values_T.device), cu_seqlens_B1, lambda_B, algorithm.gamma)
     is_grpo = algorithm.advantage is AdvantageEstimator.grpo
     estimator = adv.group_normalised_advantages if is_grpo else adv.leave_one_out_advantages

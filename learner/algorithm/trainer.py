@@ -265,7 +265,8 @@ class Trainer:
             if e.entropy_T is not None:
                 metrics["policy/entropy"] = e.entropy_T[e.mask_T].mean().item()
         if e.values_T is not None:
-            metrics |= diagnostics.gae_metrics(policy_lambda(algorithm, batch.response_lengths_B))
+            lambda_B = policy_lambda(algorithm, batch.response_lengths_B, e.uses_values is not False)
+            metrics |= diagnostics.gae_metrics(lambda_B)
             metrics |= diagnostics.critic_metrics(
                 e.values_T,
                 batch.rewards_B.to(self.device),

@@ -349,6 +349,13 @@ def test_a_batch_with_every_token_masked_updates_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
 
 
+def test_while_the_value_gate_is_shut_lambda_is_what_the_advantages_used() -> None:
+    batch = replace(make_batch(LENGTHS), rewards_B=torch.ones(8))
+    metrics = make_trainer(config(value_gate=True)).step(batch, 0, is_warmup=False)
+    assert metrics["critic/gate_open"] == 0.0
+    assert metrics["gae/lambda_mean"] == metrics["gae/lambda_min"] == 1.0
+
+
 @pytest.mark.parametrize("advantage", [AdvantageEstimator.grpo, AdvantageEstimator.rloo])
 def test_group_estimators_train_without_a_critic(advantage: AdvantageEstimator) -> None:
     trainer = make_trainer(config(advantage=advantage))
