@@ -5,16 +5,13 @@ nothing but the prompt, so that every run of the same configuration sees the sam
 """
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from common.loading import load_config, save_config
 from common.transport import model_fingerprints
 from common.types import CompletedGroup, FinishReason, Lease, Verdict
 from learner.checkpoint import complete_steps
+from tests.support import learner_without_transfer
 from tests.support.fake_actors import FakeActor
 from tests.support.runs import rows
 
@@ -85,18 +83,16 @@ class LearnerProcesses:
     """The ranks of one learner over the run in `config.run_dir`, and one actor."""
 
     config: Config
-    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    ranks: list[ForkServerProcess] = field(default_factory=list)
 
     def start(self, stack: ExitStack) -> None:
         """Returns when the actor is a member, just before the first step."""
         run_dir, num_ranks = self.config.run_dir, self.config.learner.ranks
         (run_dir / "endpoint").unlink(missing_ok=True)
         port = stack.enter_context(reserve_port())
-        log = stack.enter_context((run_dir / "learner.log").open("ab"))
         for rank in range(num_ranks):
-            command = [sys.executable, "-m", "tests.support.learner_without_transfer", str(run_dir / "config.yaml")]
-            environment = os.environ | rank_environment(rank, num_ranks, port)
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            environment = rank_environment(rank, num_ranks, port)
+            process = learner_without_transfer.start(run_dir / "config.yaml", environment, run_dir / "learner.log")
             stack.callback(self._end, process)
             self.ranks.append(process)
         deadline = time.monotonic() + START_S
@@ -119,24 +115,27 @@ class LearnerProcesses:
             time.sleep(0.005)
 
     def is_running(self) -> bool:
-        return all(process.poll() is None for process in self.ranks)
+        return all(process.is_alive() for process in self.ranks)
 
-    def wait(self, timeout_s: float) -> list[int]:
-        """Exit codes of all ranks."""
-        return [process.wait(timeout_s) for process in self.ranks]
+    def wait(self, timeout_s: float) -> list[int | None]:
+        """Exit codes of all ranks, None of one that still runs."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.ranks]
 
     def kill(self, first: int) -> None:
         """One rank dies; the others follow, as under `run.py train`."""
         for process in sorted(self.ranks, key=lambda process: process is not self.ranks[first]):
-            process.send_signal(signal.SIGKILL)
-        self.wait(10.0)
+            process.kill()
+        assert None not in self.wait(10.0)
 
     def log(self) -> str:
         return (self.config.run_dir / "learner.log").read_text(errors="replace")[-4000:]
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
+    def _end(self, process: ForkServerProcess) -> None:
         process.kill()
-        process.wait(10.0)
+        process.join(10.0)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from common.config import Config, Device
@@ -23,6 +22,7 @@ from learner.checkpoint import (
 )
 from learner.networks.model import load_policy
 from learner.networks.parallel import make_mesh, process_group
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import packed, tiny_run, write_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -215,7 +215,7 @@ def test_resuming_on_two_ranks_and_back_on_one(tmp_path: Path, config: Config, m
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     gradients_doubled(expected)
-    mp.spawn(_two_ranks, (config, tmp_path / "c", expected.weights()), nprocs=2)
+    run_two_ranks(_two_ranks, config, tmp_path / "c", expected.weights())
 
     back = Run(config)
     resumed = checkpointer.load(3, back)

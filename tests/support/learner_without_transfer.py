@@ -1,11 +1,11 @@
-"""One learner rank as `run.py learner` starts it, except that a publication moves no weights: the actors are fakes.
-
-python tests/learner_without_transfer.py RUN/config.yaml      (with torch.distributed's variables set)
-"""
+"""One learner rank as `run.py learner` starts it, except that a publication moves no weights: the actors are fakes."""
 
 import logging
 import math
+import os
 import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 import torch
 
@@ -15,6 +15,17 @@ from common.types import WeightsPhase
 from learner import main as learner
 from learner.publication import sentinel
 from learner.publication.publisher import Publication, Publisher
+from tests.support.ranks import fork_server, set_environment
+
+
+def start(config_path: Path, environment: dict[str, str], log: Path) -> ForkServerProcess:
+    """A process that trains as `config_path` says, with `environment` on top of this process's, and appends to `log`.
+
+    Its exit code is that of `run.py learner`.
+    """
+    process = fork_server().Process(target=_train, args=(config_path, {**os.environ, **environment}, log))
+    process.start()
+    return process
 
 
 class Announcement(Publisher):
@@ -30,13 +41,13 @@ class Announcement(Publisher):
         """There is no transfer group."""
 
 
-def main() -> int:
+def _train(config_path: Path, environment: dict[str, str], log: Path) -> None:
+    set_environment(environment)
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     torch.set_num_threads(1)
     learner.Publisher = Announcement  # type: ignore[misc]
     sentinel.LARGEST_FLOOR = dict.fromkeys(DType, math.inf)  # the fakes' log-probs are made up
-    return learner.main(read_config(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(learner.main(read_config(config_path)))

@@ -6,7 +6,6 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import run
 from common.config import OptimizerConfig
 from learner.algorithm.optimised import MAX_SKIPPED_IN_A_ROW, Optimised
+from tests.support.ranks import run_two_ranks
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
 
@@ -64,7 +64,7 @@ def test_shards_step_like_the_whole_and_an_overflow_on_one_rank_is_skipped_on_bo
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(_train_on_two_ranks, nprocs=2)
+    run_two_ranks(_train_on_two_ranks)
 
 
 class FusedUpdates(TorchDispatchMode):

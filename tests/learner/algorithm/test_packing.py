@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.types import CompletedGroup, FinishReason, Lease, Purpose, TrajectoryGroup, Verdict
 from learner.algorithm.packing import Batch, broadcast_batch, partition
+from tests.support.ranks import run_two_ranks
 
 
 def make_group(prompt: Sequence[int], responses: Sequence[Sequence[int]], lease_id: int = 0) -> TrajectoryGroup:
@@ -154,4 +154,4 @@ def _broadcast(rank: int, store: str, batch: Batch) -> None:
 
 def test_broadcast_gives_every_rank_the_same_batch(tmp_path: Path) -> None:
     batch = Batch.from_groups([make_group([7, 8], [[1, 2, 3], [4]], 0), make_group([9], [[5, 6]], 1)])
-    mp.spawn(_broadcast, (str(tmp_path / "store"), batch), nprocs=2)
+    run_two_ranks(_broadcast, str(tmp_path / "store"), batch)

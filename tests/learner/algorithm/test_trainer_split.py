@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -28,6 +27,7 @@ from learner.algorithm.packing import Batch, boundaries, partition
 from learner.algorithm.trainer import Trainer
 from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import VOCAB, write_tiny_model
 
 CPU = torch.device("cpu")
@@ -187,7 +187,7 @@ def test_two_ranks_equal_one_also_with_nothing_correct_or_nothing_at_all_on_one_
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(_two_ranks, (path, tmp_path), nprocs=2)
+    run_two_ranks(_two_ranks, path, tmp_path)
     for name in BATCHES:
         expected = one_rank(path, name, 10_000)
         for rank in (0, 1):

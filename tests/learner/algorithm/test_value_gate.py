@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from common.config import AdvantageEstimator, AlgorithmConfig, Config
 from learner.algorithm.experience import Experience, Scores, estimate
 from learner.algorithm.packing import Batch, boundaries
+from tests.support.ranks import run_two_ranks
 
 LENGTHS = [2, 3, 1]
 REWARDS = [1.0, -1.0, 0.0]  # mean 0; over tokens 1 1 -1 -1 -1 0: mean -1/6, variance 5/6 - 1/36
@@ -132,7 +132,7 @@ def _estimate_shares(rank: int, address: str, answers: Tensor) -> None:
 def test_two_ranks_decide_alike_and_like_one(tmp_path: Path) -> None:
     """Rank 0 has one outcome only, so its own share would say that any critic explains nothing."""
     answers = torch.zeros(2, 2, 7).share_memory_()
-    mp.spawn(_estimate_shares, (f"file://{tmp_path}/rendezvous", answers), nprocs=2)
+    run_two_ranks(_estimate_shares, f"file://{tmp_path}/rendezvous", answers)
     for i, values in enumerate((TELLING, MISLEADING)):
         alone = experience(make_batch(), values)
         assert answers[:, i, 0].tolist() == [float(bool(alone.uses_values))] * 2

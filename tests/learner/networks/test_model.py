@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +28,7 @@ from learner.networks.export import export_policy
 from learner.networks.logprobs import token_logprobs
 from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import (
     VOCAB,
     Packed,
@@ -410,7 +410,7 @@ def test_two_ranks_equal_one_rank_also_with_nothing_to_do(
 ) -> None:
     config = tiny_run(write_tiny_model(tmp_path / "base", is_tied=is_tied), activation_checkpointing=is_tied, ranks=2)
     _set_rendezvous(monkeypatch)
-    mp.spawn(_compare_with_one_rank, (config, tmp_path), nprocs=2)
+    run_two_ranks(_compare_with_one_rank, config, tmp_path)
 
 
 def test_bfloat16_computes_low_and_keeps_float32_master_weights_and_gradients(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +18,7 @@ from learner.networks import attention, reference
 from learner.networks.attention import Packing, packed_attention
 from learner.networks.model import load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import VOCAB, naive_logprobs, packed, tiny_run, write_tiny_model
 
 CPU = torch.device("cpu")
@@ -245,4 +245,4 @@ def test_what_rank_0_refuses_every_rank_refuses_in_the_same_words(
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(_both_ranks_are_refused, (tiny_run(path, ranks=2),), nprocs=2)
+    run_two_ranks(_both_ranks_are_refused, tiny_run(path, ranks=2))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import Qwen2ForSequenceClassification
 
@@ -16,6 +15,7 @@ from common.config import Config, Device, DType, ModelConfig
 from learner.algorithm.packing import prediction_positions
 from learner.networks.model import load_critic
 from learner.networks.parallel import make_mesh, process_group
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import packed, tiny_config, tiny_run, write_tiny_model
 
 CPU = torch.device("cpu")
@@ -79,4 +79,4 @@ def _one_of_two(rank: int, config: Config) -> None:
 @pytest.mark.slow
 def test_the_head_is_float32_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_rendezvous(monkeypatch)
-    mp.spawn(_one_of_two, (make_run(tmp_path),), nprocs=2)
+    run_two_ranks(_one_of_two, make_run(tmp_path))

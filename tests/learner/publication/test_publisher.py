@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from common.config import Config, Device, StalenessConfig, WeightsConfig
 from common.launcher import rank_environment, reserve_port
@@ -16,6 +15,7 @@ from learner.networks.model import Policy, load_policy
 from learner.networks.parallel import make_mesh, process_group
 from learner.publication.publisher import Publisher
 from learner.publication.transfer import HeldWeights, PolicySource
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_mixture, write_tiny_model
 
 CPU = torch.device("cpu")
@@ -175,4 +175,4 @@ def _hold_and_gather(rank: int, config: Config, port: int) -> None:
 def test_two_ranks_hold_their_shards_and_gather_them_as_they_were(tmp_path: Path) -> None:
     config = tiny_run(write_tiny_model(tmp_path), ranks=2)
     with reserve_port() as port:
-        mp.spawn(_hold_and_gather, (config, port), nprocs=2)
+        run_two_ranks(_hold_and_gather, config, port)
