@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +63,40 @@ def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dic
     return steps
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_two_learner_ranks(tmp_path: Path) -> None:
-    finished(tmp_path, train(tmp_path, "learner.ranks=2"))
+@dataclass(frozen=True)
+class Run:
+    """One that ended well, and that several tests look at."""
+
+    run_dir: Path
+    steps: list[dict[str, Any]]
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_two_actors_share_the_work(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_of_each(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two learner ranks and two actors."""
+    tmp_path = tmp_path_factory.mktemp("two_of_each")
     # Many more groups than one actor holds: the second has work to do as soon as it is there.
-    steps = finished(tmp_path, train(tmp_path, "actors.count=2", "actors.groups_in_flight=2", "eval.num_prompts=16"))
-    assert max(row["actors/connected"] for row in steps) == 2
+    settings = ["learner.ranks=2", "actors.count=2", "actors.groups_in_flight=2", "eval.num_prompts=16"]
+    return Run(tmp_path / "run", finished(tmp_path, train(tmp_path, *settings)))
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_max_staleness_0_is_on_policy(tmp_path: Path) -> None:
-    steps = finished(tmp_path, train(tmp_path, "staleness.max_staleness=0"))
-    assert [row["staleness/token_max"] for row in steps] == [0, 0, 0, 0]
-    assert max(row["offpolicy/mismatch_abs_mean"] for row in steps) < 1e-4
-    assert all(row["versions"][0] == row["versions"][1] for row in rows(tmp_path / "run" / "ledger.jsonl"))
+def test_two_learner_ranks(two_of_each: Run) -> None:
+    logs = {log.name for log in (two_of_each.run_dir / "logs").glob("learner-*")}
+    assert logs == {"learner-0.log", "learner-1.log"}
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_tied_embeddings_and_a_data_file(tmp_path: Path) -> None:
+def test_two_actors_share_the_work(two_of_each: Run) -> None:
+    assert max(row["actors/connected"] for row in two_of_each.steps) == 2
+
+
+@pytest.fixture(scope="module")
+def on_policy(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tied model, a data file and no staleness."""
+    tmp_path = tmp_path_factory.mktemp("on_policy")
     data = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "id": a * 10 + b} for a in range(1, 10) for b in range(10)]
     for name, part in (("train", data[:60]), ("heldout", data[60:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -95,14 +104,31 @@ def test_tied_embeddings_and_a_data_file(tmp_path: Path) -> None:
     procedural = {"task.num_train=200", "task.num_heldout=16"}
     arguments = [argument for argument in command(tmp_path) if argument not in procedural]
     done = subprocess.run(
-        [*arguments, "model.tie_word_embeddings=true", "task.name=file", *files],
+        [*arguments, "model.tie_word_embeddings=true", "task.name=file", *files, "staleness.max_staleness=0"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240.0,
         check=False,
     )
-    finished(tmp_path, done)
+    return Run(tmp_path / "run", finished(tmp_path, done))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_max_staleness_0_is_on_policy(on_policy: Run) -> None:
+    assert [row["staleness/token_max"] for row in on_policy.steps] == [0, 0, 0, 0]
+    assert max(row["offpolicy/mismatch_abs_mean"] for row in on_policy.steps) < 1e-4
+    assert all(row["versions"][0] == row["versions"][1] for row in rows(on_policy.run_dir / "ledger.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_tied_embeddings_and_a_data_file(on_policy: Run) -> None:
+    exported = json.loads((on_policy.run_dir / "checkpoints" / "final" / "config.json").read_text())
+    assert exported["tie_word_embeddings"] is True
+    uids = {row["prompt_uid"] for row in rows(on_policy.run_dir / "ledger.jsonl")}
+    assert len(uids) == 16, "of 60 rows, in the first epoch: none twice"
 
 
 @pytest.mark.slow
