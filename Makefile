@@ -3,7 +3,8 @@
 # make lint    only lint and type check
 # make clean   remove the virtual environment
 #
-# PYTHON=python3.12 picks the interpreter; RUN_ARGS="seed=1 name=demo-1" adds settings to the demo.
+# PYTHON=python3.12 picks the interpreter; RUN_ARGS="seed=1 name=demo-1" adds settings to the demo;
+# TEST_WORKERS=1 runs one test at a time.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 RUN_ARGS ?=
+TEST_WORKERS ?= 2
 # Tests share two cores with the processes that they start.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
@@ -24,8 +26,10 @@ demo: $(STAMP)
 	@$(BIN)/python run.py train -c demo --overwrite $(RUN_ARGS)
 
 test: lint
-	@echo "== tests"
-	@$(BIN)/python -m pytest
+	@echo "== tests, $(TEST_WORKERS) at a time"
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone"
+	@echo "== tests that need the cores for themselves, one at a time"
+	@$(BIN)/python -m pytest -m alone
 
 lint: $(STAMP)
 	@echo "== ruff check"

@@ -68,6 +68,7 @@ def test_after_an_answer_that_ruins_its_worker_the_next_is_served(
     assert in_pool(body, function) == [verdict, *[Verdict.CORRECT] * 3]
 
 
+@pytest.mark.alone
 @either
 def test_others_do_not_wait_for_an_answer_that_hangs(function: str) -> None:
     async def body(pool: VerifierPool) -> float:
@@ -94,6 +95,7 @@ def test_the_event_loop_runs_on_while_answers_hang() -> None:
     assert in_pool(body) > 10
 
 
+@pytest.mark.alone
 def test_when_the_template_is_killed_its_answers_are_errors_and_another_is_started() -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         hanging = asyncio.create_task(pool.verify("hang", "", {}))
@@ -105,6 +107,7 @@ def test_when_the_template_is_killed_its_answers_are_errors_and_another_is_start
     assert in_pool(body, timeout_s=20.0) == [Verdict.ERROR, Verdict.CORRECT]
 
 
+@pytest.mark.alone
 @either
 def test_workers_that_hang_or_are_stopped_die_with_their_template(function: str) -> None:
     async def body(pool: VerifierPool) -> tuple[set[int], int]:
@@ -222,6 +225,7 @@ def test_the_answers_handed_over_together_with_one_that_ruins_their_worker_are_j
     assert in_pool(body, INTERRUPTIBLE, timeout_s=1.5) == expected
 
 
+@pytest.mark.alone
 def test_a_rare_answer_that_takes_long_is_judged_at_a_later_attempt_while_others_hang() -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
@@ -234,6 +238,7 @@ def test_a_rare_answer_that_takes_long_is_judged_at_a_later_attempt_while_others
     assert in_pool(body, INTERRUPTIBLE, timeout_s=12.0) == [Verdict.CORRECT] * 2
 
 
+@pytest.mark.alone
 def test_answers_that_are_put_off_because_they_take_long_are_all_judged_also_when_many_come_at_once() -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
