@@ -16,8 +16,10 @@ gradient). The padding repeats the sequence's own last token, so no value, not e
 sequence to another.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -224,8 +226,12 @@ def _attend_varlen(
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     longest = max(packing.lengths)
     boundaries_B1 = packing.cu_seqlens_B1
-    # (-1, 0): everything before, nothing after
-    window_size = (-1 if window is None else window - 1, 0)
+    grouped: dict[str, bool] = {}
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in _keywords(varlen_attn):
+            grouped["enable_gqa"] = True
+        else:  # torch before 2.12
+            k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -235,11 +241,16 @@ def _attend_varlen(
         longest,
         longest,
         scale=scaling,
-        window_size=window_size,
-        enable_gqa=k.shape[1] != q.shape[1],
+        window_size=(-1 if window is None else window - 1, 0),  # (-1, 0): everything before, nothing after
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[None]
+
+
+@cache
+def _keywords(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -195,12 +195,23 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("takes_groups", [True, False])
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_cuda_path_hands_the_kernel_what_it_expects(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
-    """A stand-in for the kernel, by its documentation: there may be no GPU here."""
+def test_the_cuda_path_hands_the_kernel_what_it_expects(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, takes_groups: bool
+) -> None:
+    """A stand-in for the kernel, by its documentation: there may be no GPU here. torch 2.11 knows no enable_gqa."""
+    signature = inspect.signature(varlen_attn)
+    if not takes_groups:
+        known = [one for name, one in signature.parameters.items() if name != "enable_gqa"]
+        signature = signature.replace(parameters=known)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = inspect.signature(varlen_attn).bind(q, k, v, *args, **kwargs).arguments
+        bound = signature.bind(q, k, v, *args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        is_grouped = call.get("enable_gqa", False)
+        assert is_grouped or k.shape[1] == v.shape[1] == q.shape[1]
         assert call["cu_seq_q"].dtype is call["cu_seq_k"].dtype is torch.int32
         assert call["max_q"] == call["max_k"] == 30
         left, right = call["window_size"]
@@ -210,12 +221,11 @@ def test_the_cuda_path_hands_the_kernel_what_it_expects(monkeypatch: pytest.Monk
             distance = torch.arange(length)[:, None] - torch.arange(length)
             mask = (distance >= -right) & ((distance <= left) | (left == -1))
             heads = [x.transpose(0, 1)[None] for x in one]
-            out = F.scaled_dot_product_attention(
-                *heads, attn_mask=mask, scale=call["scale"], enable_gqa=call["enable_gqa"]
-            )
+            out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=call["scale"], enable_gqa=is_grouped)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 
+    kernel.__signature__ = signature  # type: ignore[attr-defined]
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
