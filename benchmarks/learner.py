@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or this file wou
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as hf_logging
 
 from benchmarks.opponents import PaddedCritic, PaddedPolicy, plain_model, trl_update
@@ -88,20 +88,30 @@ def save_model(size: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_batch(num_sequences: int, vocabulary: int) -> Batch:
+def make_batch(num_sequences: int, vocabulary: int, mean: int = MEAN_LENGTH, longest: int = LONGEST) -> Batch:
     """Random tokens; response lengths log-normal, clipped, one of them the longest; prompts of 4..8 tokens."""
     generator = torch.Generator().manual_seed(0)
     spread_B = torch.randn(num_sequences, generator=generator).mul(SPREAD).exp()
-    response_lengths_B = (spread_B * MEAN_LENGTH / spread_B.mean()).long().clamp(1, LONGEST)
-    response_lengths_B[0] = LONGEST
-    group_index_B = torch.arange(num_sequences) // GROUP_SIZE
-    prompt_lengths_B = 4 + group_index_B % 5
-    num_tokens = int(response_lengths_B.sum())
-    cu_seqlens_B1 = boundaries(prompt_lengths_B + response_lengths_B)
+    response_lengths_B = (spread_B * mean / spread_B.mean()).long().clamp(1, longest)
+    response_lengths_B[0] = longest
+    prompt_lengths_B = 4 + torch.arange(num_sequences) // GROUP_SIZE % 5
+    num_tokens = int((prompt_lengths_B + response_lengths_B).sum())
+    tokens_S = torch.randint(2, vocabulary, (num_tokens,), generator=generator)
+    return batch_of(tokens_S, prompt_lengths_B, response_lengths_B, generator)
+
+
+def batch_of(
+    token_ids_S: torch.Tensor,
+    prompt_lengths_B: torch.Tensor,
+    response_lengths_B: torch.Tensor,
+    generator: torch.Generator,
+) -> Batch:
+    """These sequences in groups of GROUP_SIZE, on-policy, 40% of them right, by chance."""
+    num_sequences, num_tokens = len(prompt_lengths_B), int(response_lengths_B.sum())
     is_correct_B = torch.rand(num_sequences, generator=generator) < 0.4
     return Batch(
-        token_ids_S=torch.randint(2, vocabulary, (int(cu_seqlens_B1[-1]),), generator=generator),
-        cu_seqlens_B1=cu_seqlens_B1,
+        token_ids_S=token_ids_S,
+        cu_seqlens_B1=boundaries(prompt_lengths_B + response_lengths_B),
         prompt_lengths_B=prompt_lengths_B,
         response_lengths_B=response_lengths_B,
         behavior_logprobs_T=torch.full((num_tokens,), -3.0),
@@ -109,7 +119,7 @@ def make_batch(num_sequences: int, vocabulary: int) -> Batch:
         rewards_B=torch.where(is_correct_B, 1.0, -1.0),
         is_correct_B=is_correct_B,
         is_truncated_B=torch.zeros(num_sequences, dtype=torch.bool),
-        group_index_B=group_index_B,
+        group_index_B=torch.arange(num_sequences) // GROUP_SIZE,
         loss_mask_T=torch.ones(num_tokens, dtype=torch.bool),
     )
 
@@ -213,17 +223,18 @@ def recorded_peak(run: Callable[[], float]) -> tuple[float, int]:
     return result, peak
 
 
-def useful_flops(folder: Path, batch: Batch) -> float:
+def useful_flops(folder: Path, batch: Batch, num_critics: int = 1) -> float:
     """Multiply-adds x 2 of one full step without padding or recomputation: policy and critic, each scored
     (forward) and updated (forward and twice that backward)."""
-    model = plain_model(folder)
-    config = model.config
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     linear = sum(p.numel() for name, p in model.base_model.named_parameters() if p.dim() == 2 and "embed" not in name)
     pairs = float((batch.lengths_B * (batch.lengths_B + 1)).sum()) / 2
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     backbone = 2 * linear * batch.num_tokens + 4 * width * pairs * config.num_hidden_layers
     head = 2 * config.vocab_size * config.hidden_size * batch.num_response_tokens
-    return 4 * (2 * backbone + head)
+    return 4 * ((1 + num_critics) * backbone + head)
 
 
 def matmul_ceiling(size: int) -> float:

@@ -38,11 +38,11 @@ class PaddedPolicy(nn.Module):
         with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(logprobs_T, entropy_T) as of learner.networks.model.Policy."""
-        token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1)
+        token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1, self.model.device)
         logits_BLV = self.model(input_ids=token_ids_BL, attention_mask=mask_BL, use_cache=False).logits[:, :-1]
         logp_BLV = F.log_softmax(logits_BLV / temperature, -1)
         logprobs_BL = logp_BLV.gather(-1, token_ids_BL[:, 1:, None]).squeeze(-1)
-        chosen_BL = _predicts_response(cu_seqlens_B1, prompt_lengths_B)
+        chosen_BL = _predicts_response(cu_seqlens_B1, prompt_lengths_B).to(logits_BLV.device)
         if not with_entropy:
             return logprobs_BL[chosen_BL], None
         entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(-1)
@@ -60,18 +60,18 @@ class PaddedCritic(nn.Module):
 
     def forward(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
         """values_T as of learner.networks.model.Critic."""
-        token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1)
+        token_ids_BL, mask_BL = _pad(token_ids_S, cu_seqlens_B1, self.backbone.device)
         output = self.backbone(input_ids=token_ids_BL, attention_mask=mask_BL, use_cache=False)
         values_BL = self.head(output.last_hidden_state).squeeze(-1)[:, :-1]
-        return values_BL[_predicts_response(cu_seqlens_B1, prompt_lengths_B)]
+        return values_BL[_predicts_response(cu_seqlens_B1, prompt_lengths_B).to(values_BL.device)]
 
 
-def _pad(token_ids_S: Tensor, cu_seqlens_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """(token ids, attention mask), both int64 (B, L), padded on the right."""
+def _pad(token_ids_S: Tensor, cu_seqlens_B1: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token ids, attention mask), both int64 (B, L) on `device`, padded on the right."""
     lengths_B = cu_seqlens_B1.diff()
     token_ids_BL = pad_sequence(token_ids_S.split(lengths_B.tolist()), batch_first=True)
     mask_BL = torch.arange(token_ids_BL.shape[1]) < lengths_B[:, None]
-    return token_ids_BL, mask_BL.long()
+    return token_ids_BL.to(device), mask_BL.long().to(device)
 
 
 def _predicts_response(cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
