@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOTAL_S = 360.0
 SLOWER = {"cuda": 1.0, "cpu": 4.0}  # factor of every limit
 SHORTEST_S = 20.0  # less is not enough to begin a part with: torch takes that long to load from a cold disk
-GRACE_S = 15.0  # to end what it started, after SIGTERM
+GRACE_S = 20.0  # to end what it started, after SIGTERM, and to be gone after SIGKILL
+LOOK_S = 120.0  # for loading torch and asking the driver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,12 @@ class Outcome:
 def look(device: str, environment: Mapping[str, str]) -> dict[str, Any] | str:
     """The machine's facts, or the sentence that says why nothing can be checked on it."""
     command = [sys.executable, "-m", "benchmarks.gpu_check.machine", device]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=LOOK_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"looking for a GPU took longer than {LOOK_S:.0f} s: does nvidia-smi answer?"
     if done.returncode != 0:
         return last_line(done.stderr) or f"looking for a GPU ended with exit code {done.returncode}"
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -109,7 +115,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     _, alive = psutil.wait_procs(members, timeout=GRACE_S)
     kill(alive)
-    process.wait()
+    psutil.wait_procs(alive, timeout=GRACE_S)  # one that hangs in the driver stays, and the other parts go on
 
 
 def last_line(text: str) -> str:

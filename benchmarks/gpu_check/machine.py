@@ -111,10 +111,13 @@ def _driver() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What it prints; None when it is not there or refuses."""
+    """What it prints; None when it is not there, refuses, or does not answer."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30.0)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

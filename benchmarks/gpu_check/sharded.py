@@ -56,12 +56,12 @@ def alone(device: Device) -> Iterator[World]:
 @contextmanager
 def reproducible() -> Iterator[None]:
     """Kernels that add up in one order, where torch has such; attention by plain products."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 def configuration(path: Path, world: World, dtype: DType, algorithm: AlgorithmConfig | None = None) -> Config:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import demo, machine, speed
-from benchmarks.gpu_check.models import SHAPES
+from benchmarks.gpu_check.models import SHAPES, model_folder, vocabulary
 from benchmarks.gpu_check.parts import PARTS
 from benchmarks.gpu_check.report import Found, Report, read
-from common.config import AlgorithmConfig, Config, ModelConfig
+from benchmarks.learner import make_batch
+from common.config import AlgorithmConfig, Config, Device, ModelConfig
 from common.loading import save_config
+from learner.networks.parallel import World
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -35,6 +38,17 @@ def test_a_part_finds_nothing_wrong_with_the_cpu(part: str, tmp_path: Path) -> N
     importlib.import_module(f"benchmarks.gpu_check.{PARTS[part].module}").run(report, CPU, tmp_path)
     assert not report.found.failures
     assert report.found.numbers.keys() >= {EXPECTED[part]}
+
+
+@pytest.mark.parametrize("side", ["packed", "padded"])
+@pytest.mark.parametrize("variant", speed.VARIANTS[1:], ids=lambda variant: variant.label)
+def test_a_smaller_variant_takes_a_step_too(side: str, variant: speed.Variant, tmp_path: Path) -> None:
+    report, load, path = Report(tmp_path / "report.json"), speed.LOADS["cpu"], model_folder("tiny", tmp_path, CPU)
+    batch = make_batch(load.sequences, vocabulary(path), load.mean, load.longest)
+    world = World(rank=0, size=1, device=CPU)
+    with speed.alone(Device.cpu) if side == "packed" else nullcontext():
+        speed.timed(report, variant.label, side, variant, path, batch, load.packed, world)
+    assert report.found.numbers[f"{variant.label}: tokens/s"] > 0
 
 
 def imports(module: str) -> set[str]:
