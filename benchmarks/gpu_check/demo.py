@@ -67,7 +67,7 @@ def run(report: Report, device: torch.device, folder: Path) -> None:
             continue
         steps[name] = figures(report, name, folder / "runs" / name, is_judged=device.type == "cuda")
     if len(steps) == len(RUNS):
-        report.number("a synchronous step in overlapping ones", steps["synchronous"] / steps["overlapping"])
+        report.number("time of a synchronous step over that of an overlapping one", steps["synchronous"] / steps["overlapping"])
 
 
 def missing_engine(device: torch.device) -> str | None:
