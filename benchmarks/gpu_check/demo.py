@@ -56,18 +56,19 @@ def run(report: Report, device: torch.device, folder: Path) -> None:
     if missing is not None:
         report.skip(f"the demo was not run: {missing}")
         return
-    steps = {}
+    steps, runs = {}, report.path.parent / "runs"  # which stay, with their logs: `folder` does not
     for name, staleness in RUNS.items():
         command = [sys.executable, str(RUN_PY), "train", "-c", "demo", "--overwrite", *SETTINGS[device.type]]
-        command += [staleness, "eval.every=0", f"runs_dir={folder / 'runs'}", f"name={name}"]
+        command += [staleness, "eval.every=0", f"runs_dir={runs}", f"name={name}"]
         try:
             train(command)
         except RuntimeError as error:
             report.fail(str(error))
             continue
-        steps[name] = figures(report, name, folder / "runs" / name, is_judged=device.type == "cuda")
+        steps[name] = figures(report, name, runs / name, is_judged=device.type == "cuda")
     if len(steps) == len(RUNS):
-        report.number("time of a synchronous step over that of an overlapping one", steps["synchronous"] / steps["overlapping"])
+        ratio = steps["synchronous"] / steps["overlapping"]
+        report.number("time of a synchronous step over that of an overlapping one", ratio)
 
 
 def missing_engine(device: torch.device) -> str | None:

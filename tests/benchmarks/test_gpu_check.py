@@ -91,6 +91,28 @@ def test_without_vllm_the_demo_is_left_out_and_the_report_says_so(
     assert outcome.result == "not run"
 
 
+def test_the_demo_runs_twice_and_its_runs_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def train(command: list[str]) -> None:
+        settings = dict(part.split("=") for part in command if "=" in part)
+        commands.append(settings)
+        if settings["name"] == "synchronous":
+            raise RuntimeError("the run ended with exit code 1")
+        Path(settings["runs_dir"]).mkdir()
+        fake_run(Path(settings["runs_dir"]) / settings["name"], (0.2, 0.7))
+
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "missing_engine", lambda device: None)
+    report = Report(tmp_path / "report.json")
+    demo.run(report, torch.device("cuda"), tmp_path / "work")
+    assert [settings["staleness.max_staleness"] for settings in commands] == ["2", "0"]
+    assert {settings["device"] for settings in commands} == {"cuda"}
+    assert report.found.failures == ["the run ended with exit code 1"]
+    assert report.found.numbers["overlapping: accuracy after"] == 0.7
+    assert (tmp_path / "runs" / "overlapping" / "metrics.jsonl").is_file()
+
+
 def fake_run(folder: Path, accuracies: tuple[float, float]) -> Path:
     """A run of one warm-up step and two policy steps."""
     folder.mkdir()
