@@ -10,8 +10,8 @@
 
 Needs no network and no root, makes its models itself, leaves the settings of the card alone, and uses the first visible
 GPU only. Every part is a process of its own with a limit of its own. Prints what each found and writes it to
-FOLDER/results.json; FOLDER/PART.log has what a part printed, FOLDER/runs the runs of part e. Exit code 1 when a part failed, 2 without a GPU.
-`--device cpu` exercises this program itself, on tiny sizes: its numbers say nothing.
+FOLDER/results.json; FOLDER/PART.log has what a part printed, FOLDER/runs the runs of part e. Exit code 1 when a part
+failed, 2 without a GPU. `--device cpu` exercises this program itself, on tiny sizes: its numbers say nothing.
 """
 
 import argparse
