@@ -212,14 +212,14 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_batch_size_staleness
     changed = ("prompts_per_step=6", "group_size=3", "max_staleness=2", "publish_every=2")
     sections = ("rollout", "rollout", "staleness", "weights")
     overrides = [f"{section}.{setting}" for section, setting in zip(sections, changed, strict=True)]
-    with learner(tmp_path, "run", 1, "learner.steps=9", *overrides) as processes:
+    with learner(tmp_path, "run", 1, "learner.steps=10", *overrides) as processes:
         assert processes.wait(START_S) == [0], processes.log()
     found, ledger = steps(tmp_path / "run"), rows(tmp_path / "run" / "ledger.jsonl")
-    assert [row["step"] for row in found] == list(range(1, 12))
-    assert [row["version"] for row in found] == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert [row["version"] for row in found] == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7]
     assert max(row["staleness/token_max"] for row in found[6:]) <= 2
-    assert [sum(row["step"] == step for row in ledger) for step in range(1, 12)] == [4] * 6 + [6] * 5
-    assert len({row["prompt_uid"] for row in ledger}) == len(ledger) == 54, "within the epoch no prompt comes twice"
+    assert [sum(row["step"] == step for row in ledger) for step in range(1, 13)] == [4] * 6 + [6] * 6
+    assert len({row["prompt_uid"] for row in ledger}) == len(ledger) == 60, "within the epoch no prompt comes twice"
 
 
 @pytest.mark.slow
