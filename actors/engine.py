@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from common.broadcast import BrokenTransfer
 from common.config import Config, Device, KVCache
 from common.types import FinishReason, Float32Array, Int32Array, Lease
 
+TRANSFER_ENGINE = "async_vapo_{}"  # our name in vLLM's registry for the engine of a weights.backend
 MAX_REASON = 500  # characters of what the engine says that travel to the learner
 
 
@@ -58,6 +60,7 @@ class Engine:
         self._paused = False
         self._busy_since: float | None = None
         self._busy_s = 0.0
+        self._is_updating = False  # between the phases START and FINISH
         self.version = 0
         self.generated_tokens = 0
 
@@ -148,21 +151,35 @@ class Engine:
         self._track()
 
     async def init_transfer(self, payload: dict[str, Any]) -> None:
+        """Joins a transfer group. Raises BrokenTransfer when the others do not come."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=payload))
+        await self._check_transfer()
 
     async def start_update(self) -> None:
+        """Begins anew when an update before was broken off."""
+        if self._is_updating:
+            await self._llm.finish_weight_update()
+        self._is_updating = True
         await self._llm.start_weight_update()
 
     async def update(self, payload: dict[str, Any]) -> None:
+        """Receives and loads one bucket. Raises BrokenTransfer when it did not come."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=payload))
+        await self._check_transfer()
 
     async def finish_update(self, version: int) -> None:
         await self._llm.finish_weight_update(weight_version=str(version))
+        self._is_updating = False
         self.version = version
+
+    async def _check_transfer(self) -> None:
+        problems = await self._llm.collective_rpc("transfer_problem")
+        if broken := [problem for problem in problems if problem is not None]:
+            raise BrokenTransfer(broken[0])
 
     async def resume(self) -> None:
         await self._llm.resume_generation()
@@ -264,7 +281,8 @@ def _build(config: Config) -> Any:
         enforce_eager=config.actors.enforce_eager,
         tensor_parallel_size=config.actors.tensor_parallel_size,
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=config.weights.backend.value),
+        weight_transfer_config=WeightTransferConfig(backend=TRANSFER_ENGINE.format(config.weights.backend)),
+        worker_extension_cls="actors.weights.TransferWorker",
         generation_config="vllm",
         seed=config.seed,
         # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators cannot do.

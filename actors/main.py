@@ -18,6 +18,7 @@ import numpy as np
 from actors.engine import Engine, EngineError, RequestRefused
 from actors.rollout import complete
 from actors.verifier.pool import VerifierError, VerifierPool, pool_of
+from common.broadcast import BrokenTransfer
 from common.config import Config, ConfigError
 from common.processes import announce_ready
 from common.transport import ActorConnection, model_fingerprints
@@ -138,14 +139,21 @@ class Actor:
     async def _run_phases(self) -> None:
         while True:
             command = await self._phases.get()
-            probe, error = NO_PROBE, None
+            probe, error, is_shared = NO_PROBE, None, False
             try:
                 probe = await self._phase(command)
             except Exception as problem:
                 logger.exception("weights phase %s of version %d", command.phase, command.version)
-                error = f"{type(problem).__name__}: {problem}"
+                error, is_shared = f"{type(problem).__name__}: {problem}", isinstance(problem, BrokenTransfer)
             await self._connection.send(
-                WeightsReport(phase=command.phase, version=command.version, error=error, probe_logprobs=probe)
+                WeightsReport(
+                    command_id=command.command_id,
+                    phase=command.phase,
+                    version=command.version,
+                    error=error,
+                    is_shared=is_shared,
+                    probe_logprobs=probe,
+                )
             )
 
     async def _phase(self, command: WeightsCommand) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,16 +1,22 @@
-"""The actor's side of weight transfer over gloo, for CPUs; on GPUs vLLM's own nccl engine takes its place.
+"""The actor's side of weight transfer: what vLLM's worker processes do in the phases of a publication.
 
 vLLM calls `register_gloo` through its plugin entry point in every process that it spawns, and the worker process then
-builds the engine when the actor was started with `weights.backend: gloo`. The learner's side is
-learner/publication/transfer.py; the two agree on the fields of GlooInitInfo and GlooUpdateInfo, which travel as plain
-dictionaries.
+builds the engine of weights.backend. The learner's side is learner/publication/transfer.py; the two agree on the
+fields of the Info classes, which travel as plain dictionaries.
+
+A broken transfer raises nothing here: an exception of one worker would leave the answers of the others unread. It is
+kept, and the actor asks for it (`TransferWorker.transfer_problem`) after each phase in which it can happen.
 """
 
+import base64
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,88 +27,149 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.engine import TRANSFER_ENGINE
+from common.addresses import address_towards
+from common.broadcast import BrokenTransfer, GlooGroup, Group, NcclGroup
+from common.config import TransferBackend
 
-@dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """Where to meet: the learner listens at master_address:master_port and is rank 0 of world_size."""
-
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
-    timeout_s: float
+InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
+UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """What comes: parameters in order, sent as one byte buffer per bucket of consecutive parameters."""
+class BucketInfo(WeightTransferUpdateInfo):
+    """One bucket: consecutive tensors of one type, laid end to end."""
 
     names: list[str]
-    dtype_names: list[str]
+    dtype_name: str
     shapes: list[list[int]]
-    bucket_sizes: list[int]  # number of parameters in each bucket
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives weights from rank 0 of a gloo group and loads them through vLLM's layer-wise reload."""
+@dataclass
+class BroadcastInitInfo(WeightTransferInitInfo):
+    """A transfer group: the learner is rank 0 of world_size, this actor's workers follow from rank_offset on."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
-    _group: ProcessGroupGloo | None = None
+    rank_offset: int
+    world_size: int
+    timeout_s: float  # of one operation
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        self.shutdown()
-        rank = init_info.rank_offset + self.parallel_config.rank
-        timeout = timedelta(seconds=init_info.timeout_s)
-        store = TCPStore(
-            init_info.master_address,
-            init_info.master_port,
-            init_info.world_size,
-            is_master=False,
-            timeout=timeout,
-        )
-        self._group = ProcessGroupGloo(PrefixStore("weights", store), rank, init_info.world_size, timeout)
+
+@dataclass
+class GlooInitInfo(BroadcastInitInfo):
+    master_address: str  # where the learner listens
+    master_port: int
+
+
+@dataclass
+class NcclInitInfo(BroadcastInitInfo):
+    unique_id: str  # base64
+
+
+class ReloadingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads what comes through vLLM's layer-wise reload, whatever way it comes."""
+
+    problem: str | None = None  # of the transfer group; only the next group ends it
 
     def start_weight_update(self) -> None:
         _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        if self._group is None:
-            raise RuntimeError("weights were announced before this worker joined a transfer group")
-        position = 0
-        for size in update_info.bucket_sizes:
-            span = slice(position, position + size)
-            parameters = list(
-                zip(
-                    update_info.names[span],
-                    update_info.dtype_names[span],
-                    update_info.shapes[span],
-                    strict=True,
-                )
-            )
-            self.model.load_weights(self._receive_bucket(parameters))
-            position += size
-
     def finish_weight_update(self) -> None:
+        """Also of an update that was broken off: what had come is loaded, the next update starts from there."""
         finalize_layerwise_reload(self.model, self.model_config)
         _refresh_tied_heads(self.model)
 
-    def shutdown(self) -> None:
-        self._group = None
 
-    def _receive_bucket(self, parameters: list[tuple[str, str, list[int]]]) -> list[tuple[str, torch.Tensor]]:
-        """One broadcast from rank 0, cut into tensors that share its memory."""
-        empty = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in parameters]
-        num_bytes = [tensor.numel() * tensor.element_size() for tensor in empty]
-        buffer = torch.empty(sum(num_bytes), dtype=torch.uint8)
-        assert self._group is not None
-        self._group.broadcast(buffer, 0).wait()
-        pieces = buffer.split(num_bytes)
-        return [
-            (name, piece.view(like.dtype).view(like.shape).to(self.device))
-            for (name, _, _), like, piece in zip(parameters, empty, pieces, strict=True)
-        ]
+class BroadcastEngine(ReloadingEngine[InitInfo, BucketInfo]):
+    """Receives buckets from rank 0 of a transfer group."""
+
+    update_info_cls = BucketInfo
+    _group: Group | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        self.problem = None
+
+        def join() -> None:
+            self._group = self._join(init_info)
+
+        self._noting_problems(join)
+
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        if self.problem is None and self._group is None:
+            raise RuntimeError("weights were announced before this worker joined a transfer group")
+        dtype = getattr(torch, update_info.dtype_name)
+        outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape in update_info.shapes]
+        buffer = torch.empty(sum(outline.nbytes for outline in outlines), dtype=torch.uint8, device=self._wire_device)
+        self._noting_problems(lambda: self._broadcast(buffer))
+        if self.problem is None:
+            pieces = buffer.to(self.device).split([outline.nbytes for outline in outlines])
+            tensors = [piece.view(dtype).view(like.shape) for piece, like in zip(pieces, outlines, strict=True)]
+            self.model.load_weights(list(zip(update_info.names, tensors, strict=True)))
+
+    def shutdown(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+    @property
+    def _wire_device(self) -> torch.device:
+        """Where the group needs its buffers."""
+        return self.device
+
+    @abstractmethod
+    def _join(self, info: InitInfo) -> Group:
+        """Raises BrokenTransfer when the others do not come, another error when this worker cannot."""
+
+    def _broadcast(self, buffer: torch.Tensor) -> None:
+        if self._group is not None:
+            self._group.broadcast(buffer)
+
+    def _noting_problems(self, collective: Callable[[], None]) -> None:
+        try:
+            collective()
+        except BrokenTransfer as error:
+            self.problem = str(error)
+            self.shutdown()  # so that the others do not wait for this worker
+
+
+class GlooEngine(BroadcastEngine[GlooInitInfo]):
+    """For CPUs."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = BucketInfo
+
+    @property
+    def _wire_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _join(self, info: GlooInitInfo) -> Group:
+        timeout = timedelta(seconds=info.timeout_s)
+        store = TCPStore(info.master_address, info.master_port, is_master=False, timeout=timeout)
+        own = address_towards(info.master_address, info.master_port)
+        rank = info.rank_offset + self.parallel_config.rank
+        return GlooGroup(store, rank, info.world_size, own, info.timeout_s)
+
+
+class NcclEngine(BroadcastEngine[NcclInitInfo]):
+    """For GPUs. vLLM's own nccl engine waits for a lost learner or actor without end; this one does not."""
+
+    init_info_cls = NcclInitInfo
+    update_info_cls = BucketInfo
+
+    def _join(self, info: NcclInitInfo) -> Group:
+        rank = info.rank_offset + self.parallel_config.rank
+        return NcclGroup(base64.b64decode(info.unique_id), rank, info.world_size, self.device, info.timeout_s)
+
+
+class TransferWorker:
+    """What vLLM's worker class gets from us (worker_extension_cls)."""
+
+    weight_transfer_engine: ReloadingEngine  # type: ignore[type-arg]
+
+    def transfer_problem(self) -> str | None:
+        """What broke the last collective of a transfer, if it broke."""
+        return self.weight_transfer_engine.problem
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:
@@ -131,6 +198,8 @@ def _refresh_tied_heads(model: torch.nn.Module) -> None:
 
 
 def register_gloo() -> None:
-    """Makes `weights.backend: gloo` known to vLLM in this process; called by vLLM's plugin loader."""
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", "actors.weights", "GlooWeightTransferEngine")
+    """Makes our engines, gloo and the others, known to vLLM in this process; called by vLLM's plugin loader."""
+    for backend, engine in ((TransferBackend.gloo, GlooEngine), (TransferBackend.nccl, NcclEngine)):
+        name = TRANSFER_ENGINE.format(backend)
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, engine)

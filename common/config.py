@@ -241,7 +241,7 @@ class WeightsConfig:
     backend: TransferBackend = TransferBackend.gloo  # gloo for cpu, nccl for cuda
     publish_every: int = 1  # policy steps per published version
     kv_cache: KVCache = KVCache.keep
-    timeout_s: float = 60.0  # of each phase of a publication
+    timeout_s: float = 60.0  # of each phase of a publication, and of each bucket of weights on its way
     probe_tokens: int = 64  # length of the fixed sequence that actor and learner both score after an update
     drift_factor: float = 10.0  # alarm when the mismatch exceeds this multiple of its floor (publication/sentinel.py)
     probe_tolerance: float = 1e-3  # largest accepted |log-prob difference| (use about 0.1 for bfloat16)
@@ -249,7 +249,8 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class TransportConfig:
-    host: str = "127.0.0.1"  # address that the learner binds
+    host: str = "127.0.0.1"  # address that the learner binds; 0.0.0.0: every interface
+    advertise_host: str | None = None  # address at which actors reach it, for weights too; None: follows from host
     port: int = 0  # 0: any free port
     heartbeat_s: float = 0.5
     heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
@@ -87,7 +87,7 @@ class WeightsPhase(StrEnum):
     PAUSE = "pause"  # stop scheduling, keep requests
     INIT = "init"  # join a new transfer group (only when the membership changed)
     START = "start"  # prepare the model to be overwritten
-    UPDATE = "update"  # receive and load; runs while the learner sends
+    UPDATE = "update"  # receive and load one bucket; runs while the learner sends it
     FINISH = "finish"  # post-process, stamp the version
     RESUME = "resume"  # schedule again, and score the probe under the new weights
 
@@ -239,10 +239,18 @@ class Cancel:
     lease_id: int
 
 
+class MemberId(NamedTuple):
+    """An actor process that takes part. A restarted actor of the same name is another member."""
+
+    name: str
+    number: int  # of its joining, counted over the learner's life
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsCommand:
     """Learner -> actor: do `phase` of publication `version`. `payload` is the transfer backend's own."""
 
+    command_id: int  # a version may be published again, and a phase is repeated for every bucket
     phase: WeightsPhase
     version: int
     payload: dict[str, JSON]
@@ -252,9 +260,11 @@ class WeightsCommand:
 class WeightsReport:
     """Actor -> learner: `phase` is done, or failed with `error`. RESUME carries the probe's log-probs."""
 
+    command_id: int  # of the command that this answers
     phase: WeightsPhase
     version: int
     error: str | None
+    is_shared: bool  # the error is a collective's, which fails for all when it fails for one
     probe_logprobs: Float32Array  # [probe tokens - 1] after RESUME, else empty
 
 

@@ -167,7 +167,7 @@ class Learner:
         values: dict[str, Value] = {}
         if not is_warmup and (self.step - self.warmup_steps) % self.config.weights.publish_every == 0:
             self._led(Leader.before_publication)
-            values["weights/probe_difference"] = self._publish(self.version + 1).probe_difference
+            values |= self._publish(self.version + 1).metrics()
         elif self.leader is not None:
             self.leader.service.set_version(self.version, self.step)
         return values | {"time/publish_s": time.monotonic() - started}

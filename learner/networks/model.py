@@ -196,14 +196,26 @@ def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     return _place(critic, backbone, config, device, mesh)
 
 
+def full_tensor(parameter: Tensor, shard: Tensor) -> Tensor:
+    """The whole of a parameter from `shard`, every rank's own part of it in any type and place, or all of it when
+    `parameter` is not sharded; where the network computes. A collective when sharded.
+    """
+    if not isinstance(parameter, DTensor):
+        return shard.to(parameter.device)
+    mesh = parameter.device_mesh  # an offloaded shard is in host memory, and NCCL sends none of that
+    local = shard.to(mesh.device_type)
+    shape, stride = parameter.shape, parameter.stride()
+    whole = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+    return whole.full_tensor()
+
+
 def _full_tensors(
     parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
+    """Each shard is cast before it is gathered: less travels, and less memory is needed."""
     for name, parameter in parameters:
-        full: Tensor = parameter
-        if isinstance(parameter, DTensor):  # gathered in host memory when offloaded, but NCCL sends none of that
-            full = parameter.full_tensor().to(parameter.device_mesh.device_type)
-        yield name, full.detach().to(dtype or full.dtype)
+        shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        yield name, full_tensor(parameter, shard.detach().to(dtype or shard.dtype))
 
 
 def _emptied(dummy_T: Tensor) -> Tensor:

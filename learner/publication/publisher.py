@@ -1,98 +1,45 @@
 """Publication: how the learner's policy becomes the next version in every actor.
 
-`Publisher.publish(version)` is a collective over the learner's ranks. Rank 0 leads the actors through the phases of
-WeightsPhase; the other ranks take part in gathering the shards. No actor enters a transfer before all members have
-acknowledged the phase before, and every wait ends after `weights.timeout_s` and names who is missing. An actor that
-fails is dropped and the publication is repeated for the rest with a new transfer group.
+`Publisher.publish(version)` is a collective over the learner's ranks. All of them gather the weights bucket by bucket
+(learner/publication/buckets.py), and rank 0 leads the actors through the phases of WeightsPhase
+(learner/publication/control.py) and sends (learner/publication/transfer.py). An attempt on rank 0 is
 
-The transfer itself is vLLM's trainer-side engine: `nccl` is vLLM's own, `gloo` for CPUs is
-learner/publication/transfer.py.
+    PAUSE -> INIT, when the members are not those of the last time -> START -> UPDATE per bucket -> FINISH
+
+and RESUME follows when it worked. While one bucket is sent, the next one is gathered. Between two buckets all ranks
+learn whether to go on, so that nobody gathers for nothing. An attempt that failed is repeated with whoever is left.
 """
 
 import logging
-import socket
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from vllm.distributed.weight_transfer.base import (
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-from common.config import Config, TransferBackend
-from common.types import WeightsPhase, WeightsReport
+from common.broadcast import Background
+from common.config import Config
+from common.types import MemberId, WeightsPhase
 from learner.networks.model import Policy
-from learner.publication.transfer import GlooTrainerInitInfo, PolicySource
+from learner.publication.buckets import BUCKET_BYTES, Bucket, PolicySource, gather
+from learner.publication.control import ActorControl, Channel, Costs, Deadlines, PublishError
+from learner.publication.transfer import Transfer, transfer_for
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+FRUITLESS_ATTEMPTS = 3  # failed attempts in a row after which nobody had to leave: it is no actor's fault then
 
 
-class PublishError(RuntimeError):
-    """No actor could be brought to the new version; the message says why."""
+class _Decision(IntEnum):
+    """What rank 0 tells the others."""
 
-
-class ActorControl(Protocol):
-    """What publication needs of the service (learner/rollouts/service.py)."""
-
-    def members(self) -> tuple[str, ...]: ...
-
-    def command(
-        self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, Any]], timeout_s: float
-    ) -> dict[str, WeightsReport]: ...
-
-    def quarantine(self, actor: str, reason: str) -> None: ...
-
-
-@dataclass
-class ControlClient:
-    """vLLM's weight-sync client over our control messages, for the members of one transfer group.
-
-    Structural implementation of VLLMWeightSyncClient. `ranks_per_actor` engine workers of each actor take consecutive
-    ranks after the learner's. Raises PublishError as soon as one member fails: the group is then unusable.
-    """
-
-    control: ActorControl | None  # None on ranks other than 0, which never call it
-    members: tuple[str, ...]
-    ranks_per_actor: int
-    timeout_s: float
-    version: int = 0
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        first = init_info["rank_offset"]
-        self._all(
-            WeightsPhase.INIT,
-            {
-                actor: init_info | {"rank_offset": first + index * self.ranks_per_actor}
-                for index, actor in enumerate(self.members)
-            },
-        )
-
-    def start_weight_update(self) -> None:
-        self._all(WeightsPhase.START)
-
-    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        assert isinstance(update_info, dict)
-        self._all(WeightsPhase.UPDATE, dict.fromkeys(self.members, update_info))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all(WeightsPhase.FINISH)
-
-    def _all(self, phase: WeightsPhase, payloads: dict[str, dict[str, Any]] | None = None) -> None:
-        assert self.control is not None
-        reports = self.control.command(
-            phase, self.version, payloads or {actor: {} for actor in self.members}, self.timeout_s
-        )
-        problems = [f"{actor}: no answer" for actor in self.members if actor not in reports]
-        problems += [f"{actor}: {report.error}" for actor, report in reports.items() if report.error]
-        if problems:
-            raise PublishError(f"{phase} of version {self.version} failed ({'; '.join(problems)})")
+    GO_ON = 0
+    NO_MEMBERS = 1
+    GIVE_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +47,19 @@ class Publication:
     """What one publication cost and whom it reached."""
 
     version: int
-    members: tuple[str, ...]
+    members: tuple[MemberId, ...]
     seconds: float
+    costs: Costs
     probe_difference: float  # largest |log-prob difference| over members and probe tokens
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged, those of the actors on rank 0 only."""
+        return {
+            "weights/probe_difference": self.probe_difference,
+            "weights/gather_s": self.costs.gather_s,
+            "weights/send_s": self.costs.send_s,
+            "weights/wait_s": self.costs.wait_s,
+        }
 
 
 @dataclass
@@ -121,137 +78,157 @@ class Publisher:
     control: ActorControl | None
     rank: int
     probe_token_ids: torch.Tensor  # int64 [probe tokens]
-    _engine: TrainerWeightTransferEngine[Any] | None = field(default=None, init=False)
-    _client: ControlClient | None = field(default=None, init=False)
+    new_transfer: Callable[[Config], Transfer] = transfer_for
+    bucket_bytes: int = BUCKET_BYTES
     _source: PolicySource = field(init=False)
+    # Rank 0 only: the transfer that works, its members, and the attempt that is under way.
+    _transfer: Transfer | None = field(default=None, init=False)
+    _met: tuple[MemberId, ...] = field(default=(), init=False)
+    _channel: Channel | None = field(default=None, init=False)
+    _sending: Background[None] | None = field(default=None, init=False)
     # Members of the last publication whose probe agreed, and at which version
-    _agreed: dict[str, int] = field(default_factory=dict, init=False)
+    _agreed: dict[MemberId, int] = field(default_factory=dict, init=False)
     _version: int | None = field(default=None, init=False)  # the last one that was published
     _expected: np.ndarray[Any, Any] = field(init=False)  # its probe
 
     def __post_init__(self) -> None:
         moves_on = self.config.weights.publish_every > 1 or self.config.staleness.exact
         self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value), keeps=moves_on)
+        self._deadlines = Deadlines(self.config.weights.timeout_s)
 
     def publish(self, version: int) -> Publication:
         """Brings every member to `version`: the policy's present weights, or, when it is the version that was
         published last, those of that time. Called by all ranks together.
 
-        With no actor connected it reaches nobody: whoever comes later is served before it gets a lease. Raises
-        PublishError on every rank when MAX_ATTEMPTS attempts failed.
+        With no actor connected, or none left, it reaches nobody: whoever comes later is served before it gets a
+        lease. Raises PublishError on every rank when FRUITLESS_ATTEMPTS attempts in a row failed without anybody to
+        blame.
         """
-        started = time.monotonic()
+        started, costs = time.monotonic(), Costs()
         if version != self._version:
             self._source.hold()
             self._expected, self._version = self._own_probe(), version
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            if self._agree(None if self.control is None or self.control.members() else "no actor is connected"):
-                logger.warning("version %d is published to nobody: no actor is connected", version)
-                self.shutdown()
-                return Publication(
-                    version=version, members=(), seconds=time.monotonic() - started, probe_difference=0.0
-                )
-            problem = self._attempt(version)
-            if problem is None:
-                break
-            if attempt == MAX_ATTEMPTS:
-                raise PublishError(f"version {version} was not published in {attempt} attempts: {problem}")
-        members, difference = self._finish(version, self._expected)
+        members, difference = (), 0.0
+        if self._deliver(version, costs):
+            members, difference = self._finish(version, self._expected)
         return Publication(
             version=version,
             members=members,
             seconds=time.monotonic() - started,
+            costs=costs,
             probe_difference=difference,
         )
 
     def shutdown(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
+        """Ends the transfer; the next attempt makes a new one."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.close()
 
-    def _attempt(self, version: int) -> str | None:
-        """One try on all ranks; None when it worked, else the problem (the same on all ranks)."""
+    def _deliver(self, version: int, costs: Costs) -> bool:
+        """Attempts until all members have the weights; False when there are none."""
+        problem, fruitless = "", 0
+        while True:
+            asked = self.control.member_ids() if self.control is not None else ()
+            decision = _Decision.GO_ON if asked else _Decision.NO_MEMBERS
+            decision = self._decided(_Decision.GIVE_UP if fruitless == FRUITLESS_ATTEMPTS else decision)
+            if decision is _Decision.GIVE_UP:
+                raise PublishError(f"version {version} was not published and no actor is to blame: {problem}")
+            if decision is _Decision.NO_MEMBERS:
+                logger.warning("version %d is published to nobody: no actor is connected", version)
+                self.shutdown()
+                return False
+            found = self._attempt(version, asked, costs)
+            if found is None:
+                return True
+            problem = found
+            logger.warning("publication of version %d: %s", version, problem)
+            has_lost = self.control is not None and not set(asked) <= set(self.control.member_ids())
+            fruitless = 0 if has_lost else fruitless + 1
+
+    def _attempt(self, version: int, members: tuple[MemberId, ...], costs: Costs) -> str | None:
+        """One try on all ranks; None when it worked, else the problem."""
+        problem = self._agreed_problem(lambda: self._begin(version, members, costs))
+        if problem is None:
+            for bucket in _clocked(gather(self._source, self.bucket_bytes, self.control is not None), costs):
+                problem = self._agreed_problem(self._wait)
+                if problem is not None:
+                    break
+                self._send(bucket)
+            else:
+                problem = self._agreed_problem(self._end)
+        if problem is not None:
+            self.shutdown()
+        return problem
+
+    # ---- rank 0's part, nothing elsewhere
+
+    def _begin(self, version: int, members: tuple[MemberId, ...], costs: Costs) -> None:
+        """PAUSE, INIT when the members are not those of the last time, START."""
+        if self.control is None:
+            return
+        self._sending = None
+        self._channel = Channel(self.control, members, version, self._deadlines, costs)
+        self._channel.pause()
+        if self._transfer is None or self._met != self._channel.members:
+            self.shutdown()
+            self._transfer, self._met = self.new_transfer(self.config), self._channel.members
+            self._transfer.meet(self._channel)
+        self._channel.run(WeightsPhase.START)
+
+    def _send(self, bucket: Bucket | None) -> None:
+        """UPDATE, in a thread: the next bucket is gathered meanwhile."""
+        if bucket is not None and self._transfer is not None and self._channel is not None:
+            transfer, channel = self._transfer, self._channel
+            self._sending = Background(lambda: transfer.send(channel, bucket))
+
+    def _wait(self) -> None:
+        """Until the bucket that is being sent has arrived everywhere."""
+        sending, self._sending = self._sending, None
+        if sending is None:
+            return
+        try:
+            sending.result(self._deadlines.thread_s)
+        except TimeoutError as error:
+            raise PublishError(f"the sending thread does not come back: {error}") from error
+
+    def _end(self) -> None:
+        self._wait()
+        if self._channel is not None:
+            self._channel.run(WeightsPhase.FINISH)
+
+    # ---- between ranks
+
+    def _agreed_problem(self, part: Callable[[], None]) -> str | None:
+        """Rank 0 plays its part; then all ranks know whether that failed. A collective."""
         problem = None
         try:
-            self._prepare(version)
+            part()
         except PublishError as error:
             problem = str(error)
-        problem = self._agree(problem)
-        if problem is not None:
-            return problem
-        assert self._engine is not None
-        self._source.begin_pass()
-        try:
-            self._engine.send_weights()
-        except (PublishError, RuntimeError) as error:  # gloo and nccl report a lost peer as RuntimeError
-            problem = str(error)
-            logger.warning("publication of version %d: %s", version, problem)
-            self.shutdown()
-        self._source.finish_pass()
-        return self._agree(problem)
+        if self._decided(_Decision.GO_ON if problem is None else _Decision.GIVE_UP) is _Decision.GO_ON:
+            return None
+        return problem or "rank 0 could not reach the actors (see its log)"
 
-    def _prepare(self, version: int) -> None:
-        """Pauses all members and, when they are not the ones of the last time, builds a new transfer group."""
-        if self.control is None:
-            if self._engine is None:
-                self._engine = self._trainer_engine(ControlClient(None, (), 1, 0.0), port=0)
-            return
-        members = self._paused_members(version)
-        if self._engine is not None and self._client is not None and self._client.members == members:
-            self._client.version = version
-            return
-        self.shutdown()
-        weights = self.config.weights
-        self._client = ControlClient(
-            self.control, members, self.config.actors.tensor_parallel_size, weights.timeout_s, version
-        )
-        try:
-            self._engine = self._trainer_engine(self._client, port=self._rendezvous_port())
-        except RuntimeError as error:
-            raise PublishError(f"no transfer group with {', '.join(members)}: {error}") from error
+    def _decided(self, decision: _Decision) -> _Decision:
+        """Rank 0's decision on all ranks."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return decision
+        code = torch.tensor([decision], dtype=torch.int64)
+        dist.broadcast(code, src=0)
+        return _Decision(int(code.item()))
 
-    def _paused_members(self, version: int) -> tuple[str, ...]:
-        assert self.control is not None
-        members = self.control.members()
-        reports = self.control.command(
-            WeightsPhase.PAUSE, version, {actor: {} for actor in members}, self.config.weights.timeout_s
-        )
-        paused = tuple(sorted(actor for actor, report in reports.items() if report.error is None))
-        if not paused:
-            raise PublishError(
-                f"no actor paused for version {version} (asked: {', '.join(members) or 'none connected'})"
-            )
-        return paused
+    # ---- the probe
 
-    def _trainer_engine(self, client: ControlClient, port: int) -> TrainerWeightTransferEngine[Any]:
-        host, weights = self.config.transport.host, self.config.weights
-        world_size = 1 + len(client.members) * client.ranks_per_actor
-        info: TrainerInitInfo
-        if weights.backend is TransferBackend.gloo:
-            info = GlooTrainerInitInfo(host, port, world_size, weights.timeout_s, rank=self.rank)
-        else:
-            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-            info = NCCLTrainerInitInfo(host, port, world_size, rank=self.rank)
-        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
-
-    def _rendezvous_port(self) -> int:
-        """0 lets the gloo store pick one; nccl wants a number before it listens."""
-        if self.config.weights.backend is TransferBackend.gloo:
-            return 0
-        with socket.socket() as probe:
-            probe.bind((self.config.transport.host, 0))
-            return int(probe.getsockname()[1])
-
-    def _finish(self, version: int, expected: np.ndarray[Any, Any]) -> tuple[tuple[str, ...], float]:
+    def _finish(self, version: int, expected: np.ndarray[Any, Any]) -> tuple[tuple[MemberId, ...], float]:
         """Resumes generation and compares every member's probe with the learner's own."""
-        if self.control is None or self._client is None:
+        if self.control is None or self._channel is None:
             return (), 0.0
-        weights, members = self.config.weights, self._client.members
+        weights, members = self.config.weights, self._channel.members
         reports = self.control.command(
             WeightsPhase.RESUME, version, {actor: {} for actor in members}, weights.timeout_s
         )
-        differences: dict[str, float] = {}
+        differences: dict[MemberId, float] = {}
         for actor, report in reports.items():
             if report.error is None and len(report.probe_logprobs) == len(expected):
                 differences[actor] = float(np.abs(report.probe_logprobs - expected).max())
@@ -266,7 +243,7 @@ class Publisher:
         self._agreed = dict.fromkeys(good, version)
         return good, max(differences.values(), default=0.0)
 
-    def _disagreement(self, actor: str, version: int, difference: float) -> str:
+    def _disagreement(self, actor: MemberId, version: int, difference: float) -> str:
         """What it means that a member's probe differs: it computes another function, or lost a tensor on the way."""
         tolerance = f"(weights.probe_tolerance is {self.config.weights.probe_tolerance:g})"
         if actor in self._agreed:
@@ -288,12 +265,15 @@ class Publisher:
             logprobs, _ = self.policy(tokens, torch.tensor([0, len(tokens)]), torch.tensor([1]), temperature=1.0)
         return logprobs.float().cpu().numpy()
 
-    def _agree(self, problem: str | None) -> str | None:
-        """Rank 0's opinion on all ranks."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return problem
-        flag = torch.tensor([problem is not None], dtype=torch.int64)
-        dist.broadcast(flag, src=0)
-        if not flag.item():
-            return None
-        return problem or "rank 0 could not reach the actors (see its log)"
+
+def _clocked(buckets: Iterator[Bucket | None], costs: Costs) -> Iterator[Bucket | None]:
+    """Books the time that gathering takes."""
+    while True:
+        started = time.monotonic()
+        try:
+            bucket = next(buckets)
+        except StopIteration:
+            return
+        finally:
+            costs.gather_s += time.monotonic() - started
+        yield bucket

@@ -30,6 +30,7 @@ from common.types import (
     Int32Array,
     LearnerMessage,
     LeaseFailed,
+    MemberId,
     Prompt,
     Pulse,
     Purpose,
@@ -147,6 +148,14 @@ class Coordinator:
     def members(self) -> tuple[str, ...]:
         """Ready actors, sorted."""
         return self._members.ready()
+
+    def member_ids(self) -> tuple[MemberId, ...]:
+        """The same, each as the process that it is."""
+        return tuple(self._members[name].id for name in self.members())
+
+    def is_member(self, member: MemberId) -> bool:
+        """Whether it has not left; it may be lost."""
+        return any(present.id == member for present in self._members)
 
     def is_joining(self, name: str) -> bool:
         return self._members[name].presence is Presence.JOINING

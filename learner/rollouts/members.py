@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.config import Config
-from common.types import Float32Array, Heartbeat
+from common.types import Float32Array, Heartbeat, MemberId
 
 
 class Presence(StrEnum):
@@ -21,6 +21,7 @@ class Member:
     """One actor process. `version` is None until it is known to hold weights of this run."""
 
     name: str
+    number: int  # see MemberId
     capacity: int  # groups
     heard_s: float
     presence: Presence = Presence.JOINING
@@ -33,6 +34,10 @@ class Member:
     nudged_s: float = float("-inf")
     heartbeat: Heartbeat | None = None
 
+    @property
+    def id(self) -> MemberId:
+        return MemberId(self.name, self.number)
+
     def is_current(self, version: int) -> bool:
         return self.presence is Presence.READY and self.version is not None and self.version >= version
 
@@ -44,6 +49,7 @@ class Members:
         self._transport = config.transport
         self._start_timeout_s = config.actors.start_timeout_s
         self._members: dict[str, Member] = {}
+        self._num_joined = 0
         self.departed = {"generated_tokens": 0.0, "busy_s": 0.0, "uptime_s": 0.0}
 
     def __getitem__(self, name: str) -> Member:
@@ -56,7 +62,8 @@ class Members:
         return len(self._members)
 
     def add(self, name: str, capacity: int, now: float) -> None:
-        self._members[name] = Member(name, capacity, heard_s=now)
+        self._num_joined += 1
+        self._members[name] = Member(name, self._num_joined, capacity, heard_s=now)
 
     def pop(self, name: str) -> Member | None:
         member = self._members.pop(name, None)

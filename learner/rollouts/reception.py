@@ -6,13 +6,14 @@ is the actor, an earlier one is told to leave. Used under the lock of learner/ro
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from common.config import Config
 from common.types import (
+    JSON,
     PROTOCOL_VERSION,
     Ack,
     ActorMessage,
@@ -23,6 +24,7 @@ from common.types import (
     Hello,
     LearnerMessage,
     LeaseFailed,
+    MemberId,
     Ready,
     Refused,
     Stop,
@@ -43,13 +45,14 @@ _NAME = re.compile(r"[\w.:-]{1,100}")
 class Command:
     """One phase of a publication under way: who has to report, and what they said."""
 
+    id: int
     phase: WeightsPhase
     version: int
-    targets: tuple[str, ...]
-    reports: dict[str, WeightsReport] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)  # lost or replaced before they reported
+    targets: frozenset[MemberId]
+    reports: dict[MemberId, WeightsReport] = field(default_factory=dict)
+    gone: set[MemberId] = field(default_factory=set)  # lost or replaced before they reported
 
-    def missing(self) -> set[str]:
+    def missing(self) -> set[MemberId]:
         """Those who may still report."""
         return set(self.targets) - set(self.reports) - self.gone
 
@@ -72,7 +75,8 @@ class Reception:
         self._names: dict[bytes, str] = {}
         self._dismissed: dict[bytes, str] = {}  # why; answers what was under way
         self._direct: list[tuple[bytes, LearnerMessage]] = []
-        self._commands: list[Command] = []
+        self._commands: dict[int, Command] = {}  # by id, under way
+        self._num_commands = 0
         self._stop: Stop | None = None
 
     @property
@@ -212,62 +216,49 @@ class Reception:
         identity = self._identities.pop(name)
         del self._names[identity]
         self._coordinator.remove(name, reason, distrust=distrust)
-        for command in self._commands:
-            command.gone.add(name)
         return identity
 
     # ---- publication
 
-    def begin(self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, object]]) -> Command:
+    def begin(self, phase: WeightsPhase, version: int, payloads: Mapping[MemberId, dict[str, JSON]]) -> Command:
         """Send a phase to the ready actors among those named; the others count as gone."""
-        present = set(self._coordinator.members())
-        command = Command(phase, version, tuple(sorted(payloads)), gone=set(payloads) - present)
-        self._commands.append(command)
-        for name in sorted(present & set(payloads)):
-            message = WeightsCommand(phase=phase, version=version, payload=payloads[name])
-            self._direct.append((self._identities[name], message))
+        present = set(self._coordinator.member_ids())
+        self._num_commands += 1
+        command = Command(self._num_commands, phase, version, frozenset(payloads), gone=set(payloads) - present)
+        self._commands[command.id] = command
+        for member in sorted(command.missing()):
+            message = WeightsCommand(
+                command_id=command.id, phase=phase, version=version, payload=dict(payloads[member])
+            )
+            self._direct.append((self._identities[member.name], message))
+            if phase is WeightsPhase.START:
+                self._coordinator.loaded(member.name, None)  # no version is whole until FINISH
         return command
 
     def note_losses(self) -> None:
-        """Nobody waits for the report of an actor that is lost."""
-        present = set(self._coordinator.members())
-        for command in self._commands:
+        """Nobody waits for the report of an actor that is lost, or that has left."""
+        present = set(self._coordinator.member_ids())
+        for command in self._commands.values():
             command.gone |= command.missing() - present
 
-    def settle(self, command: Command, timeout_s: float) -> None:
-        """The command is over: dismiss who did not report, and who failed by its own fault.
+    def end(self, command: Command) -> None:
+        """Reports that come later are not wanted."""
+        del self._commands[command.id]
 
-        When somebody went missing, the failures of the others are taken for its doing (a broken transfer): they
-        stay, without weights.
-        """
-        self._commands.remove(command)
-        phase = f"phase {command.phase} of version {command.version}"
-        absent = sorted(set(command.targets) - set(command.reports))
-        for name in absent:
-            how = "it was lost" if name in command.gone else f"it did not report within {timeout_s:g} s"
-            self.dismiss(name, f"{how} in {phase}")
-        for name, report in sorted(command.reports.items()):
-            if report.error is None or name not in self._identities:
-                continue
-            if absent:
-                logger.warning("actor %s failed with %s in %s: %s", name, absent, phase, report.error)
-                self._coordinator.loaded(name, None)
-            else:
-                self.dismiss(name, f"it failed in {phase}: {report.error}")
+    def dismiss_member(self, member: MemberId, reason: str, *, distrust: bool) -> None:
+        """As `dismiss`; nothing when it has left, also when another process has its name."""
+        if self._coordinator.is_member(member):
+            self.dismiss(member.name, reason, distrust=distrust)
 
     def _report(self, name: str, report: WeightsReport) -> None:
-        for command in self._commands:
-            is_same = (command.phase, command.version) == (report.phase, report.version)
-            if is_same and name in command.missing():
-                command.reports[name] = report
-                break
-        else:
+        command = self._commands.get(report.command_id)
+        member = next((m for m in command.missing() if m.name == name), None) if command is not None else None
+        if command is None or member is None or not self._coordinator.is_member(member):
             logger.info("actor %s reports %s of version %d late", name, report.phase, report.version)
             return
-        if report.phase is WeightsPhase.FINISH and report.error is None:
-            self._coordinator.loaded(name, report.version)
-        elif report.phase is WeightsPhase.UPDATE:
-            self._coordinator.loaded(name, None)  # neither version is whole until FINISH
+        command.reports[member] = report
+        if command.phase is WeightsPhase.FINISH and report.error is None:
+            self._coordinator.loaded(name, command.version)
 
     # ---- out
 

@@ -12,15 +12,24 @@ waiting. An exception in the thread is raised by the API calls that are waiting 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from common.config import Config, ConfigError
 from common.tasks import Share
 from common.transport import LINGER_MS, LearnerSocket
-from common.types import JSON, Float32Array, Int32Array, Prompt, TrajectoryGroup, WeightsPhase, WeightsReport
+from common.types import (
+    JSON,
+    Float32Array,
+    Int32Array,
+    MemberId,
+    Prompt,
+    TrajectoryGroup,
+    WeightsPhase,
+    WeightsReport,
+)
 from common.wire import WireError
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import EvalResult, Evaluation
@@ -133,6 +142,11 @@ class LearnerService:
         with self._locked():
             return self._coordinator.members()
 
+    def member_ids(self) -> tuple[MemberId, ...]:
+        """The same, each as the process that it is."""
+        with self._locked():
+            return self._coordinator.member_ids()
+
     def needs_weights(self) -> bool:
         """Whether a ready actor does not hold the current version."""
         with self._locked():
@@ -153,26 +167,42 @@ class LearnerService:
         return self._wait(attempt, timeout_s, f"{count} ready actor(s)", TimeoutError)
 
     def command(
-        self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, Any]], timeout_s: float
-    ) -> dict[str, WeightsReport]:
-        """Send one phase to the named actors and wait for their reports, which are the result, errors included.
+        self,
+        phase: WeightsPhase,
+        version: int,
+        payloads: Mapping[MemberId, dict[str, JSON]],
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> dict[MemberId, WeightsReport]:
+        """Send one phase to the members, call `meanwhile` here, then wait for the reports, errors included.
 
-        An actor that is lost or silent for `timeout_s` is dismissed, its leases go back to pending and the result
-        lacks it. One that reports an error is dismissed too, unless another went missing in the same phase: then
-        it stays without weights, because a transfer that lost a peer fails for all.
+        An actor that is lost, or silent for `timeout_s` from the start, is not in the result. What that means for it
+        is the caller's to say.
         """
+        deadline = time.monotonic() + timeout_s
         with self._locked():
             command = self._reception.begin(phase, version, payloads)
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or not command.missing(), timeout_s)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            with self._changed:
+                remaining_s = max(0.0, deadline - time.monotonic())
+                self._changed.wait_for(lambda: self._failure is not None or not command.missing(), remaining_s)
+        finally:
+            with self._changed:
+                self._reception.end(command)
         with self._locked():
-            self._reception.settle(command, timeout_s)
             return dict(command.reports)
 
-    def quarantine(self, actor: str, reason: str) -> None:
+    def dismiss(self, member: MemberId, reason: str) -> None:
+        """It has to leave; its leases go back to pending."""
+        with self._locked():
+            self._reception.dismiss_member(member, reason, distrust=False)
+
+    def quarantine(self, member: MemberId, reason: str) -> None:
         """Dismiss an actor whose weights are wrong, and drop its buffered groups with tokens of that version."""
         with self._locked():
-            self._reception.dismiss(actor, reason, distrust=True)
+            self._reception.dismiss_member(member, reason, distrust=True)
 
     # ---- evaluation
 

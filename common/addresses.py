@@ -1,0 +1,77 @@
+"""Addresses of this machine: the one that the learner advertises, and the one with which a peer is reached."""
+
+import ipaddress
+import socket
+
+import psutil
+
+from common.config import ConfigError, TransportConfig
+
+# Reserved for documentation (RFC 5737, RFC 3849): asked only which way it would go, nothing is sent there.
+_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+
+
+def advertised_host(transport: TransportConfig) -> str:
+    """Where others reach the learner: transport.advertise_host, else the address that it binds, never a wildcard.
+
+    Of a wildcard (0.0.0.0, ::) it is the address of the interface with the default route; without one, that of the
+    only interface that leads anywhere; without any, the loopback's. Raises ConfigError when that leaves a choice.
+    """
+    host = transport.advertise_host or transport.host
+    if host in psutil.net_if_addrs():
+        host = _addresses(host)[0]
+    if not is_wildcard(host):
+        return host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return address_towards(_ELSEWHERE[family])
+    except OSError:
+        pass  # no default route, as on an isolated network
+    found = [address for name in psutil.net_if_addrs() for address in _addresses(name, family)]
+    reachable = [address for address in found if not ipaddress.ip_address(address).is_loopback]
+    if len(reachable) > 1:
+        raise ConfigError(
+            f"transport.host={host} binds all of {', '.join(reachable)}, and there is no default route to choose by: "
+            "set transport.advertise_host to the one that actors reach"
+        )
+    return (reachable or ["::1" if family is socket.AF_INET6 else "127.0.0.1"])[0]
+
+
+def address_towards(host: str, port: int = 9) -> str:
+    """This machine's address on the way to `host`. Nothing is sent. Raises OSError when there is no way."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(host: str) -> str | None:
+    """The name of the interface that has this address; None for no address of this machine and for loopback."""
+    address = socket.getaddrinfo(host, None)[0][4][0]
+    for name in map(str, psutil.net_if_addrs()):
+        if address in _addresses(name) and not ipaddress.ip_address(address).is_loopback:
+            return name
+    return None
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a socket that binds `host` listens on every interface."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return host == "*"
+
+
+def in_url(host: str) -> str:
+    """IPv6 addresses stand in brackets before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _addresses(interface: str, *families: int) -> list[str]:
+    """The interface's addresses, link-local ones left out: they mean nothing elsewhere."""
+    wanted = families or (socket.AF_INET, socket.AF_INET6)
+    return [
+        entry.address
+        for entry in psutil.net_if_addrs()[interface]
+        if entry.family in wanted and "%" not in entry.address
+    ]

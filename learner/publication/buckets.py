@@ -1,0 +1,125 @@
+"""What travels at a publication: tensors in order, gathered into whole buckets before any of it is sent.
+
+A gather is a collective of the learner's ranks, and sending is one of rank 0 and the actors. Interleaved, on side
+streams and behind one another's kernels, they deadlock with more than two ranks. So a bucket is gathered on the
+default stream of every rank, in lockstep, and rank 0 waits for it before it hands it on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from learner.networks.model import Policy, TensorSpec, full_tensor
+
+BUCKET_BYTES = 64 * 2**20
+
+
+class Source(Protocol):
+    """Where the tensors of a publication come from. Both calls agree in names, types, shapes and order."""
+
+    def specs(self) -> list[TensorSpec]:
+        """What a pass yields, known without a gather."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """One pass: full tensors where the policy computes. Each step may be a collective of all ranks."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Consecutive tensors of one type, laid end to end: a copy, which no parameter shares."""
+
+    specs: tuple[TensorSpec, ...]
+    data: Tensor  # uint8 [bytes], where the policy computes; complete, also on the device
+
+    @property
+    def announcement(self) -> dict[str, Any]:
+        """What an actor needs to cut it apart; BucketInfo of actors/weights.py."""
+        return {
+            "names": [spec.name for spec in self.specs],
+            "dtype_name": str(self.specs[0].dtype).removeprefix("torch."),
+            "shapes": [list(spec.shape) for spec in self.specs],
+        }
+
+
+def gather(source: Source, bucket_bytes: int, is_sender: bool) -> Iterator[Bucket | None]:
+    """One pass over the source in buckets; a collective, step by step. None on ranks that do not send.
+
+    Every rank may stop after any bucket, if all do.
+    """
+    tensors = source.tensors()
+    for specs in plan(source.specs(), bucket_bytes):
+        pieces: list[Tensor] = []
+        for spec in specs:
+            name, tensor = next(tensors)
+            found = (name, tensor.dtype, tuple(tensor.shape))
+            assert found == (spec.name, spec.dtype, spec.shape), f"announced {spec}, gathered {found}"
+            if is_sender:
+                pieces.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        bucket = Bucket(specs=tuple(specs), data=torch.cat(pieces)) if is_sender else None
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        yield bucket
+
+
+def plan(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[list[TensorSpec]]:
+    """Runs of consecutive tensors: one type each, at most `bucket_bytes` unless a single tensor is larger."""
+    buckets: list[list[TensorSpec]] = []
+    for _, run in groupby(specs, key=lambda spec: spec.dtype):
+        filled = bucket_bytes + 1
+        for spec in run:
+            num_bytes = spec.dtype.itemsize * prod(spec.shape)
+            if filled + num_bytes > bucket_bytes:
+                buckets.append([])
+                filled = 0
+            buckets[-1].append(spec)
+            filled += num_bytes
+    return buckets
+
+
+class PolicySource:
+    """The policy's parameters under their checkpoint names, in the type in which the engine holds them."""
+
+    def __init__(self, policy: Policy, dtype: torch.dtype, keeps: bool) -> None:
+        """`keeps`: passes give the weights as of the last `hold`, of which a copy is kept; else as they are."""
+        self._policy = policy
+        self._dtype = dtype
+        self._keeps = keeps
+        self._held: HeldWeights | None = None
+
+    def specs(self) -> list[TensorSpec]:
+        return self._policy.hf_specs(self._dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._policy.named_hf_parameters(self._dtype) if self._held is None else self._held)
+
+    def hold(self) -> None:
+        """From here on, passes give what the policy is now."""
+        if self._keeps:
+            self._held = None  # never two copies at once
+            self._held = HeldWeights(self._policy, self._dtype)
+
+
+class HeldWeights:
+    """A copy of the policy's weights in host memory: each rank's own shards, in the type in which they travel."""
+
+    @torch.no_grad()
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self._policy = policy
+        self._shards: list[tuple[str, Tensor, Tensor]] = []  # name, parameter, copy of this rank's shard
+        for name, parameter in policy.model.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            self._shards.append((name, parameter, local.detach().to("cpu", dtype, copy=True)))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """As Policy.named_hf_parameters: the full tensors, where the policy computes; a collective when sharded."""
+        yield from self._policy.as_stored(
+            (name, full_tensor(parameter, shard)) for name, parameter, shard in self._shards
+        )
