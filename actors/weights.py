@@ -3,20 +3,14 @@
 vLLM calls `register_gloo` through its plugin entry point in every process that it spawns, and the worker process then
 builds the engine of weights.backend. The learner's side is learner/publication/transfer.py; the two agree on the
 fields of the Info classes, which travel as plain dictionaries.
-
-A broken transfer raises nothing here: an exception of one worker would leave the answers of the others unread. It is
-kept, and the actor asks for it (`TransferWorker.transfer_problem`) after each phase in which it can happen.
 """
 
 import base64
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch.distributed import TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -28,8 +22,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.engine import TRANSFER_ENGINE
-from common.addresses import address_towards
-from common.broadcast import BrokenTransfer, GlooGroup, Group, NcclGroup
+from actors.receiver import Receiver
+from common.broadcast import Group, NcclGroup, join_gloo
 from common.config import TransferBackend
 
 InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
@@ -68,7 +62,10 @@ class NcclInitInfo(BroadcastInitInfo):
 class ReloadingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads what comes through vLLM's layer-wise reload, whatever way it comes."""
 
-    problem: str | None = None  # of the transfer group; only the next group ends it
+    @property
+    def problem(self) -> str | None:
+        """What broke the transfer group, which is nobody's fault here."""
+        return None
 
     def start_weight_update(self) -> None:
         _forget_packed_experts(self.model)
@@ -81,83 +78,54 @@ class ReloadingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class BroadcastEngine(ReloadingEngine[InitInfo, BucketInfo]):
-    """Receives buckets from rank 0 of a transfer group."""
+    """Takes buckets from rank 0 of a transfer group."""
 
     update_info_cls = BucketInfo
-    _group: Group | None = None
 
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.shutdown()
-        self.problem = None
-
-        def join() -> None:
-            self._group = self._join(init_info)
-
-        self._noting_problems(join)
-
-    def receive_weights(self, update_info: BucketInfo) -> None:
-        if self.problem is None and self._group is None:
-            raise RuntimeError("weights were announced before this worker joined a transfer group")
-        dtype = getattr(torch, update_info.dtype_name)
-        outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape in update_info.shapes]
-        buffer = torch.empty(sum(outline.nbytes for outline in outlines), dtype=torch.uint8, device=self._wire_device)
-        self._noting_problems(lambda: self._broadcast(buffer))
-        if self.problem is None:
-            pieces = buffer.to(self.device).split([outline.nbytes for outline in outlines])
-            tensors = [piece.view(dtype).view(like.shape) for piece, like in zip(pieces, outlines, strict=True)]
-            self.model.load_weights(list(zip(update_info.names, tensors, strict=True)))
-
-    def shutdown(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.close()
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._receiver = Receiver()
 
     @property
-    def _wire_device(self) -> torch.device:
-        """Where the group needs its buffers."""
-        return self.device
+    def problem(self) -> str | None:
+        return self._receiver.problem
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self._receiver.join(lambda: self._make_group(init_info))
+
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        try:
+            dtype = getattr(torch, update_info.dtype_name)
+            if tensors := self._receiver.receive(update_info.names, dtype, update_info.shapes, self.device):
+                self.model.load_weights(tensors)
+        except BaseException:
+            self._receiver.close()  # so that the others do not wait for this worker
+            raise
+
+    def shutdown(self) -> None:
+        self._receiver.close()
 
     @abstractmethod
-    def _join(self, info: InitInfo) -> Group:
-        """Raises BrokenTransfer when the others do not come, another error when this worker cannot."""
-
-    def _broadcast(self, buffer: torch.Tensor) -> None:
-        if self._group is not None:
-            self._group.broadcast(buffer)
-
-    def _noting_problems(self, collective: Callable[[], None]) -> None:
-        try:
-            collective()
-        except BrokenTransfer as error:
-            self.problem = str(error)
-            self.shutdown()  # so that the others do not wait for this worker
+    def _make_group(self, info: InitInfo) -> Group:
+        """Meets the others. Raises BrokenTransfer when they do not come, another error when this worker cannot."""
 
 
 class GlooEngine(BroadcastEngine[GlooInitInfo]):
     """For CPUs."""
 
     init_info_cls = GlooInitInfo
-    update_info_cls = BucketInfo
 
-    @property
-    def _wire_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def _join(self, info: GlooInitInfo) -> Group:
-        timeout = timedelta(seconds=info.timeout_s)
-        store = TCPStore(info.master_address, info.master_port, is_master=False, timeout=timeout)
-        own = address_towards(info.master_address, info.master_port)
+    def _make_group(self, info: GlooInitInfo) -> Group:
         rank = info.rank_offset + self.parallel_config.rank
-        return GlooGroup(store, rank, info.world_size, own, info.timeout_s)
+        return join_gloo(info.master_address, info.master_port, rank, info.world_size, info.timeout_s)
 
 
 class NcclEngine(BroadcastEngine[NcclInitInfo]):
     """For GPUs. vLLM's own nccl engine waits for a lost learner or actor without end; this one does not."""
 
     init_info_cls = NcclInitInfo
-    update_info_cls = BucketInfo
 
-    def _join(self, info: NcclInitInfo) -> Group:
+    def _make_group(self, info: NcclInitInfo) -> Group:
         rank = info.rank_offset + self.parallel_config.rank
         return NcclGroup(base64.b64decode(info.unique_id), rank, info.world_size, self.device, info.timeout_s)
 
@@ -165,7 +133,7 @@ class NcclEngine(BroadcastEngine[NcclInitInfo]):
 class TransferWorker:
     """What vLLM's worker class gets from us (worker_extension_cls)."""
 
-    weight_transfer_engine: ReloadingEngine  # type: ignore[type-arg]
+    weight_transfer_engine: ReloadingEngine[Any, Any]
 
     def transfer_problem(self) -> str | None:
         """What broke the last collective of a transfer, if it broke."""

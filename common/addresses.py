@@ -12,16 +12,19 @@ _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 def advertised_host(transport: TransportConfig) -> str:
-    """Where others reach the learner: transport.advertise_host, else the address that it binds, never a wildcard.
+    """The address at which others reach the learner: transport.advertise_host, else what it binds; no wildcard.
 
     Of a wildcard (0.0.0.0, ::) it is the address of the interface with the default route; without one, that of the
-    only interface that leads anywhere; without any, the loopback's. Raises ConfigError when that leaves a choice.
+    only interface that leads anywhere; without any, the loopback's. Raises ConfigError when that leaves a choice, and
+    for a name that has no address or only one that nobody else reaches.
     """
     host = transport.advertise_host or transport.host
     if host in psutil.net_if_addrs():
-        host = _addresses(host)[0]
-    if not is_wildcard(host):
-        return host
+        return _addresses(host)[0]
+    return _of_wildcard(host) if is_wildcard(host) else _resolved(host)
+
+
+def _of_wildcard(host: str) -> str:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return address_towards(_ELSEWHERE[family])
@@ -35,6 +38,21 @@ def advertised_host(transport: TransportConfig) -> str:
             "set transport.advertise_host to the one that actors reach"
         )
     return (reachable or ["::1" if family is socket.AF_INET6 else "127.0.0.1"])[0]
+
+
+def _resolved(host: str) -> str:
+    """Many hosts give their own name a loopback address, at which nobody else would find them."""
+    try:
+        found = sorted(str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except OSError as error:
+        raise ConfigError(f"{host!r} has no address ({error}): set transport.advertise_host to one") from error
+    address = next((one for one in found if ":" not in one), found[0])
+    if ipaddress.ip_address(address).is_loopback and host not in (address, "localhost"):
+        raise ConfigError(
+            f"{host!r} is {address} on this host, where no other reaches it: set transport.advertise_host to an "
+            "address of this machine"
+        )
+    return address
 
 
 def address_towards(host: str, port: int = 9) -> str:

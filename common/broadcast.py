@@ -10,12 +10,14 @@ torch and vLLM are imported where they are used: importing `common` loads neithe
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from common.addresses import address_towards
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch._C._distributed_c10d import ProcessGroupGloo, Store
+    from torch._C._distributed_c10d import Store
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
 T = TypeVar("T")
@@ -67,15 +69,17 @@ class GlooGroup:
 
     def __init__(self, store: "Store", rank: int, size: int, host: str, timeout_s: float) -> None:
         """Meets the others at `store`. Raises BrokenTransfer when they do not all come within `timeout_s`."""
-        from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
+        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed import ProcessGroupGloo
 
-        options = ProcessGroupGloo._Options()
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+        options._devices = [gloo.create_device(hostname=host)]
         self._store: Store | None = store
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any = None
         try:
-            self._group = ProcessGroupGloo(PrefixStore("weights", store), rank, size, options)
+            self._group = gloo(PrefixStore("weights", store), rank, size, options)
         except RuntimeError as error:
             raise BrokenTransfer(error) from error
 
@@ -91,6 +95,22 @@ class GlooGroup:
     def close(self) -> None:
         """The sockets close when the last operation is over, which the group's time-out sees to."""
         self._group = self._store = None
+
+
+def join_gloo(master_address: str, master_port: int, rank: int, size: int, timeout_s: float) -> GlooGroup:
+    """The group whose rank 0 listens there, bound to the address with which this process reaches that.
+
+    Raises RuntimeError when nobody listens, BrokenTransfer when the others do not come.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(master_address, master_port, is_master=False, timeout=timeout)
+        own = address_towards(master_address, master_port)
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(f"the learner cannot be reached at {master_address}:{master_port}: {error}") from error
+    return GlooGroup(store, rank, size, own, timeout_s)
 
 
 class NcclGroup:
@@ -140,7 +160,7 @@ class NcclGroup:
         if (communicator := self._communicator) is None:
             raise BrokenTransfer("the group is closed")
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             communicator.broadcast(buffer, 0, stream)
             stream.synchronize()
 

@@ -19,6 +19,7 @@ from learner.networks.model import Policy, load_policy
 from learner.publication.publisher import Publisher
 from tests.support.vllm_support import (
     CHARACTERS,
+    LOCAL,
     LocalControl,
     LoopThread,
     engine_config,
@@ -171,7 +172,7 @@ def test_the_probe_finds_a_tensor_that_was_not_loaded(bench: Bench) -> None:
     publication = bench.publish()
     assert publication.probe_difference > 10 * bench.config.weights.probe_tolerance
     assert publication.members == ()
-    sentence = bench.control.quarantined["local"]
+    sentence = bench.control.quarantined[LOCAL]
     assert "agreed with the learner's at version" in sentence and "a tensor was not loaded" in sentence
 
 

@@ -82,9 +82,9 @@ messages: st.SearchStrategy[Any] = st.one_of(
     st.builds(Ready, version=ints, probe_logprobs=float32s),
     st.builds(Heartbeat, held_groups=ints, generated_tokens=ints, busy_s=floats, uptime_s=floats),
     st.builds(Welcome, heartbeat_s=floats, timeout_s=floats, probe_token_ids=int32s),
-    st.builds(WeightsCommand, phase=st.sampled_from(WeightsPhase), version=ints, payload=rows),
-    st.builds(WeightsReport, phase=st.sampled_from(WeightsPhase), version=ints, error=st.none() | texts,
-              probe_logprobs=float32s),
+    st.builds(WeightsCommand, command_id=ints, phase=st.sampled_from(WeightsPhase), version=ints, payload=rows),
+    st.builds(WeightsReport, command_id=ints, phase=st.sampled_from(WeightsPhase), version=ints,
+              error=st.none() | texts, is_shared=st.booleans(), probe_logprobs=float32s),
     st.builds(Bye, error=st.none() | texts),
     st.builds(Ack, lease_id=ints),
 )  # fmt: skip
@@ -131,7 +131,7 @@ def test_every_message_comes_back_as_it_was(message: Message) -> None:
 
 
 def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:
-    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x02\x81\xa8lease_id\x07\x90"]
+    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x03\x81\xa8lease_id\x07\x90"]
 
 
 def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
@@ -313,7 +313,7 @@ def test_a_row_that_is_too_deep_or_no_json_does_not_travel() -> None:
     nested: Any = 1
     for _ in range(MAX_JSON_DEPTH + 1):
         nested = [nested]
-    command = {"phase": WeightsPhase.UPDATE, "version": 1}
+    command = {"command_id": 1, "phase": WeightsPhase.UPDATE, "version": 1}
     with pytest.raises(WireError, match=r"WeightsCommand.payload\['a'\] is nested deeper"):
         encode(WeightsCommand(payload={"a": nested}, **command))
     for value in (b"bytes", {1: "x"}, {1, 2}, np.int64(3), 2**70, "\ud800"):

@@ -10,6 +10,7 @@ from common.config import AlgorithmConfig, CheckpointConfig, Config, EvalConfig,
 from learner import main as learner_main
 from learner.main import Learner
 from learner.networks.parallel import World
+from learner.publication.control import Costs
 from learner.publication.publisher import Publication
 
 
@@ -33,7 +34,7 @@ class Stage:
     # the publisher
     def publish(self, version: int) -> Publication:
         self.calls.append(("publish", version))
-        return Publication(version=version, members=(), seconds=0.0, probe_difference=0.0)
+        return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=0.0)
 
     # the checkpointer
     def save(self, step: int, version: int, state: object, data: bytes) -> None:

@@ -199,5 +199,12 @@ class FakeActor:
         error = self.fails.get(command.phase)
         if command.phase is WeightsPhase.FINISH and error is None:
             self.version = command.version
-        report = WeightsReport(phase=command.phase, version=command.version, error=error, probe_logprobs=NO_PROBE)
+        report = WeightsReport(
+            command_id=command.command_id,
+            phase=command.phase,
+            version=command.version,
+            error=error,
+            is_shared=False,
+            probe_logprobs=NO_PROBE,
+        )
         await self._send(report)

@@ -14,6 +14,7 @@ from common.loading import read_config
 from common.types import WeightsPhase
 from learner import main as learner
 from learner.publication import sentinel
+from learner.publication.control import Costs
 from learner.publication.publisher import Publication, Publisher
 from tests.support.ranks import fork_server, set_environment
 
@@ -32,10 +33,10 @@ class Announcement(Publisher):
     """Tells the members which version is theirs now, and leaves it at that."""
 
     def publish(self, version: int) -> Publication:
-        members = self.control.members() if self.control is not None else ()
+        members = self.control.member_ids() if self.control is not None else ()
         if self.control is not None and members:
             self.control.command(WeightsPhase.FINISH, version, {actor: {} for actor in members}, 30.0)
-        return Publication(version=version, members=members, seconds=0.0, probe_difference=0.0)
+        return Publication(version=version, members=members, seconds=0.0, costs=Costs(), probe_difference=0.0)
 
     def shutdown(self) -> None:
         """There is no transfer group."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,13 @@ from transformers import (
 )
 
 from actors.engine import Engine
+from common.broadcast import BrokenTransfer
 from common.config import ActorsConfig, Config, ModelConfig, RolloutConfig, WeightsConfig
-from common.types import Lease, Purpose, WeightsPhase, WeightsReport
+from common.types import Lease, MemberId, Purpose, WeightsPhase, WeightsReport
 
 Result = TypeVar("Result")
+
+LOCAL = MemberId("local", 1)
 
 CHARACTERS = "0123456789+-=#>ab"
 VOCABULARY = len(CHARACTERS) + 2
@@ -148,19 +151,38 @@ class LocalControl:
 
     def __init__(self, engine: Engine, thread: LoopThread, probe_token_ids: np.ndarray[Any, Any]) -> None:
         self._engine, self._thread, self._probe = engine, thread, probe_token_ids
-        self.quarantined: dict[str, str] = {}
+        self.quarantined: dict[MemberId, str] = {}
 
-    def members(self) -> tuple[str, ...]:
-        return ("local",)
+    def member_ids(self) -> tuple[MemberId, ...]:
+        return (LOCAL,)
 
-    def quarantine(self, actor: str, reason: str) -> None:
-        self.quarantined[actor] = reason
+    def quarantine(self, member: MemberId, reason: str) -> None:
+        self.quarantined[member] = reason
+
+    def dismiss(self, member: MemberId, reason: str) -> None:
+        raise AssertionError(f"dismissed: {reason}")
 
     def command(
-        self, phase: WeightsPhase, version: int, payloads: dict[str, dict[str, Any]], timeout_s: float
-    ) -> dict[str, WeightsReport]:
-        probe = self._thread.run(self._phase(phase, version, payloads["local"]), timeout_s)
-        return {"local": WeightsReport(phase=phase, version=version, error=None, probe_logprobs=probe)}
+        self,
+        phase: WeightsPhase,
+        version: int,
+        payloads: Mapping[MemberId, dict[str, Any]],
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> dict[MemberId, WeightsReport]:
+        answer = self._thread.submit(self._phase(phase, version, payloads[LOCAL]))
+        if meanwhile is not None:
+            meanwhile()
+        error, is_shared, probe = None, False, np.empty(0, dtype=np.float32)
+        try:
+            probe = answer.result(timeout_s)
+        except BrokenTransfer as problem:
+            error, is_shared = str(problem), True
+        return {
+            LOCAL: WeightsReport(
+                command_id=0, phase=phase, version=version, error=error, is_shared=is_shared, probe_logprobs=probe
+            )
+        }
 
     async def _phase(self, phase: WeightsPhase, version: int, payload: dict[str, Any]) -> np.ndarray[Any, Any]:
         engine = self._engine

@@ -1,178 +1,273 @@
-"""Publication to actors that are stand-ins: real policies, but tensors are handed over within the process."""
+"""Publication over real gloo groups, in several buckets, to actors of which some are lost on the way."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import os
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from common.config import Config, Device, StalenessConfig, WeightsConfig
 from common.launcher import rank_environment, reserve_port
-from common.types import WeightsPhase, WeightsReport
+from common.types import MemberId, WeightsPhase
 from learner.networks.model import Policy, load_policy
 from learner.networks.parallel import make_mesh, process_group
-from learner.publication.publisher import Publisher
-from learner.publication.transfer import HeldWeights, PolicySource
-from tests.support.ranks import run_two_ranks
-from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_mixture, write_tiny_model
+from learner.publication.buckets import plan
+from learner.publication.control import Channel, PublishError
+from learner.publication.publisher import FRUITLESS_ATTEMPTS, Publisher
+from learner.publication.transfer import GlooTransfer
+from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_model
+from tests.support.transfer_actors import FAILS, KILLED, SILENT, LocalActors, TransferActor
 
 CPU = torch.device("cpu")
 PROBE = torch.arange(9) % VOCAB
+BUCKET_BYTES = 12_000  # of the tiny model: several buckets
+TIMEOUT_S = 60.0  # not reached where connections close
 
 
-@dataclass
-class Actors:
-    """The service, as far as publication knows it, and the engines behind it."""
-
-    policies: dict[str, Policy]
-    dismissed: list[str] = field(default_factory=list)
-
-    def members(self) -> tuple[str, ...]:
-        return tuple(sorted(self.policies))
-
-    def command(
-        self, phase: WeightsPhase, version: int, payloads: dict[str, Any], timeout_s: float
-    ) -> dict[str, WeightsReport]:
-        return {
-            name: WeightsReport(phase=phase, version=version, error=None, probe_logprobs=self.score(name))
-            for name in payloads
-        }
-
-    def quarantine(self, actor: str, reason: str) -> None:
-        self.dismissed.append(reason)
-
-    def score(self, name: str) -> Any:
-        with torch.no_grad():
-            return self.policies[name](PROBE, torch.tensor([0, 9]), torch.tensor([1]), 1.0)[0].numpy()
-
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return dict(self.policies[name].model.named_parameters())
+def make_run(path: str, ranks: int = 1, timeout_s: float = TIMEOUT_S, **settings: Any) -> Config:
+    weights = WeightsConfig(timeout_s=timeout_s, **settings.pop("weights", {}))
+    return replace(tiny_run(path, ranks=ranks), weights=weights, **settings)
 
 
-@dataclass
-class Transfer:
-    """vLLM's trainer-side engine: whatever the source yields is what the members load."""
-
-    actors: Actors
-    members: tuple[str, ...]
-    source: PolicySource
-
-    @torch.no_grad()
-    def send_weights(self) -> None:
-        for name, tensor in self.source:
-            for member in self.members:
-                self.actors.weights(member)[name].copy_(tensor)
-
-    def shutdown(self) -> None:
-        """There is nothing to close."""
+def make_publisher(config: Config, control: LocalActors | None, rank: int = 0, **settings: Any) -> Publisher:
+    policy = load_policy(config, CPU, make_mesh(config))
+    return Publisher(config, policy, control, rank, PROBE, bucket_bytes=BUCKET_BYTES, **settings)
 
 
-def publisher(path: str, actors: Actors, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Publisher:
-    config = replace(tiny_run(path), **settings)
-    made = Publisher(config, load_policy(config, CPU, None), actors, 0, PROBE)
-    monkeypatch.setattr(made, "_trainer_engine", lambda client, port: Transfer(actors, client.members, made._source))
-    return made
+def actor(path: str, fault: str | None = None, phase: WeightsPhase = WeightsPhase.UPDATE, at: int = 0) -> TransferActor:
+    return TransferActor(load_policy(tiny_run(path), CPU, None), PROBE, fault, phase, at)
 
 
 @torch.no_grad()
 def train(policy: Policy) -> None:
-    for parameter in policy.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    """Away from where it was; the same on every rank, whatever it holds."""
+    for index, parameter in enumerate(policy.parameters()):
+        parameter.mul_(1.0 + 0.01 * (index + 1))
+
+
+def has_arrived(publisher: Publisher, actors: LocalActors) -> bool:
+    """Whether every actor has the learner's bytes (of one rank)."""
+    expected = dict(publisher.policy.named_hf_parameters())
+    return all(
+        tensor.equal(expected[name]) for actor in actors.actors.values() for name, tensor in actor.weights().items()
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return write_tiny_model(tmp_path)
+
+
+def num_buckets(path: str) -> int:
+    return len(plan(load_policy(tiny_run(path), CPU, None).hf_specs(), BUCKET_BYTES))
+
+
+def test_several_buckets_reach_several_actors_and_the_group_is_kept(path: str) -> None:
+    actors = LocalActors()
+    first, second = actors.add("a", 1, actor(path)), actors.add("b", 2, actor(path))
+    publisher = make_publisher(make_run(path), actors)
+    for version in range(3):
+        train(publisher.policy)
+        publication = publisher.publish(version)
+        assert publication.members == (MemberId("a", 1), MemberId("b", 2))
+        assert publication.probe_difference < 1e-6 and has_arrived(publisher, actors)
+    for one in (first, second):
+        assert one.received.count(WeightsPhase.INIT) == 1
+        assert one.received.count(WeightsPhase.UPDATE) == 3 * num_buckets(path) > 9
+    assert set(publication.metrics()) == {f"weights/{n}" for n in ("probe_difference", "gather_s", "send_s", "wait_s")}
+    publisher.shutdown()
+
+
+FAULTS = [
+    *((KILLED, WeightsPhase.UPDATE, bucket) for bucket in range(5)),
+    (KILLED, WeightsPhase.START, 0),
+    (KILLED, WeightsPhase.FINISH, 0),
+    (FAILS, WeightsPhase.UPDATE, 2),
+    (FAILS, WeightsPhase.FINISH, 0),
+]
+
+
+@pytest.mark.parametrize(("fault", "phase", "at"), FAULTS)
+def test_one_is_lost_and_the_others_get_the_weights_in_the_same_publication(
+    path: str, fault: str, phase: WeightsPhase, at: int
+) -> None:
+    assert num_buckets(path) >= 5
+    actors = LocalActors()
+    actors.add("a", 1, actor(path))
+    actors.add("lost", 2, actor(path, fault, phase, at))
+    actors.add("z", 3, actor(path))
+    publisher = make_publisher(make_run(path), actors)
+    train(publisher.policy)
+    assert [member.name for member in publisher.publish(1).members] == ["a", "z"]
+    assert has_arrived(publisher, actors) and set(actors.dismissed) == {"lost"}
+    train(publisher.policy)
+    assert publisher.publish(2).probe_difference < 1e-6
+    assert has_arrived(publisher, actors)
+    publisher.shutdown()
+
+
+@pytest.mark.parametrize("phase", [WeightsPhase.INIT, WeightsPhase.UPDATE])
+@pytest.mark.parametrize("fault", [KILLED, SILENT])
+def test_one_that_never_comes_is_found_before_the_others_are_taken_for_absent(
+    path: str, phase: WeightsPhase, fault: str
+) -> None:
+    """The collective's time-out is shorter than that of the answers, so that whoever waited in it still answers."""
+    actors = LocalActors()
+    actors.add("a", 1, actor(path))
+    actors.add("lost", 2, actor(path, fault, phase))
+    actors.add("z", 3, actor(path))
+    publisher = make_publisher(make_run(path, timeout_s=9.0), actors)
+    started = time.monotonic()
+    assert [member.name for member in publisher.publish(1).members] == ["a", "z"]
+    assert time.monotonic() - started < 60.0
+    assert has_arrived(publisher, actors) and set(actors.dismissed) == {"lost"}
+    publisher.shutdown()
+
+
+def test_a_lonely_actor_that_dies_in_a_bucket_leaves_a_publication_to_nobody(path: str) -> None:
+    actors = LocalActors()
+    actors.add("a", 1, actor(path, KILLED, at=1))
+    publisher = make_publisher(make_run(path), actors)
+    assert publisher.publish(1).members == ()
+    actors.add("b", 2, actor(path))
+    assert publisher.publish(1).members == (MemberId("b", 2),)
+    assert has_arrived(publisher, actors)
+    publisher.shutdown()
+
+
+def test_however_many_fail_one_after_the_other_the_last_gets_the_weights(path: str) -> None:
+    actors = LocalActors()
+    for number in range(5):
+        actors.add(f"bad{number}", number, actor(path, FAILS, at=number))
+    actors.add("good", 9, actor(path))
+    publisher = make_publisher(make_run(path), actors)
+    assert publisher.publish(1).members == (MemberId("good", 9),)
+    assert has_arrived(publisher, actors)
+    publisher.shutdown()
+
+
+def test_a_restarted_actor_of_the_same_name_is_invited_anew(path: str) -> None:
+    actors = LocalActors()
+    actors.add("a", 1, actor(path))
+    publisher = make_publisher(make_run(path), actors)
+    publisher.publish(1)
+    del actors.actors[MemberId("a", 1)]
+    restarted = actors.add("a", 2, actor(path))
+    train(publisher.policy)
+    assert publisher.publish(2).members == (MemberId("a", 2),)
+    assert restarted.received.count(WeightsPhase.INIT) == 1 and actors.dismissed == {}
+    assert has_arrived(publisher, actors)
+    publisher.shutdown()
+
+
+class CutWires(GlooTransfer):
+    """Its group breaks in every first bucket, and no peer is at fault."""
+
+    def meet(self, channel: Channel) -> None:
+        super().meet(channel)
+        self.close()
+
+    def send(self, channel: Channel, bucket: Any) -> None:
+        raise PublishError("the wires are cut")
+
+
+def test_failures_without_anybody_to_blame_end_the_run_in_the_end(path: str) -> None:
+    actors = LocalActors()
+    only = actors.add("a", 1, actor(path))
+    publisher = make_publisher(make_run(path), actors, new_transfer=CutWires)
+    with pytest.raises(PublishError, match="no actor is to blame: the wires are cut"):
+        publisher.publish(1)
+    assert only.received.count(WeightsPhase.PAUSE) == FRUITLESS_ATTEMPTS
+    assert list(actors.actors) == [MemberId("a", 1)]
 
 
 SETTINGS = [
-    {"weights": WeightsConfig(publish_every=3)},
+    {"weights": {"publish_every": 3}},
     {"staleness": StalenessConfig(exact=True)},  # the next version waits although the policy is trained
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["publish_every", "exact"])
-def test_a_late_joiner_gets_the_weights_that_were_published_not_todays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
-    path = write_tiny_model(tmp_path)
-    actors = Actors({"first": load_policy(tiny_run(path), CPU, None)})
-    publication = publisher(path, actors, monkeypatch, **settings)
-    publication.publish(0)
-    train(publication.policy)
-    publication.publish(1)
-    published = {name: tensor.clone() for name, tensor in actors.weights("first").items()}
+def test_a_late_joiner_gets_the_weights_that_were_published_not_todays(path: str, settings: dict[str, Any]) -> None:
+    actors = LocalActors()
+    first = actors.add("first", 1, actor(path))
+    publisher = make_publisher(make_run(path, **settings), actors)
+    publisher.publish(0)
+    train(publisher.policy)
+    publisher.publish(1)
+    published = {name: tensor.clone() for name, tensor in first.weights().items()}
 
-    train(publication.policy)  # the version under way is not over
-    actors.policies["late"] = load_policy(tiny_run(path), CPU, None)
-    again = publication.publish(1)
-    assert again.members == ("first", "late") and again.probe_difference < 1e-5
-    assert actors.dismissed == []
-    for member in again.members:
-        assert all(torch.equal(tensor, published[name]) for name, tensor in actors.weights(member).items())
-
-    publication.publish(2)
-    for member in again.members:
-        for name, tensor in publication.policy.model.named_parameters():
-            assert torch.equal(actors.weights(member)[name], tensor)
+    train(publisher.policy)  # the version under way is not over
+    late = actors.add("late", 2, actor(path))
+    again = publisher.publish(1)
+    assert [member.name for member in again.members] == ["first", "late"] and again.probe_difference < 1e-5
+    assert actors.dismissed == {}
+    for member in (first, late):
+        assert all(tensor.equal(published[name]) for name, tensor in member.weights().items())
+    publisher.publish(2)
+    assert has_arrived(publisher, actors)
+    publisher.shutdown()
 
 
-def test_no_copy_is_kept_where_the_policy_cannot_move_on_within_a_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_tiny_model(tmp_path)
-    publication = publisher(path, Actors({"a": load_policy(tiny_run(path), CPU, None)}), monkeypatch)
-    publication.publish(0)
-    assert publication._source._held is None
+def test_no_copy_is_kept_where_the_policy_cannot_move_on_within_a_version(path: str) -> None:
+    actors = LocalActors()
+    actors.add("a", 1, actor(path))
+    publisher = make_publisher(make_run(path), actors)
+    publisher.publish(0)
+    assert publisher._source._held is None
+    publisher.shutdown()
 
 
-def test_a_transfer_that_gives_up_leaves_the_rest_of_its_pass_to_be_gathered(tmp_path: Path) -> None:
-    """Or the other ranks would wait in their gathers for ever."""
-    walked = []
-
-    class Walked:
-        def named_hf_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-            for index in range(5):
-                walked.append(index)
-                yield str(index), torch.zeros(1)
-
-    source = PolicySource(cast(Policy, Walked()), torch.float32, keeps=False)
-    source.begin_pass()
-    tensors = iter(source)
-    next(tensors)
-    cast(Any, tensors).close()
-    source.finish_pass()
-    assert walked == [0, 1, 2, 3, 4]
+# ---- several learner ranks
 
 
-def test_held_weights_have_the_names_and_shapes_that_were_announced(tmp_path: Path) -> None:
-    """Those of the checkpoint, also where transformers fuses the experts of a layer."""
-    policy = load_policy(tiny_run(write_tiny_mixture(tmp_path)), CPU, None)
-    source = PolicySource(policy, torch.bfloat16, keeps=True)
-    before = dict(policy.named_hf_parameters(torch.bfloat16))
-    source.hold()
-    train(policy)
-    source.begin_pass()
-    for meta, (name, tensor) in zip(source.metadata(), source, strict=True):
-        assert (meta.name, meta.dtype, meta.shape) == (name, tensor.dtype, tuple(tensor.shape))
-        assert torch.equal(tensor, before[name])
+@dataclass(frozen=True)
+class Scene:
+    """One publication with a fault, and one after it."""
+
+    fault: str
+    phase: WeightsPhase
+    at: int
 
 
-def _hold_and_gather(rank: int, config: Config, port: int) -> None:
-    import os
+SCENES = [Scene(*fault) for fault in FAULTS] + [Scene(SILENT, WeightsPhase.UPDATE, 1)]
 
+
+def _publish_in_ranks(rank: int, size: int, path: str, port: int) -> None:
     torch.set_num_threads(1)
-    os.environ |= rank_environment(rank, 2, port)
+    os.environ |= rank_environment(rank, size, port)
     with process_group(Device.cpu, timeout_s=60):
-        policy = load_policy(config, CPU, make_mesh(config))
-        expected = {name: tensor.clone() for name, tensor in policy.named_hf_parameters(torch.bfloat16)}
-        held = HeldWeights(policy, torch.bfloat16)
-        train(policy)
-        found = dict(held)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-        assert any(not torch.equal(found[name], now) for name, now in policy.named_hf_parameters(torch.bfloat16))
+        for scene in SCENES:
+            _play(scene, rank, size, path)
+
+
+def _play(scene: Scene, rank: int, size: int, path: str) -> None:
+    """All ranks return from both publications, and the next collective of theirs is in step."""
+    timeout_s = 9.0 if scene.fault == SILENT else TIMEOUT_S
+    actors = LocalActors() if rank == 0 else None
+    if actors is not None:
+        actors.add("a", 1, actor(path))
+        actors.add("lost", 2, actor(path, scene.fault, scene.phase, scene.at))
+    publisher = make_publisher(make_run(path, size, timeout_s), actors, rank)
+    for version in (1, 2):
+        train(publisher.policy)
+        publisher.publish(version)
+        expected = dict(publisher.policy.named_hf_parameters())  # a collective
+        if actors is not None:
+            assert [member.name for member in actors.member_ids()] == ["a"], (scene, actors.dismissed)
+            found = actors.actors[MemberId("a", 1)].weights()
+            assert all(found[name].equal(tensor) for name, tensor in expected.items()), scene
+    publisher.shutdown()
+    dist.barrier()
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_their_shards_and_gather_them_as_they_were(tmp_path: Path) -> None:
-    config = tiny_run(write_tiny_model(tmp_path), ranks=2)
+@pytest.mark.parametrize("size", [2, 3])
+def test_no_rank_is_left_behind_when_an_actor_is_lost_at_any_bucket(path: str, size: int) -> None:
     with reserve_port() as port:
-        run_two_ranks(_hold_and_gather, config, port)
+        mp.spawn(_publish_in_ranks, (size, path, port), nprocs=size)

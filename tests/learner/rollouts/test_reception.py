@@ -10,6 +10,7 @@ from common.types import (
     Bye,
     Heartbeat,
     LeaseFailed,
+    MemberId,
     Prompt,
     Ready,
     Stop,
@@ -35,7 +36,13 @@ sayings: st.SearchStrategy[Any] = st.one_of(
     st.builds(Heartbeat, held_groups=small, generated_tokens=small, busy_s=st.just(0.1), uptime_s=st.just(1.0)),
     st.builds(LeaseFailed, lease_id=small, reason=st.just("no")),
     st.builds(
-        WeightsReport, phase=phases, version=small, error=st.none() | st.just("no"), probe_logprobs=st.just(NO_PROBE)
+        WeightsReport,
+        command_id=small,
+        phase=phases,
+        version=small,
+        error=st.none() | st.just("no"),
+        is_shared=st.booleans(),
+        probe_logprobs=st.just(NO_PROBE),
     ),
     st.builds(Bye, error=st.none()),
     st.builds(WireError, st.just("garbage")),
@@ -77,8 +84,9 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
                     coordinator.evaluate(Evaluation(PROMPTS[:2], 2, 1.0, version))
             case "command":
                 for command in commands:
-                    reception.settle(command, 1.0)
-                commands = [reception.begin(subject, detail, {"a": {}, "b": {}})]
+                    reception.end(command)
+                everybody = [*coordinator.member_ids(), MemberId("a", 1), MemberId("b", 2)]
+                commands = [reception.begin(subject, detail, {member: {} for member in everybody})]
             case "dismiss" | "distrust":
                 reception.dismiss(subject, "test", distrust=kind == "distrust")
             case "disconnect":

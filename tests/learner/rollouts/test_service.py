@@ -1,7 +1,6 @@
 """The service over real sockets, with actors that are fakes (tests/fake_actors.py)."""
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from common.types import (
     Hello,
     LearnerMessage,
     Lease,
+    MemberId,
     Prompt,
     Pulse,
     Refused,
@@ -39,10 +39,11 @@ from common.types import (
     TrajectoryGroup,
     Verdict,
     WeightsPhase,
+    WeightsReport,
     Welcome,
 )
 from learner.rollouts.service import BatchTimeout, LearnerService, MembersWaiting
-from tests.support.fake_actors import FINGERPRINTS, FakeActor, group, hello
+from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, FakeActor, group, hello
 
 PROMPTS = [Prompt(uid=f"p{i}", text=str(i), reference="") for i in range(100)]
 PUBLICATION = (
@@ -87,7 +88,11 @@ def three_batches(service: LearnerService) -> list[str]:
 
 def publish(service: LearnerService, version: int, timeout_s: float = 5.0) -> None:
     for phase in PUBLICATION:
-        service.command(phase, version, {name: {} for name in service.members()}, timeout_s)
+        service.command(phase, version, {member: {} for member in service.member_ids()}, timeout_s)
+
+
+def member(service: LearnerService, name: str) -> MemberId:
+    return next(member for member in service.member_ids() if member.name == name)
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
@@ -325,7 +330,7 @@ def test_a_command_leaves_at_once(service: LearnerService) -> None:
         times = []
         for _ in range(20):
             started = time.monotonic()
-            assert service.command(WeightsPhase.PAUSE, 1, {"a": {}}, 5.0)["a"].error is None
+            assert service.command(WeightsPhase.PAUSE, 1, {member(service, "a"): {}}, 5.0)
             times.append(time.monotonic() - started)
         assert sorted(times)[10] < 0.1, "the thread sleeps up to 0.25 s when nothing wakes it"
 
@@ -333,60 +338,95 @@ def test_a_command_leaves_at_once(service: LearnerService) -> None:
 def test_commands_reach_those_named_with_their_payload(service: LearnerService) -> None:
     with FakeActor(service.endpoint, "a") as first, FakeActor(service.endpoint, "b") as second:
         service.wait_for_members(2, 10.0)
-        reports = service.command(WeightsPhase.INIT, 3, {"b": {"port": 1, "names": ["x"]}}, 5.0)
-        assert list(reports) == ["b"]
+        named = member(service, "b")
+        assert list(service.command(WeightsPhase.INIT, 3, {named: {"port": 1, "names": ["x"]}}, 5.0)) == [named]
         assert [c.payload for c in second.commands()] == [{"port": 1, "names": ["x"]}]
         assert not first.commands()
 
 
-def test_an_actor_that_does_not_answer_is_named_and_dismissed(
-    service: LearnerService, caplog: pytest.LogCaptureFixture
-) -> None:
-    deaf = FakeActor(service.endpoint, "deaf", deaf_to=frozenset({WeightsPhase.START}), delay_s=lambda lease: FOREVER_S)
-    with deaf, FakeActor(service.endpoint, "good"), caplog.at_level(logging.WARNING):
-        service.wait_for_members(2, 10.0)
-        reports = service.command(WeightsPhase.START, 1, {"deaf": {}, "good": {}}, 1.0)
-        assert list(reports) == ["good"]
-        assert service.members() == ("good",)
-        sentence = "it did not report within 1 s in phase start of version 1"
-        assert f"actor deaf is dismissed: {sentence}" in caplog.text
-        deaf.join()
-        assert deaf.received_any(Refused) == Refused(reason=sentence, fatal=True)
-        assert len(three_batches(service)) == 12
+def test_who_does_not_answer_in_time_is_not_in_the_result_and_who_fails_is(service: LearnerService) -> None:
+    deaf = FakeActor(service.endpoint, "deaf", deaf_to=frozenset({WeightsPhase.START}))
+    bad = FakeActor(service.endpoint, "bad", fails={WeightsPhase.START: "out of memory"})
+    with deaf, bad, FakeActor(service.endpoint, "good"):
+        everybody = service.member_ids() if service.wait_for_members(3, 10.0) else ()
+        reports = service.command(WeightsPhase.START, 1, {member: {} for member in everybody}, 0.5)
+        assert {member.name: report.error for member, report in reports.items()} == {
+            "bad": "out of memory",
+            "good": None,
+        }
+        assert service.member_ids() == everybody, "what that means for them is publication's to say"
+        assert service.needs_weights(), "no version is whole from START to FINISH"
 
 
-def test_an_actor_that_fails_a_phase_is_dismissed(service: LearnerService) -> None:
-    bad = FakeActor(service.endpoint, "bad", fails={WeightsPhase.UPDATE: "out of memory"})
-    with bad, FakeActor(service.endpoint, "good"):
-        service.wait_for_members(2, 10.0)
-        reports = service.command(WeightsPhase.UPDATE, 1, {"bad": {}, "good": {}}, 5.0)
-        assert reports["bad"].error == "out of memory"
-        assert service.members() == ("good",)
-
-
-def test_those_that_fail_because_another_died_stay_and_wait_for_weights(service: LearnerService) -> None:
+def test_who_is_lost_is_not_waited_for(service: LearnerService) -> None:
     dead = FakeActor(service.endpoint, "dead", deaf_to=frozenset({WeightsPhase.UPDATE}))
-    peer = FakeActor(service.endpoint, "peer", fails={WeightsPhase.UPDATE: "connection closed by peer"})
-    with dead, peer:
+    with dead, FakeActor(service.endpoint, "peer"):
         service.wait_for_members(2, 10.0)
         threading.Timer(0.1, dead.kill).start()
         started = time.monotonic()
-        reports = service.command(WeightsPhase.UPDATE, 1, {"dead": {}, "peer": {}}, 30.0)
-        assert time.monotonic() - started < 5.0, "the dead one is not waited for"
-        assert list(reports) == ["peer"]
-        assert service.members() == ("peer",)
-        assert service.needs_weights()
+        reports = service.command(WeightsPhase.UPDATE, 1, {member: {} for member in service.member_ids()}, 30.0)
+        assert time.monotonic() - started < 5.0
+        assert [member.name for member in reports] == ["peer"]
+
+
+def test_rank_0_takes_part_while_the_actors_do(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as actor:
+        service.wait_for_members(1, 10.0)
+        payloads: dict[MemberId, Any] = {member(service, "a"): {}}
+        arrived = []
+        service.command(WeightsPhase.UPDATE, 1, payloads, 5.0, lambda: arrived.append(until(actor.commands)))
+        assert arrived
+        with pytest.raises(ZeroDivisionError):
+            service.command(WeightsPhase.UPDATE, 1, payloads, 5.0, lambda: print(1 / 0))
+        assert service.command(WeightsPhase.FINISH, 1, payloads, 5.0)
+
+
+def test_a_dismissed_actor_leaves_and_is_told_why(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as actor, FakeActor(service.endpoint, "good"):
+        service.wait_for_members(2, 10.0)
+        service.dismiss(member(service, "a"), "it did not answer")
+        actor.join()
+        assert actor.received_any(Refused) == Refused(reason="it did not answer", fatal=True)
+        assert service.members() == ("good",)
+
+
+def test_a_restarted_actor_of_the_same_name_is_another_member(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a"):
+        service.wait_for_members(1, 10.0)
+        before = member(service, "a")
+    with FakeActor(service.endpoint, "a") as restarted:
+        until(lambda: service.member_ids() not in ((), (before,)))
+        service.dismiss(before, "its weights were wrong")
+        assert service.command(WeightsPhase.INIT, 1, {before: {}}, 30.0) == {}
+        assert service.members() == ("a",) and not restarted.commands()
+
+
+def test_a_report_of_an_earlier_command_of_the_same_phase_and_version_does_not_count(service: LearnerService) -> None:
+    """Publication repeats what failed, and a phase for every bucket."""
+    with FakeActor(service.endpoint, "a", deaf_to=frozenset({WeightsPhase.UPDATE})) as actor:
+        service.wait_for_members(1, 10.0)
+        payloads: dict[MemberId, Any] = {member(service, "a"): {}}
+        assert service.command(WeightsPhase.UPDATE, 1, payloads, 0.05) == {}
+        late = WeightsReport(
+            command_id=actor.commands()[0].command_id,
+            phase=WeightsPhase.UPDATE,
+            version=1,
+            error=None,
+            is_shared=False,
+            probe_logprobs=NO_PROBE,
+        )
+        assert service.command(WeightsPhase.UPDATE, 1, payloads, 0.3, lambda: actor.say(late)) == {}
 
 
 def test_a_command_to_an_actor_that_is_not_there_returns_at_once(service: LearnerService) -> None:
-    assert service.command(WeightsPhase.PAUSE, 1, {"ghost": {}}, 60.0) == {}
+    assert service.command(WeightsPhase.PAUSE, 1, {MemberId("ghost", 1): {}}, 60.0) == {}
 
 
 def test_a_quarantined_actor_leaves_with_its_groups(service: LearnerService) -> None:
     with FakeActor(service.endpoint, "a") as actor:
         service.wait_for_members(1, 10.0)
         until(lambda: service.stats()["buffered_groups"] > 0)
-        service.quarantine("a", "its probe differs")
+        service.quarantine(member(service, "a"), "its probe differs")
         actor.join()
         assert actor.received_any(Refused) == Refused(reason="its probe differs", fatal=True)
         assert service.stats()["buffered_groups"] == 0
@@ -441,7 +481,7 @@ def test_a_failure_in_the_thread_reaches_whoever_waits_and_every_later_call() ->
             with pytest.raises(RuntimeError, match="the service thread failed: KeyError"):
                 service.take_batch(30.0)
         with pytest.raises(RuntimeError, match="the service thread failed"):
-            service.command(WeightsPhase.PAUSE, 1, {"a": {}}, 30.0)
+            service.command(WeightsPhase.PAUSE, 1, {MemberId("a", 1): {}}, 30.0)
         assert service.stats()["trained_groups"] == 0  # counters can still be read
 
 
