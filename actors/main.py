@@ -12,14 +12,16 @@ import signal
 import sys
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from actors.engine import Engine, EngineError, RequestRefused
 from actors.rollout import complete
 from actors.verifier.pool import VerifierError, VerifierPool, pool_of
+from common.addresses import address_towards, prefer_interface_of
 from common.broadcast import BrokenTransfer
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, Device
 from common.processes import announce_ready
 from common.transport import ActorConnection, model_fingerprints
 from common.types import (
@@ -230,6 +232,9 @@ async def _welcome(connection: ActorConnection, timeout_s: float) -> Welcome:
 
 def main(config: Config, endpoint: str, name: str) -> int:
     """Runs one actor until the learner stops it. Returns the exit code."""
+
+    if config.device is Device.cuda and (learner := urlsplit(endpoint).hostname) is not None:
+        prefer_interface_of(address_towards(learner))
 
     async def run() -> None:
         task = asyncio.current_task()

@@ -1,6 +1,7 @@
 """Addresses of this machine: the one that the learner advertises, and the one with which a peer is reached."""
 
 import ipaddress
+import os
 import socket
 
 import psutil
@@ -70,6 +71,15 @@ def interface_of(host: str) -> str | None:
         if address in _addresses(name) and not ipaddress.ip_address(address).is_loopback:
             return name
     return None
+
+
+def prefer_interface_of(host: str) -> None:
+    """NCCL of this process talks over the interface of its address `host`, if the user has not chosen one.
+
+    To be called before NCCL starts. Loopback is left to NCCL, which knows hosts that it can reach faster.
+    """
+    if (interface := interface_of(host)) is not None:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # "=": this one, not all that begin so
 
 
 def is_wildcard(host: str) -> bool:

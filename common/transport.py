@@ -18,6 +18,7 @@ from typing import Any, Self, cast, get_args
 import zmq
 import zmq.asyncio
 
+from common.addresses import in_url
 from common.config import ConfigError
 from common.types import ActorMessage, LearnerMessage
 from common.wire import WireError, decode, encode
@@ -72,12 +73,14 @@ class LearnerSocket:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to nobody is an error, not a silent drop
         _limit(self._socket, self._max_bytes)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
         try:
-            self._socket.bind(f"tcp://{host}:{port or '*'}")
+            self._socket.bind(f"tcp://{in_url(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(_bind_sentence(host, port, error)) from error
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # as bound; a wildcard stays one
+        self.port = int(self.endpoint.rpartition(":")[2])
         self._awake, self._waker = socket.socketpair()
         for end in (self._awake, self._waker):
             end.setblocking(False)
@@ -151,6 +154,7 @@ class ActorConnection:
         channel.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
         channel.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
         _limit(channel, self._max_bytes)
+        channel.setsockopt(zmq.IPV6, int("[" in self.endpoint))
         try:
             channel.connect(self.endpoint)
         except zmq.ZMQError as error:

@@ -10,6 +10,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
 from typing import Any
 
+from common.addresses import is_wildcard
 from common.config import (
     AdvantageEstimator,
     AlgorithmConfig,
@@ -228,6 +229,12 @@ def _check_device(config: Config) -> None:
         config.model.dtype is DType.bfloat16 and config.weights.probe_tolerance < 1e-2,
         f"weights.probe_tolerance={config.weights.probe_tolerance} is finer than model.dtype=bfloat16 "
         "resolves: set it to about 0.1",
+    )
+    advertised = config.transport.advertise_host
+    _refuse_if(
+        advertised is not None and is_wildcard(advertised),
+        f"transport.advertise_host={advertised} is no address that an actor could connect to: name one of this "
+        "machine, or leave it to transport.host",
     )
     beat, silence = config.transport.heartbeat_s, config.transport.heartbeat_timeout_s
     _refuse_if(

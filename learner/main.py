@@ -11,6 +11,7 @@ Step s counts from 0, warm-up of the critic included; it trains at version max(0
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from common.config import AdvantageEstimator, Config
+from common.addresses import advertised_host, prefer_interface_of
+from common.config import AdvantageEstimator, Config, Device
 from common.metrics import RunLog, Value
 from common.tasks.dataset import load_dataset
 from common.tasks.tokenizing import load_tokenizer, tokenizing
@@ -244,6 +246,8 @@ def main(config: Config) -> int:
         return 0
     resume_step = None if stands is None else stands.step
     checkpoints = config.run_dir / "checkpoints"
+    if config.device is Device.cuda and int(os.environ.get("RANK", "0")) == 0:
+        prefer_interface_of(advertised_host(config.transport))
     with process_group(config.device, config.learner.batch_timeout_s + config.actors.start_timeout_s) as world:
         seed_everything(config.seed)
         mesh = make_mesh(config)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
+from common.addresses import advertised_host, in_url
 from common.config import Config, ConfigError
 from common.tasks import Share
 from common.transport import LINGER_MS, LearnerSocket
@@ -57,7 +58,8 @@ class MembersWaiting(Exception):
 
 
 class LearnerService:
-    """Context manager. `__enter__` binds the socket (ConfigError when the port is taken) and starts the thread.
+    """Context manager. `__enter__` binds the socket and starts the thread (ConfigError when the port is taken, or when
+    it is not clear which address actors reach).
 
     Any thread may call any method. Every wait takes a time-out whose message says who was waited for.
     `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins; `tokenize`
@@ -85,6 +87,7 @@ class LearnerService:
 
     def __enter__(self) -> Self:
         transport = self._config.transport
+        self._advertised_host = advertised_host(transport)
         self._socket = LearnerSocket(transport.host, transport.port, transport.max_message_mb)
         self._thread = threading.Thread(target=self._run, args=(self._socket,), name="service", daemon=True)
         self._thread.start()
@@ -97,8 +100,8 @@ class LearnerService:
 
     @property
     def endpoint(self) -> str:
-        """tcp://HOST:PORT that actors connect to."""
-        return self._open_socket().endpoint
+        """tcp://HOST:PORT that actors connect to: the advertised host, which nobody else needs to bind."""
+        return f"tcp://{in_url(self._advertised_host)}:{self._open_socket().port}"
 
     # ---- batches
 

@@ -6,6 +6,7 @@ tests/test_end_to_end.py trains Qwen2, untied and tied.
 
 import os
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,14 @@ import pytest
 import torch
 
 from actors.engine import Completion, Engine, RequestRefused
+from common.broadcast import BrokenTransfer
 from common.config import Config, KVCache
 from common.types import FinishReason
 from learner.networks.model import Policy, load_policy
+from learner.publication.buckets import Bucket
+from learner.publication.control import Channel
 from learner.publication.publisher import Publisher
+from learner.publication.transfer import GlooTransfer
 from tests.support.vllm_support import (
     CHARACTERS,
     LOCAL,
@@ -160,6 +165,55 @@ def wait_for_progress(bench: Bench) -> None:
     bench.thread.run(bench.engine.sample(lease(99, num_samples=1, max_tokens=20)))
 
 
+def test_an_update_that_breaks_off_is_begun_anew_and_leaves_nothing_behind(bench: Bench) -> None:
+    """A layer of which a part had come is loaded whole the next time."""
+    bench.publisher.bucket_bytes = 10_000
+    perturb(bench.policy)
+    real, cut = bench.publisher.new_transfer, CutOnce()
+    bench.publisher.shutdown()
+    bench.publisher.new_transfer = cut.new_transfer
+    publication = bench.publish()
+    assert cut.sent > 3 and cut.is_cut
+    assert [member.name for member in publication.members] == ["local"] and bench.control.quarantined == {}
+    assert publication.probe_difference < TOLERANCE
+    bench.publisher.new_transfer = real
+    for completion in bench.sample(14):
+        assert bench.mismatch(completion) < TOLERANCE
+
+
+class CutOnce:
+    """Breaks the first transfer at its third bucket, from the learner's side."""
+
+    def __init__(self) -> None:
+        self.sent, self.is_cut = 0, False
+
+    def new_transfer(self, config: Config) -> GlooTransfer:
+        cut = self
+
+        class Transfer(GlooTransfer):
+            def send(self, channel: Channel, bucket: Bucket) -> None:
+                cut.sent += 1
+                if cut.sent == 3:
+                    cut.is_cut = True
+                    self._group = ClosedGroup(self._group)
+                super().send(channel, bucket)
+
+        return Transfer(config)
+
+
+class ClosedGroup:
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        raise BrokenTransfer("cut by the test")
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+
 def test_the_probe_finds_a_tensor_that_was_not_loaded(bench: Bench) -> None:
     """Without the mend for tied models, or with an output layer that was not sent, the actor is quarantined."""
     tied = bench.policy.config.tie_word_embeddings
@@ -213,3 +267,18 @@ def test_recompute_makes_tokens_after_an_update_exactly_the_new_weights(tmp_path
             assert completion.versions[0] == 0
     finally:
         bench.close()
+
+
+def test_vllms_nccl_communicator_is_called_as_it_wants_to_be() -> None:
+    """What stands in for it where there is no GPU (tests/common/test_broadcast.py) has the same signatures."""
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
+
+    assert list(signature(uid_init_process_group).parameters) == [
+        "nccl_unique_id_bytes",
+        "rank",
+        "world_size",
+        "device",
+    ]
+    assert list(signature(PyNcclCommunicator.broadcast).parameters) == ["self", "tensor", "src", "stream"]
+    assert list(signature(PyNcclCommunicator.destroy).parameters) == ["self"]

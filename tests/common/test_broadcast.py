@@ -1,0 +1,181 @@
+"""Transfer groups: every wait ends. gloo is real, NCCL's communicator is a stand-in that waits without end."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from common.broadcast import Background, BrokenTransfer, GlooGroup, NcclGroup, join_gloo
+
+HOST = "127.0.0.1"
+LONG_S = 60.0
+
+
+def test_a_call_in_the_background_gives_what_it_returns_or_raises() -> None:
+    assert Background(lambda: 7).result(LONG_S) == 7
+    with pytest.raises(ZeroDivisionError):
+        Background(lambda: 1 / 0).result(LONG_S)
+
+
+def test_a_call_that_does_not_come_back_is_left_behind() -> None:
+    over = threading.Event()
+    call = Background(lambda: over.wait(LONG_S))
+    with pytest.raises(TimeoutError, match=r"still under way after 0\.01 s"):
+        call.result(0.01)
+    over.set()
+    assert call.result(LONG_S)
+
+
+# ---- gloo
+
+
+def listen(timeout_s: float = LONG_S) -> TCPStore:
+    return TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def make_groups(size: int, timeout_s: float = LONG_S) -> list[GlooGroup]:
+    store = listen()
+    others = [
+        Background(lambda rank=rank: join_gloo(HOST, store.port, rank, size, timeout_s)) for rank in range(1, size)
+    ]
+    return [GlooGroup(store, 0, size, HOST, timeout_s), *(other.result(LONG_S) for other in others)]
+
+
+def test_rank_0_fills_everybodys_buffer() -> None:
+    groups = make_groups(3)
+    buffers = [torch.full((1000,), rank, dtype=torch.uint8) for rank in range(3)]
+    calls = [Background(lambda g=g, b=b: g.broadcast(b)) for g, b in zip(groups, buffers, strict=True)]
+    for call in calls:
+        call.result(LONG_S)
+    assert all(bool((buffer == 0).all()) for buffer in buffers)
+
+
+def test_a_peer_that_closes_breaks_the_transfer_at_once() -> None:
+    first, second, third = make_groups(3)
+    second.close()
+    del second
+    started = time.monotonic()
+    receiving = Background(lambda: third.broadcast(torch.zeros(2**22, dtype=torch.uint8)))
+    with pytest.raises(BrokenTransfer):
+        first.broadcast(torch.zeros(2**22, dtype=torch.uint8))
+    first.close()
+    third.close()
+    assert time.monotonic() - started < LONG_S / 2
+    del receiving
+    with pytest.raises(BrokenTransfer, match="closed"):
+        first.broadcast(torch.zeros(1, dtype=torch.uint8))
+
+
+def test_a_peer_that_hangs_breaks_the_transfer_in_time() -> None:
+    first, _hangs = make_groups(2, timeout_s=0.5)
+    with pytest.raises(BrokenTransfer, match="Timed out"):
+        first.broadcast(torch.zeros(2**24, dtype=torch.uint8))
+
+
+def test_a_peer_that_never_comes_breaks_the_meeting_in_time() -> None:
+    with pytest.raises(BrokenTransfer):
+        GlooGroup(listen(0.5), 0, 2, HOST, 0.5)
+
+
+def test_who_cannot_reach_the_learner_has_no_broken_transfer_but_a_problem_of_its_own() -> None:
+    port = listen().port  # closed again
+    with pytest.raises(RuntimeError, match=f"the learner cannot be reached at {HOST}:{port}") as caught:
+        join_gloo(HOST, port, 1, 2, 0.5)
+    assert not isinstance(caught.value, BrokenTransfer)
+
+
+# ---- nccl
+
+
+class Communicator:
+    """vLLM's PyNcclCommunicator, as far as we use it. A lost peer: calls return only when it is destroyed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.is_lost, self.destroyed = False, threading.Event()
+        self.broadcasts: list[tuple[int, int]] = []
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any) -> None:
+        self.broadcasts.append((tensor.numel(), src))
+        if self.is_lost:
+            self.destroyed.wait(LONG_S)
+
+    def destroy(self) -> None:
+        self.destroyed.set()
+
+
+class Stream:
+    def synchronize(self) -> None:
+        """Nothing runs on it."""
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets what joining a group does; as it is, it gives a communicator."""
+
+    def set_to(function: Callable[..., Communicator]) -> None:
+        stand_in = SimpleNamespace(uid_init_process_group=function)  # vLLM itself takes half a minute to load
+        monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.nccl_common", stand_in)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    set_to(Communicator)
+    yield set_to
+
+
+def make_nccl(timeout_s: float = LONG_S) -> NcclGroup:
+    return NcclGroup(b"id", 1, 3, torch.device("cuda", 0), timeout_s)
+
+
+def test_nccl_broadcasts_from_rank_0_in_the_group_of_its_id(connect: Callable[..., None]) -> None:
+    group = make_nccl()
+    group.broadcast(torch.zeros(5, dtype=torch.uint8))
+    communicator: Any = group._communicator
+    assert communicator.arguments == (b"id", 1, 3, torch.device("cuda", 0))
+    assert communicator.broadcasts == [(5, 0)]
+
+
+def test_an_nccl_broadcast_with_a_lost_peer_is_aborted_in_time(connect: Callable[..., None]) -> None:
+    group = make_nccl(timeout_s=0.05)
+    communicator: Any = group._communicator
+    communicator.is_lost = True
+    with pytest.raises(BrokenTransfer, match=r"no broadcast: still under way after 0\.05 s"):
+        group.broadcast(torch.zeros(5, dtype=torch.uint8))
+    assert communicator.destroyed.wait(LONG_S)
+    with pytest.raises(BrokenTransfer, match="closed"):
+        group.broadcast(torch.zeros(5, dtype=torch.uint8))
+
+
+def test_an_nccl_group_that_is_not_complete_in_time_is_left_and_destroyed_when_it_is(
+    connect: Callable[..., None],
+) -> None:
+    arrived, made = threading.Event(), Communicator()
+
+    def late(*arguments: Any) -> Communicator:
+        arrived.wait(LONG_S)
+        return made
+
+    connect(late)
+    with pytest.raises(BrokenTransfer, match="the others did not all come"):
+        make_nccl(timeout_s=0.05)
+    assert not made.destroyed.is_set()
+    arrived.set()
+    assert made.destroyed.wait(LONG_S), "nobody would ever abort it"
+
+
+def test_an_nccl_error_is_a_broken_transfer(connect: Callable[..., None]) -> None:
+    def fails(*arguments: Any) -> Communicator:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    connect(fails)
+    with pytest.raises(BrokenTransfer, match="unhandled system error"):
+        make_nccl()
