@@ -25,6 +25,19 @@ def advertised_host(transport: TransportConfig) -> str:
     return _of_wildcard(host) if is_wildcard(host) else _resolved(host)
 
 
+def own_address(transport: TransportConfig) -> str:
+    """The advertised host, for a socket that binds it. Raises ConfigError when it is somebody else's."""
+    host = advertised_host(transport)
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"weights cannot be sent from {host} ({error}): set transport.advertise_host to an address of this machine"
+        ) from error
+    return host
+
+
 def _of_wildcard(host: str) -> str:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

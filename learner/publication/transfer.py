@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.distributed import TCPStore
 
-from common.addresses import advertised_host
+from common.addresses import own_address
 from common.broadcast import BrokenTransfer, GlooGroup, Group, NcclGroup, nccl_unique_id
 from common.config import Config, TransferBackend
 from common.types import WeightsPhase
@@ -95,7 +95,7 @@ class GlooTransfer(_BroadcastTransfer):
     """Over CPUs. Rank 0 listens at the advertised address, at a port of its own for every group."""
 
     def _invite(self, size: int, timeout_s: float) -> tuple[Payload, Callable[[], Group]]:
-        host = advertised_host(self._config.transport)
+        host = own_address(self._config.transport)
         # Listens before the actors are told where to go, so none of them can come too early.
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         invitation = {"master_address": host, "master_port": store.port}

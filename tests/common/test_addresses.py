@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 
 from common import addresses
-from common.addresses import advertised_host, interface_of, prefer_interface_of
+from common.addresses import advertised_host, interface_of, own_address, prefer_interface_of
 from common.config import ConfigError, TransportConfig
 
 Entry = namedtuple("Entry", ["family", "address"])
@@ -69,6 +69,12 @@ def test_a_name_that_means_loopback_only_here_is_refused(machine: pytest.MonkeyP
     machine.setattr("socket.getaddrinfo", lambda *_, **__: [entry])
     with pytest.raises(ConfigError, match=r"'learner' is 127\.0\.1\.1 on this host"):
         advertised_host(TransportConfig(host="learner"))
+
+
+def test_weights_are_sent_from_an_address_of_this_machine() -> None:
+    assert own_address(TransportConfig()) == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"weights cannot be sent from 192\.0\.2\.9"):  # of no machine (RFC 5737)
+        own_address(TransportConfig(host="0.0.0.0", advertise_host="192.0.2.9"))
 
 
 def test_nccl_takes_the_interface_of_the_address_unless_the_user_chose_one(machine: pytest.MonkeyPatch) -> None:
