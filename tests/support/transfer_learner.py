@@ -1,8 +1,8 @@
 """The learner's side of a publication in a process of its own: the real service and publisher, one rank.
 
-    python -m tests.support.transfer_learner MODEL_FOLDER HOST NUM_ACTORS ENDPOINT_FILE
+    python -m tests.support.transfer_learner MODEL_FOLDER HOST NUM_ACTORS RUN_DIR
 
-Publishes twice to actors of tests/support/transfer_process.py and prints the names that it reached each time.
+Writes RUN_DIR/endpoint, publishes twice to actors of tests/support/transfer_process.py and prints the names that it reached each time.
 """
 
 import sys
@@ -13,7 +13,6 @@ import torch
 
 from common.config import ActorsConfig, RolloutConfig, TransportConfig, WeightsConfig
 from common.types import Prompt
-from learner.main import write_endpoint
 from learner.networks.model import load_policy
 from learner.publication.publisher import Publisher
 from learner.rollouts.service import LearnerService
@@ -34,7 +33,8 @@ def main(folder: str, host: str, num_actors: str, run_dir: str) -> None:
     policy = load_policy(config, torch.device("cpu"), None)
     prompts = [Prompt(uid="p", text="", reference="")]
     with LearnerService(config, prompts, lambda prompt: [1], FINGERPRINTS, PROBE.tolist()) as service:
-        write_endpoint(Path(run_dir), service.endpoint)
+        (Path(run_dir) / "endpoint.tmp").write_text(service.endpoint)
+        (Path(run_dir) / "endpoint.tmp").rename(Path(run_dir) / "endpoint")
         service.wait_for_members(int(num_actors), 240.0)
         publisher = Publisher(config, policy, service, 0, PROBE, bucket_bytes=12_000)
         for version in (1, 2):
