@@ -127,7 +127,7 @@ class Publisher:
 
     def _deliver(self, version: int, costs: Costs) -> bool:
         """Attempts until all members have the weights; False when there are none."""
-        problem, fruitless = "", 0
+        problem, fruitless, gone = "", 0, set[MemberId]()
         while True:
             asked = self.control.member_ids() if self.control is not None else ()
             decision = _Decision.GO_ON if asked else _Decision.NO_MEMBERS
@@ -143,8 +143,9 @@ class Publisher:
                 return True
             problem = found
             logger.warning("publication of version %d: %s", version, problem)
-            has_lost = self.control is not None and not set(asked) <= set(self.control.member_ids())
-            fruitless = 0 if has_lost else fruitless + 1
+            lost = set(asked) - set(self.control.member_ids()) - gone if self.control is not None else set()
+            gone |= lost  # each counts once: one that comes back may fail for ever
+            fruitless = 0 if lost else fruitless + 1
 
     def _attempt(self, version: int, members: tuple[MemberId, ...], costs: Costs) -> str | None:
         """One try on all ranks; None when it worked, else the problem."""

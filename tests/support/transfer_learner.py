@@ -2,7 +2,8 @@
 
     python -m tests.support.transfer_learner MODEL_FOLDER HOST NUM_ACTORS RUN_DIR
 
-Writes RUN_DIR/endpoint, publishes twice to actors of tests/support/transfer_process.py and prints the names that it reached each time.
+Writes RUN_DIR/endpoint, publishes twice to actors of tests/support/transfer_process.py, and prints the names that it
+reached each time.
 """
 
 import sys
