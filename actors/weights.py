@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from actors.engine import TRANSFER_ENGINE
 from actors.receiver import Receiver
@@ -60,7 +61,11 @@ class NcclInitInfo(BroadcastInitInfo):
 
 
 class ReloadingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads what comes through vLLM's layer-wise reload, whatever way it comes."""
+    """Loads what comes through vLLM's layer-wise reload, whatever way it comes.
+
+    What a CPU's kernels hold besides the parameters has to be made anew. A GPU's hold nothing besides, and vLLM keeps
+    the addresses that its graphs have captured, so there nothing may be touched.
+    """
 
     @property
     def problem(self) -> str | None:
@@ -68,13 +73,15 @@ class ReloadingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return None
 
     def start_weight_update(self) -> None:
-        _forget_packed_experts(self.model)
+        if current_platform.is_cpu():
+            _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         """Also of an update that was broken off: what had come is loaded, the next update starts from there."""
         finalize_layerwise_reload(self.model, self.model_config)
-        _refresh_tied_heads(self.model)
+        if current_platform.is_cpu():
+            _refresh_tied_heads(self.model)
 
 
 class BroadcastEngine(ReloadingEngine[InitInfo, BucketInfo]):
