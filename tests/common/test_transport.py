@@ -49,6 +49,21 @@ def test_messages_go_both_ways(learner: LearnerSocket) -> None:
     asyncio.run(talk())
 
 
+def test_ipv6_addresses_stand_in_brackets() -> None:
+    try:
+        learner = LearnerSocket("::1", 0, 1)
+    except ConfigError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+
+    async def say() -> None:
+        async with ActorConnection(f"tcp://[::1]:{learner.port}", "a", 1) as connection:
+            await connection.send(Bye(error=None))
+
+    asyncio.run(say())
+    assert [message for _, message in received(learner, 1)] == [Bye(error=None)]
+    learner.close()
+
+
 def test_what_was_sent_before_closing_is_delivered(learner: LearnerSocket) -> None:
     async def leave() -> None:
         async with ActorConnection(learner.endpoint, "a", 1) as connection:
@@ -161,7 +176,7 @@ def test_a_peer_that_sends_too_much_is_cut_off_and_garbage_is_a_wire_error(learn
 def test_a_message_in_the_wrong_direction_is_a_wire_error(learner: LearnerSocket) -> None:
     async def talk() -> None:
         async with ActorConnection(learner.endpoint, "a", 1) as connection:
-            command = WeightsCommand(phase=WeightsPhase.PAUSE, version=1, payload={})
+            command = WeightsCommand(command_id=1, phase=WeightsPhase.PAUSE, version=1, payload={})
             await connection.send(command)  # type: ignore[arg-type]
             ((_, message),) = await asyncio.to_thread(received, learner, 1)
             assert isinstance(message, WireError)

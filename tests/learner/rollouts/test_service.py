@@ -119,6 +119,16 @@ def talk(service: LearnerService, *messages: ActorMessage, num_answers: int = 1)
     return asyncio.run(conversation())
 
 
+def test_a_learner_that_binds_every_interface_advertises_an_address_that_actors_can_reach() -> None:
+    everywhere = replace(make_config().transport, host="0.0.0.0")
+    with make_service(replace(make_config(), transport=everywhere)) as service:
+        assert "0.0.0.0" not in service.endpoint
+    with make_service(replace(make_config(), transport=replace(everywhere, advertise_host="127.0.0.1"))) as service:
+        assert service.endpoint.startswith("tcp://127.0.0.1:")
+        with FakeActor(service.endpoint, "a"):
+            assert service.wait_for_members(1, 10.0) == ("a",)
+
+
 # ---- a run
 
 
