@@ -1,0 +1,101 @@
+"""The phases of a publication in an actor, without an engine: what is asked of vLLM, and what the learner is told."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from actors.engine import Engine
+from actors.main import Actor
+from common.broadcast import BrokenTransfer
+from common.config import Config
+from common.types import WeightsCommand, WeightsPhase, WeightsReport
+
+
+class LLM:
+    """vLLM's AsyncLLM, as far as updates go."""
+
+    def __init__(self, *problems: str | None) -> None:
+        self.problems = list(problems)
+        self.calls: list[str] = []
+
+    async def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append(f"finish {weight_version}")
+
+    async def collective_rpc(self, method: str) -> list[str | None]:
+        assert method == "transfer_problem"
+        return self.problems
+
+
+def make_engine(llm: LLM) -> Engine:
+    engine = Engine(Config())
+    engine._llm = llm
+    return engine
+
+
+def test_an_update_that_was_broken_off_is_closed_before_the_next_begins() -> None:
+    """vLLM refuses to start while one is open, and would count what had come of a layer twice."""
+
+    async def updates(engine: Engine) -> None:
+        await engine.start_update()
+        await engine.start_update()
+        await engine.finish_update(3)
+        await engine.start_update()
+
+    llm = LLM()
+    engine = make_engine(llm)
+    asyncio.run(updates(engine))
+    assert llm.calls == ["start", "finish None", "start", "finish 3", "start"]
+    assert engine.version == 3
+
+
+def test_a_problem_of_any_worker_is_a_broken_transfer() -> None:
+    asyncio.run(make_engine(LLM(None, None))._check_transfer())
+    with pytest.raises(BrokenTransfer, match="closed by peer"):
+        asyncio.run(make_engine(LLM(None, "closed by peer"))._check_transfer())
+
+
+class Connection:
+    def __init__(self, num_reports: int) -> None:
+        self.reports: list[WeightsReport] = []
+        self.num_reports, self.is_over = num_reports, asyncio.Event()
+
+    async def send(self, report: WeightsReport) -> None:
+        self.reports.append(report)
+        if len(self.reports) == self.num_reports:
+            self.is_over.set()
+
+
+class FailingEngine:
+    """Its transfer breaks, then it runs out of memory, then all is well."""
+
+    def __init__(self) -> None:
+        self.errors = [BrokenTransfer("timed out"), RuntimeError("out of memory"), None]
+
+    async def start_update(self) -> None:
+        if (error := self.errors.pop(0)) is not None:
+            raise error
+
+
+def test_the_learner_is_told_which_errors_are_the_collectives() -> None:
+    async def phases() -> list[WeightsReport]:
+        connection = Connection(3)
+        actor = Actor(Config(), cast(Any, connection), cast(Any, FailingEngine()), cast(Any, None))
+        for command_id in (7, 8, 9):
+            actor._phases.put_nowait(
+                WeightsCommand(command_id=command_id, phase=WeightsPhase.START, version=1, payload={})
+            )
+        running = asyncio.create_task(actor._run_phases())
+        await asyncio.wait_for(connection.is_over.wait(), 30.0)
+        running.cancel()
+        return connection.reports
+
+    reports = asyncio.run(phases())
+    assert [(report.command_id, report.error, report.is_shared) for report in reports] == [
+        (7, "BrokenTransfer: timed out", True),
+        (8, "RuntimeError: out of memory", False),
+        (9, None, False),
+    ]
