@@ -5,9 +5,9 @@ No environment variable says which interface to use; the addresses alone do.
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -15,35 +15,24 @@ import pytest
 from common.types import WeightsPhase
 from tests.support.tiny_models import write_tiny_model
 from tests.support.transfer_actors import KILLED
+from tests.support.transfer_process import act, publish_twice, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 LEARNER, ACTOR = "10.213.7.1", "10.213.7.2"
 
 
-def start(module: str, *arguments: object, host: str | None = None) -> "subprocess.Popen[str]":
-    """A module of tests.support, in the namespace `host` if one is named."""
-    inside = ["ip", "netns", "exec", host] if host is not None else []
-    command = [*inside, sys.executable, "-m", f"tests.support.{module}", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE
-    )
-
-
-def endpoint_of(folder: Path, learner: "subprocess.Popen[str]") -> str:
+def endpoint_of(folder: Path, learner: ForkServerProcess) -> str:
     deadline = time.monotonic() + 240.0
     while not (folder / "endpoint").exists():
-        assert learner.poll() is None and time.monotonic() < deadline, "the learner did not come up"
+        assert learner.is_alive() and time.monotonic() < deadline, "the learner did not come up"
         time.sleep(0.05)
     return (folder / "endpoint").read_text()
 
 
-def reached(learner: "subprocess.Popen[str]") -> list[str]:
-    output, _ = learner.communicate(timeout=300)
-    assert learner.returncode == 0
-    return output.splitlines()
+def exit_code(process: ForkServerProcess) -> int | None:
+    process.join(240.0)
+    return process.exitcode
 
 
 @pytest.fixture
@@ -77,19 +66,19 @@ def test_actors_on_another_host_get_the_weights_without_any_variable_set(
     """The learner binds every interface; the address that actors are given is never 0.0.0.0."""
     learner_host, actor_host = two_hosts
     folder = write_tiny_model(tmp_path / "model")
-    learner = start("transfer_learner", folder, "0.0.0.0", 1, tmp_path, host=learner_host)
+    learner = start(publish_twice, folder, "0.0.0.0", 1, tmp_path, host=learner_host)
     endpoint = endpoint_of(tmp_path, learner)
     assert endpoint.startswith(f"tcp://{LEARNER}:")
-    actor = start("transfer_process", endpoint, "remote", folder, host=actor_host)
-    assert reached(learner) == ["1 remote", "2 remote"]
-    assert actor.wait(60) == 0
+    actor = start(act, endpoint, "remote", folder, host=actor_host)
+    assert (exit_code(learner), exit_code(actor)) == (0, 0)
+    assert (tmp_path / "reached").read_text() == "remote\nremote"
 
 
 def test_an_actor_that_is_killed_in_a_bucket_leaves_the_others_with_the_weights(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
-    learner = start("transfer_learner", folder, "127.0.0.1", 2, tmp_path)
+    learner = start(publish_twice, folder, "127.0.0.1", 2, tmp_path)
     endpoint = endpoint_of(tmp_path, learner)
-    good = start("transfer_process", endpoint, "good", folder)
-    killed = start("transfer_process", endpoint, "killed", folder, KILLED, WeightsPhase.UPDATE, 2)
-    assert reached(learner) == ["1 good", "2 good"]
-    assert (good.wait(60), killed.wait(60)) == (0, -9)
+    good = start(act, endpoint, "good", folder)
+    killed = start(act, endpoint, "killed", folder, KILLED, WeightsPhase.UPDATE, 2)
+    assert (exit_code(learner), exit_code(good), exit_code(killed)) == (0, 0, -9)
+    assert (tmp_path / "reached").read_text() == "good\ngood"

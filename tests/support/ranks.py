@@ -22,9 +22,14 @@ def fork_server() -> ForkServerContext:
 
 def run_two_ranks(function: Callable[..., None], *arguments: Any) -> None:
     """Calls `function(rank, *arguments)` in two processes. Raises what one of them raises."""
+    run_ranks(2, function, *arguments)
+
+
+def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """The same in so many."""
     fork_server()
     torch.multiprocessing.start_processes(
-        _in_environment, (dict(os.environ), function, arguments), nprocs=2, start_method="forkserver"
+        _in_environment, (dict(os.environ), function, arguments), nprocs=num_ranks, start_method="forkserver"
     )
 
 

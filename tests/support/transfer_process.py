@@ -1,31 +1,90 @@
-"""One actor without an engine in a process of its own: the real protocol, and weights over a real gloo group.
+"""The two sides of a publication in processes of their own, if need be on a host (network namespace) of their own.
 
-    python -m tests.support.transfer_process ENDPOINT NAME MODEL_FOLDER [FAULT PHASE AT]
-
-Leaves with exit code 0 when the learner says stop, and kills itself where its fault says so.
+The protocol, the service, the publisher and the gloo group are the real ones; actors have no engine.
 """
 
 import asyncio
+import ctypes
 import os
 import signal
-import sys
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from common.config import ActorsConfig, RolloutConfig, TransportConfig, WeightsConfig
 from common.transport import ActorConnection
-from common.types import Bye, Heartbeat, Ready, Stop, WeightsCommand, WeightsPhase, WeightsReport, Welcome
+from common.types import Bye, Heartbeat, Prompt, Ready, Stop, WeightsCommand, WeightsReport, Welcome
 from learner.networks.model import load_policy
-from tests.support.fake_actors import NO_PROBE, hello
+from learner.publication.publisher import Publisher
+from learner.rollouts.service import LearnerService
+from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, hello
+from tests.support.ranks import fork_server, set_environment
 from tests.support.tiny_models import VOCAB, tiny_run
 from tests.support.transfer_actors import Lost, TransferActor
 
 PROBE = torch.arange(9) % VOCAB
+CLONE_NEWNET = 0x40000000
 
 
-async def main(endpoint: str, name: str, folder: str, fault: str | None, phase: str, at: str) -> None:
+def start(function: Callable[..., None], *arguments: Any, host: str | None = None) -> ForkServerProcess:
+    """Calls `function(*arguments)` in a process, in the namespace `host` if one is named."""
+    environment = {name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name}
+    process = fork_server().Process(target=_run, args=(environment, host, function, arguments))
+    process.start()
+    return process
+
+
+def _run(
+    environment: dict[str, str], host: str | None, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    set_environment(environment)
+    if host is not None:
+        with open(f"/var/run/netns/{host}") as namespace:
+            assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
     torch.set_num_threads(1)
-    actor = TransferActor(load_policy(tiny_run(folder), torch.device("cpu"), None), PROBE)
-    actor.fault, actor.phase, actor.at = fault, WeightsPhase(phase), int(at)
+    function(*arguments)
+
+
+def publish_twice(folder: str, host: str, num_actors: int, run_dir: Path) -> None:
+    """The learner, one rank: writes `run_dir`/endpoint, publishes two versions, and writes whom they reached."""
+    config = replace(
+        tiny_run(folder),
+        rollout=RolloutConfig(prompts_per_step=1, group_size=2, max_tokens=8),
+        actors=ActorsConfig(start_timeout_s=120.0),
+        weights=WeightsConfig(timeout_s=60.0),
+        transport=TransportConfig(host=host, heartbeat_s=0.2, heartbeat_timeout_s=20.0),
+    )
+    policy = load_policy(config, torch.device("cpu"), None)
+    prompts = [Prompt(uid="p", text="", reference="")]
+    reached = []
+    with LearnerService(config, prompts, lambda prompt: [1], FINGERPRINTS, PROBE.tolist()) as service:
+        (run_dir / "endpoint.tmp").write_text(service.endpoint)
+        (run_dir / "endpoint.tmp").rename(run_dir / "endpoint")
+        service.wait_for_members(num_actors, 240.0)
+        publisher = Publisher(config, policy, service, 0, PROBE, bucket_bytes=12_000)
+        for version in (1, 2):
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter.mul_(1.0 + 0.1 * version)
+            publication = publisher.publish(version)
+            service.set_version(version, version)
+            reached.append(" ".join(member.name for member in publication.members))
+        publisher.shutdown()
+    (run_dir / "reached").write_text("\n".join(reached))
+
+
+def act(endpoint: str, name: str, folder: str, *fault: Any) -> None:
+    """An actor. `fault` is what TransferActor takes; where it strikes, the process kills itself."""
+    asyncio.run(
+        _act(endpoint, name, TransferActor(load_policy(tiny_run(folder), torch.device("cpu"), None), PROBE, *fault))
+    )
+
+
+async def _act(endpoint: str, name: str, actor: TransferActor) -> None:
     async with ActorConnection(endpoint, name, 16) as connection:
         await connection.send(hello(name))
         assert isinstance(await connection.receive(60.0), Welcome)
@@ -58,8 +117,3 @@ async def _beat(connection: ActorConnection) -> None:
     while True:
         await connection.send(Heartbeat(held_groups=0, generated_tokens=0, busy_s=0.0, uptime_s=0.0))
         await asyncio.sleep(0.2)
-
-
-if __name__ == "__main__":
-    endpoint, name, folder, *fault = sys.argv[1:]
-    asyncio.run(main(endpoint, name, folder, *(fault or (None, WeightsPhase.UPDATE, "0"))))

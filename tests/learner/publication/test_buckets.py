@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from common.launcher import rank_environment, reserve_port
 from learner.networks.model import Policy, TensorSpec, full_tensor, load_policy
 from learner.networks.parallel import make_mesh, process_group
 from learner.publication.buckets import PolicySource, gather, plan
+from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import tiny_run, write_tiny_mixture, write_tiny_model
 
 CPU = torch.device("cpu")
@@ -156,4 +156,4 @@ def test_two_ranks_cast_their_shards_before_they_gather_them(tmp_path: Path) -> 
     """Half the traffic in bfloat16. Weights that are held come out as they were."""
     config = tiny_run(write_tiny_model(tmp_path), ranks=2)
     with reserve_port() as port:
-        mp.spawn(_cast_before_gathering, (config, port), nprocs=2)
+        run_two_ranks(_cast_before_gathering, config, port)

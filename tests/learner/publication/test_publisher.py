@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from common.config import Config, Device, StalenessConfig, WeightsConfig
 from common.launcher import rank_environment, reserve_port
@@ -20,6 +19,7 @@ from learner.publication.buckets import plan
 from learner.publication.control import Channel, PublishError
 from learner.publication.publisher import FRUITLESS_ATTEMPTS, Publisher
 from learner.publication.transfer import GlooTransfer
+from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_model
 from tests.support.transfer_actors import FAILS, KILLED, SILENT, LocalActors, TransferActor
 
@@ -270,4 +270,4 @@ def _play(scene: Scene, rank: int, size: int, path: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_no_rank_is_left_behind_when_an_actor_is_lost_at_any_bucket(path: str, size: int) -> None:
     with reserve_port() as port:
-        mp.spawn(_publish_in_ranks, (size, path, port), nprocs=size)
+        run_ranks(size, _publish_in_ranks, size, path, port)
