@@ -137,7 +137,7 @@ def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -
 def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
     frames = [bytes(frame) for frame in encode(GROUP)]
     assert frames[0] == (
-        b"\x94\xaeCompletedGroup\x02\x86\xa8lease_id\x07"
+        b"\x94\xaeCompletedGroup\x03\x86\xa8lease_id\x07"
         b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaeverifier_error\xc0\xaefinish_reasons\x92\xa4stop\xa6length"
         b"\xacgeneration_s\xcb\x3f\xf8\0\0\0\0\0\0\xaeverification_s\xcb\x3f\xd0\0\0\0\0\0\0"
         b"\x95\x93\xa7lengths\xa5int32\x91\x02\x93\xa9token_ids\xa5int32\x91\x03"
@@ -169,7 +169,7 @@ def test_the_bytes_of_a_lease_never_change_within_a_protocol_version() -> None:
         top_k=4,
     )
     assert [bytes(frame) for frame in encode(lease)] == [
-        b"\x94\xa5Lease\x02\x8c\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
+        b"\x94\xa5Lease\x03\x8c\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
         b"\xa3row\x81\xa1n\x01\xabnum_samples\x02\xa4seed\x03\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0"
         b"\xaamax_tokens\x09\xa4stop\x91\xa4</a>\xa5top_p\xcb\x3f\xe8\0\0\0\0\0\0\xa5top_k\x04"
         b"\x91\x93\xb0prompt_token_ids\xa5int32\x91\x02",
