@@ -242,9 +242,11 @@ class WeightsConfig:
     publish_every: int = 1  # policy steps per published version
     kv_cache: KVCache = KVCache.keep
     timeout_s: float = 60.0  # of each phase of a publication, and of each bucket of weights on its way
-    probe_tokens: int = 64  # length of the fixed sequence that actor and learner both score after an update
+    probe_tokens: int = 256  # of the text that actor and learner both score after an update; fits model.max_model_len
+    # An actor leaves when it differs there by this multiple of what was seen at version 0, or by more than arithmetic
+    # explains (publication/probe.py)
+    probe_factor: float = 4.0
     drift_factor: float = 10.0  # alarm when the mismatch exceeds this multiple of its floor (publication/sentinel.py)
-    probe_tolerance: float = 1e-3  # largest accepted |log-prob difference| (use about 0.1 for bfloat16)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from common.config import (
     ConfigError,
     Correction,
     Device,
-    DType,
     RewardConfig,
     TransferBackend,
     ValueTarget,
@@ -104,7 +103,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "weights.timeout_s": (0, LONGEST_S, False),
     "weights.probe_tokens": (2, INF, True),
     "weights.drift_factor": (1, INF, True),
-    "weights.probe_tolerance": (0, INF, False),
+    "weights.probe_factor": (1, INF, True),
     "transport.port": (0, 65535, True),
     "transport.heartbeat_s": (0, LONGEST_S, False),
     "transport.heartbeat_timeout_s": (0, LONGEST_S, False),
@@ -225,11 +224,6 @@ def _check_device(config: Config) -> None:
         ranks % replicas != 0,
         f"learner.replicas={replicas} must divide learner.ranks={ranks}",
     )
-    _refuse_if(
-        config.model.dtype is DType.bfloat16 and config.weights.probe_tolerance < 1e-2,
-        f"weights.probe_tolerance={config.weights.probe_tolerance} is finer than model.dtype=bfloat16 "
-        "resolves: set it to about 0.1",
-    )
     advertised = config.transport.advertise_host
     _refuse_if(
         advertised is not None and is_wildcard(advertised),
@@ -277,10 +271,6 @@ def _check_sizes(config: Config) -> None:
         learner.tokens_per_micro_batch < length,
         f"learner.tokens_per_micro_batch={learner.tokens_per_micro_batch} cannot hold one sequence of "
         f"model.max_model_len={length} tokens",
-    )
-    _refuse_if(
-        config.weights.probe_tokens > length,
-        f"weights.probe_tokens={config.weights.probe_tokens} does not fit into model.max_model_len={length}",
     )
     _refuse_if(
         config.task.name != "file" and config.eval.num_prompts > config.task.num_heldout,

@@ -27,7 +27,7 @@ from common.addresses import advertised_host, prefer_interface_of
 from common.config import AdvantageEstimator, Config, Device
 from common.metrics import RunLog, Value
 from common.tasks.dataset import load_dataset
-from common.tasks.tokenizing import load_tokenizer, tokenizing
+from common.tasks.tokenizing import tokenizing
 from common.transport import model_fingerprints
 from common.types import JSON, TrajectoryGroup
 from learner.algorithm.optimised import StateDict
@@ -38,16 +38,15 @@ from learner.leader import Leader, version_gaps
 from learner.networks.export import export_policy
 from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import World, make_mesh, process_group, seed_everything
+from learner.publication.probe import probe_token_ids
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
 from learner.resume import WARMUP, settings, standing
 from learner.rollouts.service import LearnerService, MembersWaiting
 
-__all__ = ["Learner", "main", "make_trainer", "probe_tokens", "tokenizing", "write_endpoint"]
+__all__ = ["Learner", "main", "make_trainer", "tokenizing", "write_endpoint"]
 
 logger = logging.getLogger(__name__)
-
-PROBE_SEED = 20250407
 
 Answer = TypeVar("Answer")
 
@@ -106,6 +105,7 @@ class Learner:
         own = {
             "warmup_steps": self.warmup_steps,
             "mismatch_floor": self.sentinel.floor,
+            "probe": self.publisher.probe.state_dict(),
             "settings": settings(self.config),
         }
         return self.trainer.state_dict() | own
@@ -114,10 +114,13 @@ class Learner:
         if state_dict["settings"][WARMUP] == self.config.algorithm.critic_warmup_steps:  # else it was changed since
             self.warmup_steps = state_dict["warmup_steps"]
         self.sentinel.floor = state_dict["mismatch_floor"]
+        self.publisher.probe.load_state_dict(state_dict["probe"])
         self.trainer.load_state_dict(state_dict)
 
     def _begin(self) -> None:
+        self.publisher.hold(self.version)
         if self.leader is not None:
+            self.leader.service.judge_ready(self.publisher.probe.at_ready())
             self.leader.begin()
         self._publish(self.version)  # finds a broken transfer, or a model that differs, before any work is done
         if self.leader is not None and self.step == 0:
@@ -255,7 +258,7 @@ def main(config: Config) -> int:
             policy = load_policy(config, world.device, mesh)
             trainer = make_trainer(config, policy, world, mesh)
             control = leader.service if leader is not None else None
-            publisher = Publisher(config, policy, control, world.rank, probe_tokens(config))
+            publisher = Publisher(config, policy, control, world.rank, probe_token_ids(config))
             try:
                 with Checkpointer(checkpoints, config.checkpoint.keep, config.checkpoint.in_background) as checkpointer:
                     learner = Learner(config, world, trainer, publisher, checkpointer, leader)
@@ -287,7 +290,7 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
         data.task.train,
         data.token_ids,
         model_fingerprints(config.model.path),
-        probe_tokens(config).tolist(),
+        probe_token_ids(config).tolist(),
         data.task.shares,
     )
     state: JSON = None
@@ -297,13 +300,6 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
     with service, RunLog(config.run_dir, keep_through=resume_step or 0) as log:
         write_endpoint(config.run_dir, service.endpoint)
         yield Leader(config, service, log, data.task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
-
-
-def probe_tokens(config: Config) -> torch.Tensor:
-    """The fixed sequence that actors and learner score after each update: int64 [probe_tokens]."""
-    vocabulary = load_tokenizer(config.model).vocab_size
-    length = min(config.weights.probe_tokens, config.model.max_model_len - 1)
-    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(PROBE_SEED))
 
 
 def write_endpoint(run_dir: Path, endpoint: str) -> None:

@@ -8,7 +8,7 @@ The same module computes both, with its attention exchanged: no second copy of t
 the model is sharded, on the one rank that has read the files, and costs a few passes over the weights.
 
 What it cannot see: an attention window longer than LONGEST_WINDOW, and what only sequences longer than the batch's
-show; what the GPU kernel does; what the engine computes (the probe of learner/publication/publisher.py watches that).
+show; what the GPU kernel does; what the engine computes (learner/publication/probe.py watches that).
 """
 
 from collections.abc import Callable, Iterator
@@ -27,8 +27,7 @@ LENGTHS = (5, 19, 2, 19, 11)
 LONGEST_WINDOW = 256  # tokens; one more sequence crosses a sliding window that is not longer
 SEED = 20250407
 
-# Nats, and shares of the largest hidden state. Rounding gives 1e-6 to 1e-4 in float32, another function 1e-2 and more;
-# it is also what weights.probe_tolerance lets the engine differ by in float32.
+# Nats, and shares of the largest hidden state. Rounding gives 1e-6 to 1e-4 in float32, another function 1e-2 and more.
 TOLERANCE = 1e-3
 
 PackedForward = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,9 +26,12 @@ from common.types import MemberId, WeightsPhase
 from learner.networks.model import Policy
 from learner.publication.buckets import BUCKET_BYTES, Bucket, PolicySource, gather
 from learner.publication.control import ActorControl, Channel, Costs, Deadlines, PublishError
+from learner.publication.probe import Probe, Verdict
 from learner.publication.transfer import Transfer, transfer_for
 
 logger = logging.getLogger(__name__)
+
+_NOBODY: Verdict[MemberId] = Verdict(good=(), refused={}, difference=None, largest=None)
 
 FRUITLESS_ATTEMPTS = 3  # failed attempts in a row after which nobody had to leave: it is no actor's fault then
 
@@ -50,12 +52,19 @@ class Publication:
     members: tuple[MemberId, ...]
     seconds: float
     costs: Costs
-    probe_difference: float  # largest |log-prob difference| over members and probe tokens
+    # Of the probe (learner/publication/probe.py), in nats; None when no actor scored it
+    probe_difference: float | None  # mean over its tokens, of the member where it is largest
+    probe_max: float | None = None  # over members and tokens
+    probe_floor: float | None = None  # the mean that was seen at version 0
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged, those of the actors on rank 0 only."""
-        return {
+        """As they are logged, those of the actors on rank 0 only: what was measured."""
+        probe = {
             "weights/probe_difference": self.probe_difference,
+            "weights/probe_max": self.probe_max,
+            "weights/probe_floor": self.probe_floor,
+        }
+        return {name: value for name, value in probe.items() if value is not None} | {
             "weights/gather_s": self.costs.gather_s,
             "weights/send_s": self.costs.send_s,
             "weights/wait_s": self.costs.wait_s,
@@ -86,15 +95,21 @@ class Publisher:
     _met: tuple[MemberId, ...] = field(default=(), init=False)
     _channel: Channel | None = field(default=None, init=False)
     _sending: Background[None] | None = field(default=None, init=False)
-    # Members of the last publication whose probe agreed, and at which version
-    _agreed: dict[MemberId, int] = field(default_factory=dict, init=False)
-    _version: int | None = field(default=None, init=False)  # the last one that was published
-    _expected: np.ndarray[Any, Any] = field(init=False)  # its probe
+    _version: int | None = field(default=None, init=False)  # the last one that was held
+    probe: Probe = field(init=False)
 
     def __post_init__(self) -> None:
         moves_on = self.config.weights.publish_every > 1 or self.config.staleness.exact
         self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value), keeps=moves_on)
         self._deadlines = Deadlines(self.config.weights.timeout_s)
+        self.probe = Probe(self.config, self.probe_token_ids)
+
+    def hold(self, version: int) -> None:
+        """From now on the policy's present weights are `version`; a collective. A second call for it does nothing."""
+        if version != self._version:
+            self._source.hold()
+            self.probe.measure(self.policy, version)
+            self._version = version
 
     def publish(self, version: int) -> Publication:
         """Brings every member to `version`: the policy's present weights, or, when it is the version that was
@@ -105,18 +120,16 @@ class Publisher:
         blame.
         """
         started, costs = time.monotonic(), Costs()
-        if version != self._version:
-            self._source.hold()
-            self._expected, self._version = self._own_probe(), version
-        members, difference = (), 0.0
-        if self._deliver(version, costs):
-            members, difference = self._finish(version, self._expected)
+        self.hold(version)
+        verdict = self._finish(version) if self._deliver(version, costs) else _NOBODY
         return Publication(
             version=version,
-            members=members,
+            members=verdict.good,
             seconds=time.monotonic() - started,
             costs=costs,
-            probe_difference=difference,
+            probe_difference=verdict.difference,
+            probe_max=verdict.largest,
+            probe_floor=self.probe.floor,
         )
 
     def shutdown(self) -> None:
@@ -221,50 +234,18 @@ class Publisher:
 
     # ---- the probe
 
-    def _finish(self, version: int, expected: np.ndarray[Any, Any]) -> tuple[tuple[MemberId, ...], float]:
-        """Resumes generation and compares every member's probe with the learner's own."""
+    def _finish(self, version: int) -> Verdict[MemberId]:
+        """Resumes generation, and dismisses members whose probe is not the learner's own."""
         if self.control is None or self._channel is None:
-            return (), 0.0
-        weights, members = self.config.weights, self._channel.members
+            return _NOBODY
+        members = self._channel.members
         reports = self.control.command(
-            WeightsPhase.RESUME, version, {actor: {} for actor in members}, weights.timeout_s
+            WeightsPhase.RESUME, version, {actor: {} for actor in members}, self.config.weights.timeout_s
         )
-        differences: dict[MemberId, float] = {}
-        for actor, report in reports.items():
-            if report.error is None and len(report.probe_logprobs) == len(expected):
-                differences[actor] = float(np.abs(report.probe_logprobs - expected).max())
-        good = tuple(actor for actor in members if differences.get(actor, np.inf) <= weights.probe_tolerance)
-        for actor in members:
-            if actor in differences and actor not in good:
-                self.control.quarantine(actor, self._disagreement(actor, version, differences[actor]))
-            elif actor not in good:
-                report = reports.get(actor)
-                problem = "it did not answer" if report is None else report.error or "it scored another sequence"
-                self.control.quarantine(actor, f"no log-probs of the probe after version {version}: {problem}")
-        self._agreed = dict.fromkeys(good, version)
-        return good, max(differences.values(), default=0.0)
-
-    def _disagreement(self, actor: MemberId, version: int, difference: float) -> str:
-        """What it means that a member's probe differs: it computes another function, or lost a tensor on the way."""
-        tolerance = f"(weights.probe_tolerance is {self.config.weights.probe_tolerance:g})"
-        if actor in self._agreed:
-            return (
-                f"its log-probs of the probe agreed with the learner's at version {self._agreed[actor]} and differ by "
-                f"{difference:.3g} nats after version {version} {tolerance}: a tensor was not loaded"
-            )
-        cause = "its engine computes this model otherwise than the learner, or in another dtype"
-        return (
-            f"its log-probs of the probe never agreed with the learner's: they differ by {difference:.3g} nats at "
-            f"version {version}, the first that it was sent {tolerance}: {cause}"
-            + (", or a tensor was not loaded" if version > 0 else "")
-        )
-
-    def _own_probe(self) -> np.ndarray[Any, Any]:
-        """The learner's log-probs of the probe sequence at temperature 1 (a collective): float32 [tokens - 1]."""
-        tokens = self.probe_token_ids
-        with torch.no_grad():
-            logprobs, _ = self.policy(tokens, torch.tensor([0, len(tokens)]), torch.tensor([1]), temperature=1.0)
-        return logprobs.float().cpu().numpy()
+        verdict = self.probe.judge(version, members, reports)
+        for actor, reason in verdict.refused.items():
+            self.control.quarantine(actor, reason)
+        return verdict
 
 
 def _clocked(buckets: Iterator[Bucket | None], costs: Costs) -> Iterator[Bucket | None]:

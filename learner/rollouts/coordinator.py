@@ -164,9 +164,9 @@ class Coordinator:
         """Ready actors that do not hold the current version."""
         return tuple(name for name in self.members() if not self._members[name].is_current(self.version))
 
-    def ready_probes(self) -> dict[str, Float32Array]:
-        """The probe's log-probs that each ready actor reported when it became ready."""
-        return self._members.ready_probes()
+    def folder_probe(self, name: str) -> Float32Array | None:
+        """What a ready actor scored with the model folder's weights, if those are the current version; else None."""
+        return self._members[name].probe_logprobs if self.version == 0 and self.pace.is_folder_version_0 else None
 
     def _revoke(self, member: Member) -> None:
         """Every lease that it holds is void: the prompts return to the front of their queues, in order."""

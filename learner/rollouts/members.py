@@ -74,11 +74,6 @@ class Members:
     def ready(self) -> tuple[str, ...]:
         return tuple(sorted(member.name for member in self if member.presence is Presence.READY))
 
-    def ready_probes(self) -> dict[str, Float32Array]:
-        """Of each ready actor that reported one."""
-        probes = {name: self[name].probe_logprobs for name in self.ready()}
-        return {name: probe for name, probe in probes.items() if probe is not None}
-
     def work(self) -> dict[str, float]:
         """Generated tokens, busy and up seconds, from everybody's last heartbeat."""
         work = dict(self.departed)

@@ -6,7 +6,7 @@ is the actor, an earlier one is told to leave. Used under the lock of learner/ro
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from common.types import (
     Bye,
     CompletedGroup,
     DropReason,
+    Float32Array,
     Heartbeat,
     Hello,
     LearnerMessage,
@@ -78,6 +79,7 @@ class Reception:
         self._commands: dict[int, Command] = {}  # by id, under way
         self._num_commands = 0
         self._stop: Stop | None = None
+        self._judge: Callable[[Float32Array], str | None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,8 +159,21 @@ class Reception:
         if not self._coordinator.is_joining(name):
             self._refuse(identity, "it is ready already", fatal=False)
             return
-        self._coordinator.ready(name, ready.version, ready.probe_logprobs)
         logger.info("actor %s is ready with version %d", name, ready.version)
+        self._coordinator.ready(name, ready.version, ready.probe_logprobs)
+        self._check_folder(name)
+
+    def judge_ready(self, judge: Callable[[Float32Array], str | None]) -> None:
+        """See LearnerService.judge_ready."""
+        self._judge = judge
+        for name in self._coordinator.members():
+            self._check_folder(name)
+
+    def _check_folder(self, name: str) -> None:
+        """Before it gets a lease, if the learner has loaded its own model by then."""
+        probe = self._coordinator.folder_probe(name)
+        if self._judge is not None and probe is not None and (problem := self._judge(probe)) is not None:
+            self.dismiss(name, problem, distrust=True)
 
     def _stranger(self, identity: bytes, message: ActorMessage) -> None:
         """From a process that is no member: it was dismissed, or the learner does not know it (yet)."""

@@ -155,10 +155,11 @@ class LearnerService:
         with self._locked():
             return bool(self._coordinator.waiting_for_weights())
 
-    def ready_probes(self) -> dict[str, Float32Array]:
-        """The probe's log-probs [probe tokens - 1] that each ready actor reported when it became ready."""
+    def judge_ready(self, judge: Callable[[Float32Array], str | None]) -> None:
+        """Dismiss actors for whose probe [probe tokens - 1], scored with the model folder that they loaded, `judge` has
+        a reason: those that are ready now, and all that become ready while the run is at the folder's weights."""
         with self._locked():
-            return self._coordinator.ready_probes()
+            self._reception.judge_ready(judge)
 
     def wait_for_members(self, count: int, timeout_s: float) -> tuple[str, ...]:
         """At least `count` ready actors. Raises TimeoutError."""
