@@ -53,7 +53,8 @@ def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dic
     steps = [row for row in metrics if "time/step_s" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert steps[-1]["version"] == 3
-    assert 0.0 <= steps[-1]["weights/probe_difference"] < 1e-3
+    assert 0.0 <= steps[-1]["weights/probe_difference"] <= steps[-1]["weights/probe_max"] < 1e-3
+    assert 0.0 < steps[-1]["weights/probe_floor"] < 1e-4
     assert metrics[-1]["accuracy/heldout"] is not None
     ledger = rows(tmp_path / "run" / "ledger.jsonl")
     assert len(ledger) == 16

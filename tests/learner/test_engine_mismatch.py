@@ -12,6 +12,7 @@ from learner.algorithm.packing import Batch
 from learner.checkpoint import Checkpointer
 from learner.main import Learner
 from learner.networks.parallel import World
+from learner.publication.control import Costs
 from learner.publication.publisher import Publication
 from tests.learner.algorithm.test_trainer import LENGTHS, TablePolicy, config, make_batch, make_trainer, on_policy
 
@@ -22,9 +23,12 @@ class CopyingPublisher:
     def __init__(self, policy: torch.nn.Module) -> None:
         self.policy, self.engine = policy, TablePolicy()
 
+    def hold(self, version: int) -> None:
+        """Keeps nothing: what it publishes are the present weights."""
+
     def publish(self, version: int) -> Publication:
         self.engine.load_state_dict(self.policy.state_dict())
-        return Publication(version=version, members=(), seconds=0.0, probe_difference=0.0)
+        return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=0.0)
 
 
 class OneRank(Learner):

@@ -32,6 +32,10 @@ def start(config_path: Path, environment: dict[str, str], log: Path) -> ForkServ
 class Announcement(Publisher):
     """Tells the members which version is theirs now, and leaves it at that."""
 
+    def hold(self, version: int) -> None:
+        """The fakes score no probe, and none is expected of them."""
+        self.probe.at_ready = lambda: lambda logprobs: None  # type: ignore[method-assign]
+
     def publish(self, version: int) -> Publication:
         members = self.control.member_ids() if self.control is not None else ()
         if self.control is not None and members:

@@ -19,6 +19,7 @@ from learner.networks.model import Policy
 NO_PROBE = np.empty(0, np.float32)
 
 KILLED, SILENT, FAILS = "killed", "silent", "fails"  # its connections close; it hangs; it reports an error of its own
+FORGETS = "forgets"  # it receives all weights and loads none
 
 
 class Lost(Exception):
@@ -39,7 +40,7 @@ class TransferActor:
 
     def obey(self, phase: WeightsPhase, payload: dict[str, Any]) -> tuple[str | None, bool, Any]:
         """(error, whether it is the collective's, log-probs). Raises Lost."""
-        strikes = self.fault is not None and phase is self.phase and self.received.count(phase) == self.at
+        strikes = self.fault not in (None, FORGETS) and phase is self.phase and self.received.count(phase) == self.at
         self.received.append(phase)
         if strikes and self.fault != SILENT:
             self.receiver.close()
@@ -64,7 +65,8 @@ class TransferActor:
     def _load(self, payload: dict[str, Any]) -> None:
         dtype, weights = getattr(torch, payload["dtype_name"]), self.weights()
         for name, tensor in self.receiver.receive(payload["names"], dtype, payload["shapes"], torch.device("cpu")):
-            weights[name].copy_(tensor)
+            if self.fault != FORGETS:
+                weights[name].copy_(tensor)
 
     @torch.no_grad()
     def _score(self) -> Any:

@@ -107,7 +107,7 @@ def engine_config(path: str, **weights: Any) -> Config:
         model=ModelConfig(path=path, max_model_len=512),
         rollout=RolloutConfig(group_size=4, max_tokens=400),
         actors=ActorsConfig(groups_in_flight=8),
-        weights=WeightsConfig(probe_tokens=24, timeout_s=30.0, **weights),
+        weights=WeightsConfig(timeout_s=30.0, **weights),
     )
 
 

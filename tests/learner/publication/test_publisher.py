@@ -21,12 +21,13 @@ from learner.publication.publisher import FRUITLESS_ATTEMPTS, Publisher
 from learner.publication.transfer import GlooTransfer
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, tiny_run, write_tiny_model
-from tests.support.transfer_actors import FAILS, KILLED, SILENT, LocalActors, TransferActor
+from tests.support.transfer_actors import FAILS, FORGETS, KILLED, SILENT, LocalActors, TransferActor
 
 CPU = torch.device("cpu")
 PROBE = torch.arange(9) % VOCAB
 BUCKET_BYTES = 12_000  # of the tiny model: several buckets
 TIMEOUT_S = 60.0  # not reached where connections close
+METRICS = {f"weights/{n}" for n in ("probe_difference", "probe_max", "probe_floor", "gather_s", "send_s", "wait_s")}
 
 
 def make_run(path: str, ranks: int = 1, timeout_s: float = TIMEOUT_S, **settings: Any) -> Config:
@@ -79,7 +80,7 @@ def test_several_buckets_reach_several_actors_and_the_group_is_kept(path: str) -
     for one in (first, second):
         assert one.received.count(WeightsPhase.INIT) == 1
         assert one.received.count(WeightsPhase.UPDATE) == 3 * num_buckets(path) > 9
-    assert set(publication.metrics()) == {f"weights/{n}" for n in ("probe_difference", "gather_s", "send_s", "wait_s")}
+    assert set(publication.metrics()) == METRICS
     publisher.shutdown()
 
 
@@ -220,6 +221,22 @@ def test_no_copy_is_kept_where_the_policy_cannot_move_on_within_a_version(path: 
     publisher = make_publisher(make_run(path), actors)
     publisher.publish(0)
     assert publisher._source._held is None
+    publisher.shutdown()
+
+
+def test_an_actor_that_loads_nothing_is_dismissed_and_the_publication_says_by_how_much(path: str) -> None:
+    actors = LocalActors()
+    actors.add("loads", 1, actor(path))
+    actors.add("forgets", 2, actor(path, FORGETS))
+    publisher = make_publisher(make_run(path), actors)
+    first = publisher.publish(0)
+    assert len(first.members) == 2 and first.probe_floor == first.probe_difference
+    train(publisher.policy)
+    second = publisher.publish(1)
+    assert second.members == (MemberId("loads", 1),) and second.probe_floor == first.probe_floor
+    assert second.probe_max is not None and second.probe_difference is not None
+    assert second.probe_max > second.probe_difference > publisher.probe.limit
+    assert f"differ by {second.probe_difference:.3g} nats a token after version 1" in actors.dismissed["forgets"]
     publisher.shutdown()
 
 

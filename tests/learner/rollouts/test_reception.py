@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -9,10 +11,12 @@ from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig
 from common.types import (
     Bye,
     Heartbeat,
+    Lease,
     LeaseFailed,
     MemberId,
     Prompt,
     Ready,
+    Refused,
     Stop,
     WeightsPhase,
     WeightsReport,
@@ -101,3 +105,67 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
     for identity in IDENTITIES:
         reception.handle(identity, Bye(error=None), now)
     assert reception.names == ()
+
+
+# ---- the probe that comes with Ready
+
+RIGHT, WRONG = np.array([-1.0], np.float32), np.array([-2.0], np.float32)
+OTHER_MODEL = Refused(reason="its model is another one", fatal=True)
+
+
+def judge(probe: Any) -> str | None:
+    return None if probe[0] == RIGHT[0] else OTHER_MODEL.reason
+
+
+def make_reception() -> tuple[Coordinator, Reception]:
+    config = Config(rollout=RolloutConfig(prompts_per_step=2, group_size=2, max_tokens=8))
+    coordinator = Coordinator(config, PromptStream(PROMPTS, 0), lambda prompt: [1])
+    return coordinator, Reception(config, coordinator, FINGERPRINTS, [1, 2])
+
+
+def become_ready(reception: Reception, **probes: Any) -> None:
+    """By name, which is the identity too."""
+    for name, probe in probes.items():
+        reception.handle(name.encode(), hello(name), 0.0)
+        reception.handle(name.encode(), Ready(version=0, probe_logprobs=probe), 0.0)
+
+
+def sent(coordinator: Coordinator, reception: Reception, name: str) -> list[Any]:
+    """After a turn: leases and refusals that this actor was sent."""
+    coordinator.dispatch(0.0)
+    to_it = [message for identity, message in reception.outgoing() if identity == name.encode()]
+    return [message for message in to_it if isinstance(message, Lease | Refused)]
+
+
+def test_an_actor_with_another_model_is_refused_before_it_gets_a_lease() -> None:
+    coordinator, reception = make_reception()
+    reception.judge_ready(judge)
+    become_ready(reception, wrong=WRONG)
+    assert sent(coordinator, reception, "wrong") == [OTHER_MODEL]
+    become_ready(reception, right=RIGHT)
+    assert any(isinstance(message, Lease) for message in sent(coordinator, reception, "right"))
+    assert coordinator.members() == ("right",)
+
+
+def test_who_was_ready_before_the_learner_is_judged_when_it_has_loaded_and_nothing_of_it_is_trained_on() -> None:
+    coordinator, reception = make_reception()
+    become_ready(reception, wrong=WRONG)
+    lease = sent(coordinator, reception, "wrong")[0]
+    reception.handle(b"wrong", group(lease.lease_id, [0, 0]), 0.0)
+    assert coordinator.stats()["buffered_groups"] == 1
+    reception.judge_ready(judge)
+    assert sent(coordinator, reception, "wrong") == [OTHER_MODEL]
+    assert coordinator.members() == ()
+    assert coordinator.stats()["buffered_groups"] == 0
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_with_other_weights_than_the_folders_an_actor_is_served_first(version: int) -> None:
+    """Later than version 0, or in the middle of it after a resume."""
+    coordinator, reception = make_reception()
+    reception.judge_ready(judge)
+    coordinator.pace.is_folder_version_0 = version > 0
+    coordinator.set_version(version, 1)
+    become_ready(reception, a=WRONG)
+    assert sent(coordinator, reception, "a") == []
+    assert coordinator.waiting_for_weights() == ("a",)
