@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00000030/     complete: the name appears when everything is written (one rename)
         .metadata, __0_0.distcp, ...   tensors, by torch.distributed.checkpoint, each rank its own shards
-        state.json                     step, version and the numbers of the state dict
+        state.json                     step, version, the numbers of the state dict, and which files the tensors are in
         data.bin                       what rank 0 knows besides (coordinator), opaque here
     RUN/checkpoints/incomplete_...     being written, or left by a killed process; never read, removed by
     the next save
@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from common.config import ConfigError
 from common.types import JSON
 from learner.algorithm.optimised import StateDict
 
@@ -142,14 +143,20 @@ class Checkpointer:
         """Rank 0, once every rank has written (its metadata file is written last): publishes by renaming."""
         if not self._is_main:
             return
-        _write_synced(temporary / "state.json", json.dumps(info).encode())
+        pieces = _pieces(temporary)
+        if missing := _missing(temporary, pieces):
+            raise ConfigError(
+                f"checkpoint {temporary} of step {step} lacks {', '.join(missing)}, which other ranks have written: "
+                "runs_dir is not shared between hosts, so put it on a file system of all"
+            )
+        _write_synced(temporary / "state.json", json.dumps(info | {"pieces": pieces}).encode())
         _write_synced(temporary / "data.bin", data)
-        saves = [save for saved, save in _complete_saves(self.directory) if saved == step]
+        saves = [save for saved, save in _saves(self.directory) if saved == step]
         folder = _save_folder(self.directory, step, saves[-1] + 1 if saves else 0)
         temporary.rename(folder)
         logger.info("checkpoint %s is complete", folder)
         kept = complete_steps(self.directory)[-self.keep :]
-        for saved, save in _complete_saves(self.directory):
+        for saved, save in _saves(self.directory):
             old = _save_folder(self.directory, saved, save)
             if saved not in kept or (saved == step and old != folder):
                 shutil.rmtree(old)
@@ -171,8 +178,16 @@ def step_folder(directory: Path, step: int) -> Path:
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints in `directory`, oldest first."""
+    """Steps of the complete checkpoints in `directory`, oldest first. One whose pieces are not all there is none."""
     return sorted({step for step, _ in _complete_saves(directory)})
+
+
+def torn(directory: Path) -> dict[str, list[str]]:
+    """What is missing or too short of checkpoints that were complete once, by name."""
+    missing = {
+        _save_folder(directory, *save): _missing_of(_save_folder(directory, *save)) for save in _saves(directory)
+    }
+    return {folder.name: names for folder, names in missing.items() if names}
 
 
 def _save_folder(directory: Path, step: int, save: int) -> Path:
@@ -181,9 +196,35 @@ def _save_folder(directory: Path, step: int, save: int) -> Path:
 
 
 def _complete_saves(directory: Path) -> list[tuple[int, int]]:
+    """Those of `_saves` that have all their pieces."""
+    return [save for save in _saves(directory) if not _missing_of(_save_folder(directory, *save))]
+
+
+def _saves(directory: Path) -> list[tuple[int, int]]:
     """(step, how many times it had been saved before), in that order."""
     matches = (re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name) for path in directory.glob("step_*"))
     return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
+
+
+def _pieces(folder: Path) -> dict[str, int]:
+    """The files that hold the tensors, and how many bytes of each are used: what all ranks say that they wrote."""
+    pieces: dict[str, int] = {}
+    for place in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
+        pieces[place.relative_path] = max(pieces.get(place.relative_path, 0), place.offset + place.length)
+    return pieces
+
+
+def _missing_of(folder: Path) -> list[str]:
+    """Names of the pieces that a checkpoint lacks."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return ["state.json"]
+    return _missing(folder, json.loads(state.read_text()).get("pieces", {".metadata": 0}))
+
+
+def _missing(folder: Path, pieces: Mapping[str, int]) -> list[str]:
+    files = {name: folder / name for name in pieces}
+    return [name for name, file in files.items() if not file.is_file() or file.stat().st_size < pieces[name]]
 
 
 def load_parameters(folder: Path, prefix: str, network: nn.Module) -> None:

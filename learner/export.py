@@ -57,6 +57,13 @@ def with_tying(config: Config) -> Config:
     Learner and engines then read one folder that says what it is. An engine that is merely told to tie a model which
     has an output layer of its own keeps that layer.
     """
-    out = config.run_dir / "model"
-    export_policy(load_policy(config, CPU, None), config.model.path, out)
-    return replace(config, model=replace(config.model, path=str(out), tie_word_embeddings=None))
+    settled = tying_settled(config)
+    export_policy(load_policy(config, CPU, None), config.model.path, settled.model.path)
+    return settled
+
+
+def tying_settled(config: Config) -> Config:
+    """What `with_tying` returns, without the folder. The same object when nothing is asked for."""
+    if config.model.tie_word_embeddings is None:
+        return config
+    return replace(config, model=replace(config.model, path=str(config.run_dir / "model"), tie_word_embeddings=None))

@@ -34,6 +34,7 @@ from learner.algorithm.optimised import StateDict
 from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer, step_folder
+from learner.export import tying_settled
 from learner.leader import Leader, version_gaps
 from learner.networks.export import export_policy
 from learner.networks.model import Policy, load_critic, load_policy
@@ -41,8 +42,9 @@ from learner.networks.parallel import World, make_mesh, process_group, seed_ever
 from learner.publication.probe import probe_token_ids
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
-from learner.resume import WARMUP, settings, standing
+from learner.resume import WARMUP, settings
 from learner.rollouts.service import LearnerService, MembersWaiting
+from learner.rundir import agreed_standing, settle
 
 __all__ = ["Learner", "main", "make_trainer", "tokenizing", "write_endpoint"]
 
@@ -243,15 +245,16 @@ def main(config: Config) -> int:
 
     Returns the exit code; a failure is raised. A run that is complete is left as it is.
     """
-    stands = standing(config)
-    if stands is not None and stands.is_complete:
-        logger.info("%s is complete: nothing is left to do", config.run_dir)
-        return 0
-    resume_step = None if stands is None else stands.step
-    checkpoints = config.run_dir / "checkpoints"
     if config.device is Device.cuda and int(os.environ.get("RANK", "0")) == 0:
         prefer_interface_of(advertised_host(config.transport))
     with process_group(config.device, config.learner.batch_timeout_s + config.actors.start_timeout_s) as world:
+        stands = agreed_standing(tying_settled(config), world)
+        if stands is not None and stands.is_complete:
+            logger.info("%s is complete: nothing is left to do", config.run_dir)
+            return 0
+        config = settle(config, world)
+        resume_step = None if stands is None else stands.step
+        checkpoints = config.run_dir / "checkpoints"
         seed_everything(config.seed)
         mesh = make_mesh(config)
         with _leader(config, world, resume_step) as leader:

@@ -1,13 +1,16 @@
 """Where a run stands, from its files alone, and whether it can go on with the settings that it is given."""
 
 import json
+import logging
 import operator
 from dataclasses import dataclass
 
 from common.config import Config, ConfigError
 from common.metrics import read_jsonl
 from common.types import JSON
-from learner.checkpoint import complete_steps, step_folder
+from learner.checkpoint import complete_steps, step_folder, torn
+
+logger = logging.getLogger(__name__)
 
 WARMUP = "algorithm.critic_warmup_steps"
 # What a run is: with another one of these it would be another run. All else may change at a resume.
@@ -43,6 +46,15 @@ def standing(config: Config) -> Standing | None:
     """
     checkpoints = config.run_dir / "checkpoints"
     step = max(complete_steps(checkpoints), default=None)
+    incomplete = torn(checkpoints)
+    for name, pieces in incomplete.items():
+        logger.warning("checkpoint %s lacks %s: it is left out", checkpoints / name, ", ".join(pieces))
+    if step is None and incomplete:
+        name, pieces = next(iter(incomplete.items()))
+        raise ConfigError(
+            f"no checkpoint in {checkpoints} is complete, {name} lacks {', '.join(pieces)}: bring these files there, "
+            "or begin anew with another name=..."
+        )
     if step is None:
         return None
     folder = step_folder(checkpoints, step)

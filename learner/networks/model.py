@@ -31,7 +31,7 @@ from common.config import Config, ConfigError, Device, DType
 from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
-from learner.networks.parallel import refusals_of_rank_0
+from learner.networks.parallel import refusals_of_any_rank
 from learner.networks.pretrained import as_stored, load_causal_lm, load_value_model, read_config, stored_names
 from learner.networks.reference import check_hidden_states, check_logprobs
 
@@ -164,7 +164,7 @@ class Critic(nn.Module):
 def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:
     """The policy of model.path, ready to train. Raises ConfigError for a folder that cannot be trained."""
     path, reads, trust = config.model.path, _reads_weights(mesh), config.model.trust_remote_code
-    with refusals_of_rank_0(mesh):
+    with refusals_of_any_rank(mesh is None):
         model = load_causal_lm(path, config.model.tie_word_embeddings, reads, trust)
         policy = Policy(model, config.learner.logprob_chunk_tokens)
         _set_to_train(policy, model, config)
@@ -178,7 +178,7 @@ def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     """The critic: from model.critic_path, else a copy of the policy's backbone under a zero head."""
     path, reads = config.model.critic_path or config.model.path, _reads_weights(mesh)
     trust = config.model.trust_remote_code
-    with refusals_of_rank_0(mesh):
+    with refusals_of_any_rank(mesh is None):
         if config.model.critic_path is None:
             backbone, head = load_causal_lm(path, None, reads, trust).base_model, None
         else:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.config import Config, ConfigError, Device, DType
 
-REFUSAL_BYTES = 2048  # of the sentence in which rank 0 refuses a model; what is longer is cut off
+REFUSAL_BYTES = 2048  # of a rank's refusal; what is longer is cut off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +89,28 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def refusals_of_rank_0(mesh: DeviceMesh | None) -> Iterator[None]:
-    """What rank 0 refuses inside (a ConfigError), every rank refuses in the same words; a collective with a mesh.
+def refusals_of_any_rank(is_alone: bool) -> Iterator[None]:
+    """What one rank refuses inside (a ConfigError), every rank refuses in the same words; a collective unless alone.
 
-    Otherwise the others would wait for rank 0 in their next collective, and whose end the user sees would be chance.
+    Otherwise the others would wait for it in their next collective, and whose end the user sees would be chance. Of
+    several refusals the lowest rank's counts.
     """
     refusal: ConfigError | None = None
     try:
         yield
     except ConfigError as error:
-        if mesh is None or dist.get_rank() != 0:
+        if is_alone:
             raise
         refusal = error
-    if mesh is None:
+    if is_alone:
         return
-    sentence = torch.zeros(REFUSAL_BYTES, dtype=torch.uint8)
+    mine = torch.zeros(REFUSAL_BYTES, dtype=torch.uint8)
     if refusal is not None:
         words = torch.tensor(list(str(refusal).encode()[:REFUSAL_BYTES]), dtype=torch.uint8)
-        sentence[: len(words)] = words
-    dist.broadcast(sentence, 0)
-    text = bytes(sentence.tolist()).rstrip(b"\0").decode(errors="replace")
-    if text:
-        raise refusal or ConfigError(text)
+        mine[: len(words)] = words
+    sentences = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(sentences, mine)
+    texts = [bytes(sentence.tolist()).rstrip(b"\0").decode(errors="replace") for sentence in sentences]
+    if any(texts):
+        text = next(filter(None, texts))
+        raise refusal if refusal is not None and str(refusal) == text else ConfigError(text)
