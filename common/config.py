@@ -82,6 +82,14 @@ class TransferBackend(StrEnum):
     nccl = "nccl"
 
 
+class Offload(StrEnum):
+    """What of the learner rests in host memory. The numbers are the same."""
+
+    none = "none"
+    optimizer = "optimizer"  # AdamW's moments, which come over for each update: 8 bytes a parameter less on the device
+    all = "all"  # parameters, gradients and moments; every layer is copied to the device for every micro-batch (FSDP)
+
+
 class OnBadRow(StrEnum):
     """What happens when a row of the data cannot be used (common/tasks/rows.py lists why)."""
 
@@ -217,8 +225,8 @@ class LearnerConfig:
     mini_batches: int = 4  # optimizer steps per step
     tokens_per_micro_batch: int = 16384  # packed prompt + response tokens of one forward pass on one rank
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
-    activation_checkpointing: bool = False
-    offload_optimizer: bool = False  # keep optimizer state in host memory
+    activation_checkpointing: int = 0  # every n-th layer keeps its input only: 1 all layers, 2 every other; 0 none
+    offload: Offload = Offload.none
     batch_timeout_s: float = 600.0  # longest wait for a batch
     policy: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))

@@ -18,6 +18,7 @@ from common.config import (
     ConfigError,
     Correction,
     Device,
+    Offload,
     RewardConfig,
     TransferBackend,
     ValueTarget,
@@ -79,6 +80,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "learner.mini_batches": (1, INF, True),
     "learner.tokens_per_micro_batch": (1, INF, True),
     "learner.logprob_chunk_tokens": (1, INF, True),
+    "learner.activation_checkpointing": (0, INF, True),
     "learner.batch_timeout_s": (0, LONGEST_S, False),
     **{
         f"learner.{role}.{name}": bounds
@@ -229,6 +231,11 @@ def _check_device(config: Config) -> None:
         advertised is not None and is_wildcard(advertised),
         f"transport.advertise_host={advertised} is no address that an actor could connect to: name one of this "
         "machine, or leave it to transport.host",
+    )
+    _refuse_if(
+        config.learner.offload is not Offload.none and config.device is Device.cpu,
+        f"learner.offload={config.learner.offload} has no effect with device=cpu, where everything is in host memory: "
+        "leave it out",
     )
     beat, silence = config.transport.heartbeat_s, config.transport.heartbeat_timeout_s
     _refuse_if(

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common.config import OptimizerConfig, Schedule
+from learner.algorithm.offload import HostAdamW
 
 StateDict = dict[str, Any]  # nested; leaves are tensors, DTensors or JSON values
 
@@ -26,14 +27,16 @@ class Optimised:
     finite is skipped, and does not count as one.
     """
 
-    def __init__(self, name: str, network: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(
+        self, name: str, network: nn.Module, config: OptimizerConfig, *, has_state_on_host: bool = False
+    ) -> None:
         """`name` is what errors and metrics call the network."""
         self.name, self.network, self.config = name, network, config
         self.total_updates = 0  # of the whole run, as far as is known; only a schedule needs it
         self.num_updates = 0
         self.num_skipped = 0  # in all
         self.skipped_in_a_row = 0  # since the last update
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = (HostAdamW if has_state_on_host else torch.optim.AdamW)(
             network.parameters(),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),

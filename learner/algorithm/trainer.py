@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.config import AdvantageEstimator, Config, Device, OverAge
+from common.config import AdvantageEstimator, Config, Device, Offload, OverAge
 from learner.algorithm import diagnostics, losses
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
@@ -59,8 +59,11 @@ class Trainer:
         if (algorithm.kl_weight > 0.0) != (reference is not None):
             raise ValueError(f"algorithm.kl_weight={algorithm.kl_weight}: a reference policy goes with a positive one")
         self.config, self.rank, self.world = config, rank, world
-        self.policy = Optimised("policy", policy, config.learner.policy)
-        self.critic = None if critic is None else Optimised("critic", critic, config.learner.critic)
+        on_host = config.learner.offload is Offload.optimizer
+        self.policy = Optimised("policy", policy, config.learner.policy, has_state_on_host=on_host)
+        self.critic = None
+        if critic is not None:
+            self.critic = Optimised("critic", critic, config.learner.critic, has_state_on_host=on_host)
         self.reference = reference
         self.num_steps = 0  # taken so far, warm-up included; seeds the shuffling
         self.num_policy_steps = 0  # those after the warm-up

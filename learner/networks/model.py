@@ -1,9 +1,9 @@
 """The two networks of the learner: a policy (any Hugging Face causal language model) and a separate critic.
 
 Both are called through forward, on packed streams (learner/algorithm/packing.py), so that FSDP2's hooks run. With a
-mesh every decoder layer and the root are sharded by `fully_shard`: float32 master weights and reductions,
-compute in model.dtype, gradients SUMMED over ranks (losses are already divided by global counts). Without a
-mesh they are plain modules; see learner/networks/parallel.py for when.
+mesh every decoder layer, the embedding, the output layer and the root are sharded by `fully_shard`: float32 master
+weights and reductions, compute in model.dtype, gradients SUMMED over ranks (losses are already divided by global
+counts). Without a mesh they are plain modules; see learner/networks/parallel.py for when.
 
 An empty micro-batch runs on one dummy sequence and returns empty tensors that still reach every parameter:
 call backward on a SUM over them and the same collectives run with zero gradients.
@@ -11,7 +11,8 @@ call backward on a SUM over them and the same collectives run with zero gradient
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,13 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.config import Config, ConfigError, Device, DType
+from common.config import Config, ConfigError, Device, DType, Offload
 from learner.algorithm.packing import prediction_positions
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
@@ -56,6 +59,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        head = model.get_output_embeddings()
+        head.token_logprobs = MethodType(_head_logprobs, head)
         self._stored = {name: _stored_specs(model, name, p) for name, p in model.named_parameters()}
 
     @property
@@ -74,19 +79,16 @@ class Policy(nn.Module):
 
         Inputs may live on the CPU. The entropy is None unless `with_entropy`; it carries a gradient.
         """
-        is_empty = len(prompt_lengths_B) == 0
         token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
-        logprobs_T, entropy_T = token_logprobs(
+        logprobs_T, entropy_T = self.model.get_output_embeddings().token_logprobs(
             hidden_TD,
-            self.model.get_output_embeddings().weight,
             token_ids_S[positions_T + 1],
             temperature=temperature,
             chunk_tokens=self.chunk_tokens,
             with_entropy=with_entropy,
         )
-        if not is_empty:
-            return logprobs_T, entropy_T
-        return _emptied(logprobs_T), None if entropy_T is None else _emptied(entropy_T)
+        outputs = _outputs if len(prompt_lengths_B) else _emptied
+        return outputs(logprobs_T), None if entropy_T is None else outputs(entropy_T)
 
     def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""
@@ -144,9 +146,7 @@ class Critic(nn.Module):
         """
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
         values_T = self.head(hidden_TD)
-        # A copy either way: if the head's output were the critic's on ranks with work only, FSDP's hooks on the two
-        # would fire, and gather, in another order there than on the ranks without.
-        return values_T.clone() if len(prompt_lengths_B) else _emptied(values_T)
+        return _outputs(values_T) if len(prompt_lengths_B) else _emptied(values_T)
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters as they are (sharded or not) under the names of transformers' sequence classification."""
@@ -218,6 +218,19 @@ def _full_tensors(
         yield name, full_tensor(parameter, shard.detach().to(dtype or shard.dtype))
 
 
+def _head_logprobs(
+    head: nn.Linear, hidden_TD: Tensor, targets_T: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` as a method of the output layer, around which FSDP gathers the layer's own weight."""
+    return token_logprobs(hidden_TD, head.weight, targets_T, **settings)
+
+
+def _outputs(head_T: Tensor) -> Tensor:
+    """A copy of the head's output. If it were the network's on ranks with work only, FSDP's hooks on the two would
+    fire, and gather, in another order there than on the ranks without."""
+    return head_T.clone()
+
+
 def _emptied(dummy_T: Tensor) -> Tensor:
     """No elements, but still a function of every parameter. A copy: FSDP2 mistrusts views as outputs."""
     return dummy_T[:0].clone()
@@ -227,8 +240,7 @@ def _run(
     backbone: nn.Module, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token ids, hidden states [T, D], positions_T) on the device; of a dummy sequence when empty."""
-    # Where it computes, offloaded or not: the root's hook has gathered its own parameters, and the embedding is first.
-    device = next(backbone.parameters()).device
+    device = _device_of(backbone)
     if len(prompt_lengths_B) == 0:
         token_ids_S = token_ids_S.new_zeros(DUMMY_LENGTH)
         cu_seqlens_B1 = cu_seqlens_B1.new_tensor([0, DUMMY_LENGTH])
@@ -243,6 +255,12 @@ def _run(
         packing=packing,
     )
     return token_ids_S, output.last_hidden_state[0].index_select(0, positions_T), positions_T
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    """Where it computes, offloaded or not."""
+    parameter = next(network.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
 def _reads_weights(mesh: DeviceMesh | None) -> bool:
@@ -278,8 +296,21 @@ def _set_to_train(network: nn.Module, hf_model: PreTrainedModel, config: Config)
             if "dropout" in name and isinstance(value, float):  # a probability for torch.nn.functional.dropout
                 setattr(module, name, 0.0)
     if config.learner.activation_checkpointing:
-        hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_every(config.learner.activation_checkpointing, hf_model)
     network.train()
+
+
+def _checkpoint_every(n: int, hf_model: PreTrainedModel) -> None:
+    """The last of every n decoder layers keeps only its input and is computed again in backward."""
+    hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if n > 1 and not layers:
+        raise ConfigError(
+            f"learner.activation_checkpointing={n}: {type(hf_model).__name__} checkpoints all of its layers or none, "
+            "set 1 or 0"
+        )
+    for i, layer in enumerate(layers, start=1):
+        layer.gradient_checkpointing = i % n == 0
 
 
 def _place(
@@ -297,11 +328,12 @@ def _place(
 def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> None:
     compute = torch.bfloat16 if config.model.dtype is DType.bfloat16 else torch.float32
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    # Offloading keeps the sharded master weights, their gradients and the optimizer state in host memory.
-    offloads = config.learner.offload_optimizer and config.device is Device.cuda
-    offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
-    for layer in _decoder_layers(hf_model):
-        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    is_offloaded = config.learner.offload is Offload.all  # pinned for the copies to a GPU
+    offload = CPUOffloadPolicy(pin_memory=config.device is Device.cuda) if is_offloaded else OffloadPolicy()
+    for module in (*_decoder_layers(hf_model), *_tables(hf_model)):
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        if hasattr(module, "token_logprobs"):
+            register_fsdp_forward_method(module, "token_logprobs")
     if isinstance(network, Critic):
         whole = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         fully_shard(network.head, mesh=mesh, mp_policy=whole, offload_policy=offload)
@@ -312,6 +344,15 @@ def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _tables(hf_model: PreTrainedModel) -> list[nn.Module]:
+    """Embedding and output layer, gathered only while they compute; none when they are one, which the root then has
+    gathered from the first layer to the last."""
+    embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
+    if head is None:
+        return [embedding]
+    return [] if head.weight is embedding.weight else [embedding, head]
 
 
 def _decoder_layers(hf_model: PreTrainedModel) -> list[nn.Module]:

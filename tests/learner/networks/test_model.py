@@ -35,6 +35,7 @@ from tests.support.tiny_models import (
     naive_logprobs,
     packed,
     pick,
+    tiny_config,
     tiny_run,
     write_tiny_mixture,
     write_tiny_model,
@@ -185,14 +186,22 @@ def test_an_empty_micro_batch_gives_zero_gradients_everywhere(tmp_path: Path) ->
         assert not parameter.grad.any()
 
 
-def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
-    path, inputs = write_tiny_model(tmp_path), packed(LENGTHS)
-    grads = []
-    for is_on in (False, True):
-        policy = load_policy(tiny_run(path, activation_checkpointing=is_on), CPU, None)
-        policy(*inputs, 1.0)[0].sum().backward()
+def test_activation_checkpointing_of_some_layers_or_all_changes_no_bit_and_keeps_less(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(tiny_config(num_layers=4)).save_pretrained(tmp_path)
+    inputs, grads, kept = packed(LENGTHS), [], {}
+    for n in (0, 1, 2, 3):
+        policy = load_policy(tiny_run(str(tmp_path), activation_checkpointing=n), CPU, None)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            loss = policy(*inputs, 1.0)[0].sum()
+        kept[n] = sum(sizes)
+        loss.backward()
         grads.append([p.grad for p in policy.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(p.grad, q) for same in grads for p, q in zip(policy.parameters(), same, strict=True))
+    assert kept[1] < kept[2] < kept[3] < kept[0]  # four, two, one and no layers keep their input only
 
 
 @pytest.mark.parametrize("takes_groups", [True, False])
@@ -418,7 +427,9 @@ def _compare_with_one_rank(rank: int, config: Config, folder: Path) -> None:
 def test_two_ranks_equal_one_rank_also_with_nothing_to_do(
     tmp_path: Path, is_tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_run(write_tiny_model(tmp_path / "base", is_tied=is_tied), activation_checkpointing=is_tied, ranks=2)
+    config = tiny_run(
+        write_tiny_model(tmp_path / "base", is_tied=is_tied), activation_checkpointing=int(is_tied), ranks=2
+    )
     _set_rendezvous(monkeypatch)
     run_two_ranks(_compare_with_one_rank, config, tmp_path)
 
