@@ -226,6 +226,7 @@ class LearnerConfig:
     tokens_per_micro_batch: int = 16384  # packed prompt + response tokens of one forward pass on one rank
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
     activation_checkpointing: int = 0  # every n-th layer keeps its input only: 1 all layers, 2 every other; 0 none
+    compile: bool = False  # torch.compile of each decoder layer; on CPUs needs a C++ compiler. Not run on a GPU by us
     offload: Offload = Offload.none
     batch_timeout_s: float = 600.0  # longest wait for a batch
     policy: OptimizerConfig = field(default_factory=OptimizerConfig)

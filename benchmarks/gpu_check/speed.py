@@ -60,7 +60,10 @@ class Variant:
 
     def learner(self, config: Config, micro_batch: int) -> Config:
         estimator = AdvantageEstimator.gae if self.has_critic else AdvantageEstimator.grpo
-        settings = {"tokens_per_micro_batch": micro_batch, "activation_checkpointing": self.checkpoints_activations}
+        settings = {
+            "tokens_per_micro_batch": micro_batch,
+            "activation_checkpointing": int(self.checkpoints_activations),
+        }
         return replace(
             config,
             algorithm=replace(config.algorithm, advantage=estimator),

@@ -253,4 +253,5 @@ def _keywords(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-AttentionInterface.register(IMPLEMENTATION, packed_attention)
+# A compiled layer (learner.compile) calls it as it is: where sequences end is not for a compiler to trace.
+AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(packed_attention))

@@ -9,6 +9,8 @@ An empty micro-batch runs on one dummy sequence and returns empty tensors that s
 call backward on a SUM over them and the same collectives run with zero gradients.
 """
 
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -300,6 +302,19 @@ def _set_to_train(network: nn.Module, hf_model: PreTrainedModel, config: Config)
     network.train()
 
 
+def _compile_layers(hf_model: PreTrainedModel, device: torch.device) -> None:
+    """Each by itself, when it runs for the first time, so that FSDP and checkpointing are outside of what is compiled.
+    The number of tokens changes with every micro-batch: compiled once for all of them."""
+    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"learner.compile=true needs a C++ compiler on CPUs, but {compiler} was not found: install it, set CXX to "
+            "another one, or leave learner.compile out"
+        )
+    for layer in _decoder_layers(hf_model):
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
+
+
 def _checkpoint_every(n: int, hf_model: PreTrainedModel) -> None:
     """The last of every n decoder layers keeps only its input and is computed again in backward."""
     hf_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -317,6 +332,8 @@ def _place(
     network: Network, hf_model: PreTrainedModel, config: Config, device: torch.device, mesh: DeviceMesh | None
 ) -> Network:
     """Sharded over `mesh`, or moved to `device`."""
+    if config.learner.compile:
+        _compile_layers(hf_model, device)
     if mesh is None:
         return network.to(device)
     full = {name: p.detach() for name, p in network.named_parameters()} if dist.get_rank() == 0 else {}

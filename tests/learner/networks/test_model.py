@@ -1,10 +1,12 @@
 """The learner's networks: packed attention, chunked log-probs, tied and untied heads, export, sharding."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,32 @@ def test_activation_checkpointing_of_some_layers_or_all_changes_no_bit_and_keeps
         grads.append([p.grad for p in policy.parameters()])
     assert all(torch.equal(p.grad, q) for same in grads for p, q in zip(policy.parameters(), same, strict=True))
     assert kept[1] < kept[2] < kept[3] < kept[0]  # four, two, one and no layers keep their input only
+
+
+def test_compiled_layers_compute_the_same_for_any_number_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as for a GPU, without the code generator, which would need a C++ compiler here."""
+    path = write_tiny_model(tmp_path)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setenv("CXX", sys.executable)  # it is not asked for anything
+    settings = {"activation_checkpointing": 2}
+    plain, compiled = (load_policy(tiny_run(path, compile=is_on, **settings), CPU, None) for is_on in (False, True))
+    torch.compiler.reset()
+    for lengths in (LENGTHS, LENGTHS[:4], [11]):
+        for policy in (plain, compiled):
+            policy.zero_grad()
+            policy(*packed(lengths), 1.0)[0].sum().backward()
+        for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 8  # parts of a layer, with and without gradients; not one for each length and layer
+
+
+def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"learner\.compile=true needs a C\+\+ compiler .* no-such-compiler"):
+        policy_of(tmp_path, compile=True)
 
 
 @pytest.mark.parametrize("takes_groups", [True, False])
