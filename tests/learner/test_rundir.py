@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from common.config import Config, ConfigError, Device
 from common.loading import load_config, read_config, save_config
@@ -18,7 +17,9 @@ from learner.networks.parallel import World, process_group, refusals_of_any_rank
 from learner.resume import Standing
 from learner.rundir import agreed_standing, settle
 from tests.learner.test_resume import begun, configured
+from tests.support.ranks import run_two_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -71,7 +72,7 @@ def test_two_ranks_resume_where_rank_0_says_and_refuse_together_what_one_of_them
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     configs = configured(tmp_path / "own"), configured(tmp_path / "shared")
-    mp.spawn(_ranks_that_see_different_folders, (*configs, tmp_path), nprocs=2)
+    run_two_ranks(_ranks_that_see_different_folders, *configs, tmp_path)
     said = [(tmp_path / f"said {rank}").read_text() for rank in (0, 1)]
     assert said[0] == said[1]
     unseen, changed, elsewhere = said[0].splitlines()
