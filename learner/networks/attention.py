@@ -253,5 +253,10 @@ def _keywords(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-# A compiled layer (learner.compile) calls it as it is: where sequences end is not for a compiler to trace.
-AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(packed_attention))
+def hide_from_compiler() -> None:
+    """Compiled layers call packed attention as it is: where sequences end is not for a compiler to trace. Not done
+    before it is asked for, because it imports the compiler."""
+    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(packed_attention))
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -34,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config import Config, ConfigError, Device, DType, Offload
 from learner.algorithm.packing import prediction_positions
-from learner.networks.attention import Packing
+from learner.networks.attention import Packing, hide_from_compiler
 from learner.networks.logprobs import token_logprobs
 from learner.networks.parallel import refusals_of_any_rank
 from learner.networks.pretrained import as_stored, load_causal_lm, load_value_model, read_config, stored_names
@@ -311,6 +311,7 @@ def _compile_layers(hf_model: PreTrainedModel, device: torch.device) -> None:
             f"learner.compile=true needs a C++ compiler on CPUs, but {compiler} was not found: install it, set CXX to "
             "another one, or leave learner.compile out"
         )
+    hide_from_compiler()
     for layer in _decoder_layers(hf_model):
         layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
 
