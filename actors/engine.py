@@ -281,7 +281,7 @@ def _build(config: Config) -> Any:
         enforce_eager=config.actors.enforce_eager,
         tensor_parallel_size=config.actors.tensor_parallel_size,
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=TRANSFER_ENGINE.format(config.weights.backend)),
+        weight_transfer_config=WeightTransferConfig(backend=TRANSFER_ENGINE.format(config.transfer_backend)),
         worker_extension_cls="actors.weights.TransferWorker",
         generation_config="vllm",
         seed=config.seed,

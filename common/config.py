@@ -77,9 +77,21 @@ class KVCache(StrEnum):
     recompute = "recompute"
 
 
+class Placement(StrEnum):
+    """Where actors that `train` starts live, with device=cuda."""
+
+    auto = "auto"  # shared where fewer GPUs are visible than the roles need, else separate
+    shared = "shared"  # on the learner's GPUs; weights are read in place
+    separate = "separate"  # on GPUs of their own
+
+
 class TransferBackend(StrEnum):
-    gloo = "gloo"
-    nccl = "nccl"
+    """How weights travel to the engines (see learner/publication/transfer.py)."""
+
+    auto = "auto"  # the one that fits device and placement; nothing else works with them
+    gloo = "gloo"  # device=cpu
+    ipc = "ipc"  # actors.placement=shared
+    nccl = "nccl"  # actors.placement=separate
 
 
 class Offload(StrEnum):
@@ -237,7 +249,13 @@ class LearnerConfig:
 class ActorsConfig:
     count: int = 1  # actors that `train` starts here; more may connect from elsewhere at any time
     groups_in_flight: int = 16  # leases that one actor holds at once
-    gpu_memory_utilization: float = 0.3  # fraction of device memory (of RAM on CPUs) for the engine
+    placement: Placement = Placement.auto  # device=cuda; `auto` of roles that are started alone is separate
+    # Fraction of the device's whole memory (of RAM on CPUs) for the engine, without its CUDA context. None: what the
+    # learner leaves of a shared GPU (common/memory.py), 0.9 of one of its own, 0.3 on CPUs
+    gpu_memory_utilization: float | None = None
+    # placement=shared: the engine gives its memory back while the learner trains, and generation waits; needs
+    # staleness.max_staleness=0
+    sleep_while_training: bool = False
     cpu_kv_cache_gib: int = 1  # key-value cache of the CPU engine
     enforce_eager: bool = True  # skip compilation: faster start, same speed for small models on CPUs
     tensor_parallel_size: int = 1
@@ -247,7 +265,7 @@ class ActorsConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    backend: TransferBackend = TransferBackend.gloo  # gloo for cpu, nccl for cuda
+    backend: TransferBackend = TransferBackend.auto
     publish_every: int = 1  # policy steps per published version
     kv_cache: KVCache = KVCache.keep
     timeout_s: float = 60.0  # of each phase of a publication, and of each bucket of weights on its way
@@ -310,3 +328,15 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether learner and actors live on the same GPUs."""
+        return self.device is Device.cuda and self.actors.placement is Placement.shared
+
+    @property
+    def transfer_backend(self) -> TransferBackend:
+        """How weights travel: what device and placement leave as the only choice."""
+        if self.device is Device.cpu:
+            return TransferBackend.gloo
+        return TransferBackend.ipc if self.is_shared else TransferBackend.nccl

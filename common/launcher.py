@@ -17,15 +17,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from common import placement
 from common.config import Config, ConfigError, Device
 from common.loading import save_config
+from common.placement import visible_gpus
 from common.processes import ChildSpec, Outcome, Supervisor, deal_cores, last_error
 from common.processtree import child_setup
 
@@ -63,7 +65,9 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
         refuse_earlier(config, earlier)
-        specs = learner_specs(config, port) + actor_specs(config)  # refuses too few GPUs, before anything is deleted
+        gpus = visible_gpus() if config.device is Device.cuda else []
+        config = placement.settle(config, gpus)  # refuses what has no room, before anything is deleted
+        specs = role_specs(config, port, [gpu.name for gpu in gpus])
         with TemporaryDirectory(prefix=f".{config.name}.", dir=config.runs_dir) as staging:
             is_resumed = earlier is EarlierRun.RESUME
             data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
@@ -177,6 +181,14 @@ def reserve_port() -> Iterator[int]:
         yield int(holder.getsockname()[1])
 
 
+def role_specs(config: Config, port: int, gpus: Sequence[str] = ()) -> list[ChildSpec]:
+    """Learner ranks and actors, on the GPUs of these names. Raises ConfigError when those are too few."""
+    devices = placement.assign(config, gpus)
+    specs = learner_specs(config, port)
+    specs = [with_gpus(spec, devices.learner) for spec in specs]
+    return specs + [with_gpus(spec, own) for spec, own in zip(actor_specs(config), devices.actors, strict=True)]
+
+
 def learner_specs(config: Config, port: int) -> list[ChildSpec]:
     """One process per rank, with the environment that torchrun would give it."""
     ranks = config.learner.ranks
@@ -204,18 +216,22 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 def actor_specs(config: Config) -> list[ChildSpec]:
     """The actors that `train` starts; they read the learner's address from RUN/endpoint."""
     run_dir, actors = config.run_dir, config.actors
-    devices = _actor_devices(config)
     connect = ("--connect", f"file:{run_dir / 'endpoint'}", "-c", str(run_dir / "config.yaml"))
     return [
         ChildSpec(
             name=f"actor-{i}",
             command=(sys.executable, str(RUN_PY), "actor", *connect, "--name", f"actor-{i}"),
-            environment=QUIET_ENVIRONMENT | devices[i],
+            environment=QUIET_ENVIRONMENT,
             restarts=actors.restarts,
             start_timeout_s=actors.start_timeout_s,
         )
         for i in range(actors.count)
     ]
+
+
+def with_gpus(spec: ChildSpec, names: str) -> ChildSpec:
+    """`spec` confined to the GPUs of these names; as it is where there are none."""
+    return replace(spec, environment={**spec.environment, "CUDA_VISIBLE_DEVICES": names}) if names else spec
 
 
 def with_cores(spec: ChildSpec, cores: tuple[int, ...]) -> ChildSpec:
@@ -255,32 +271,3 @@ def _allowed_cores(config: Config) -> list[int]:
     if forbidden:
         raise ConfigError(f"cores={config.cores} holds {forbidden}, but this process may only use {allowed}")
     return list(config.cores)
-
-
-def _actor_devices(config: Config) -> list[dict[str, str]]:
-    """CUDA_VISIBLE_DEVICES of each actor: the devices after the learner's, which uses the first ones."""
-    count, width = config.actors.count, config.actors.tensor_parallel_size
-    if config.device is Device.cpu:
-        return [{} for _ in range(count)]
-    visible = _visible_gpus()
-    wanted = config.learner.ranks + count * width
-    if len(visible) < wanted:
-        raise ConfigError(
-            f"learner.ranks={config.learner.ranks} and actors.count={count} with "
-            f"actors.tensor_parallel_size={width} need {wanted} GPUs, but {len(visible)} are visible"
-        )
-    first = config.learner.ranks
-    shares = [visible[first + i * width : first + (i + 1) * width] for i in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
-
-
-def _visible_gpus() -> list[str]:
-    """Names that CUDA_VISIBLE_DEVICES accepts, of the GPUs that this process may use."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name]
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        raise ConfigError("device=cuda needs an NVIDIA driver, but nvidia-smi was not found: use device=cpu")
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=True, timeout=60).stdout
-    return [str(i) for i, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]

@@ -19,6 +19,7 @@ from common.config import (
     Correction,
     Device,
     Offload,
+    Placement,
     RewardConfig,
     TransferBackend,
     ValueTarget,
@@ -96,7 +97,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     },
     "actors.count": (0, 65536, True),
     "actors.groups_in_flight": (1, INF, True),
-    "actors.gpu_memory_utilization": (0.01, 1, True),
+    "actors.gpu_memory_utilization": (0.001, 1, True),
     "actors.cpu_kv_cache_gib": (1, INF, True),
     "actors.tensor_parallel_size": (1, 4096, True),
     "actors.start_timeout_s": (0, LONGEST_S, False),
@@ -131,6 +132,7 @@ def validate(config: Config) -> None:
     _check_models(config)
     _check_optimizers(config)
     _check_device(config)
+    _check_placement(config)
     _check_staleness(config)
     _check_sizes(config)
     _check_sampling(config)
@@ -216,10 +218,11 @@ def _check_critic_path(config: Config) -> None:
 
 
 def _check_device(config: Config) -> None:
-    wanted = {Device.cpu: TransferBackend.gloo, Device.cuda: TransferBackend.nccl}[config.device]
+    backend, wanted = config.weights.backend, config.transfer_backend
+    place = "" if config.device is Device.cpu else f" and actors.placement={config.actors.placement}"
     _refuse_if(
-        config.weights.backend is not wanted,
-        f"weights.backend={config.weights.backend} does not work with device={config.device}: use {wanted}",
+        backend not in (TransferBackend.auto, wanted),
+        f"weights.backend={backend} does not work with device={config.device}{place}: use {wanted}, or leave it out",
     )
     ranks, replicas = config.learner.ranks, config.learner.replicas
     _refuse_if(
@@ -241,6 +244,35 @@ def _check_device(config: Config) -> None:
     _refuse_if(
         silence < 2 * beat,
         f"transport.heartbeat_timeout_s={silence:g} must be at least twice transport.heartbeat_s={beat:g}",
+    )
+
+
+def _check_placement(config: Config) -> None:
+    actors, bound = config.actors, config.staleness.max_staleness
+    is_cpu = config.device is Device.cpu
+    _refuse_if(
+        is_cpu and actors.placement is not Placement.auto,
+        f"actors.placement={actors.placement} has no effect with device=cpu: leave it out",
+    )
+    _refuse_if(
+        actors.sleep_while_training and is_cpu,
+        "actors.sleep_while_training=true needs device=cuda, because vLLM's sleep mode frees the memory of GPUs only",
+    )
+    _refuse_if(
+        actors.sleep_while_training and actors.placement is Placement.separate,
+        "actors.sleep_while_training=true has no effect with actors.placement=separate, because training does not "
+        "need the actors' GPUs: leave it out",
+    )
+    _refuse_if(
+        actors.sleep_while_training and bound > 0,
+        f"actors.sleep_while_training=true is synchronous, nothing is sampled during training: it needs "
+        f"staleness.max_staleness=0, not {bound}",
+    )
+    width, ranks = actors.tensor_parallel_size, config.learner.ranks
+    _refuse_if(
+        config.is_shared and ranks % width != 0,
+        f"actors.tensor_parallel_size={width} must divide learner.ranks={ranks} on shared GPUs, because each part of "
+        "an actor needs another GPU",
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, ConfigError, Device
+from common import launcher
+from common.config import Config, ConfigError, Device, TransferBackend
 from common.launcher import (
     EarlierRun,
     actor_specs,
@@ -21,11 +22,17 @@ from common.launcher import (
     prepare_run_dir,
     rank_environment,
     reserve_port,
+    role_specs,
     train,
     wait_for_endpoint,
     with_cores,
 )
-from common.loading import RECIPES, load_config
+from common.loading import RECIPES, load_config, read_config
+from common.memory import GIB
+from common.placement import Gpu
+from common.processes import ChildSpec
+
+PROBE = ["weights.probe_tolerance=0.1"]
 
 
 @pytest.fixture
@@ -60,16 +67,43 @@ def test_threads_follow_the_cores(config: Config) -> None:
     assert spec.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
-def test_gpus_go_to_the_ranks_first_and_too_few_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(
-        ["demo"],
-        ["device=cuda", "weights.backend=nccl", "actors.count=2", "actors.tensor_parallel_size=2"],
-    )
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5,6")
-    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in actor_specs(config)] == ["3,4", "5,6"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(ConfigError, match="need 5 GPUs, but 1 are visible"):
-        actor_specs(config)
+def devices_of(config: Config, *gpus: str) -> list[str | None]:
+    """What each child sees, learner ranks first."""
+    return [spec.environment.get("CUDA_VISIBLE_DEVICES") for spec in role_specs(config, 1234, gpus)]
+
+
+def test_without_gpus_nobody_is_confined_to_one(config: Config) -> None:
+    assert devices_of(config) == [None] * 4
+
+
+def test_gpus_go_to_the_ranks_first_and_then_to_the_actors() -> None:
+    apart = ["device=cuda", "actors.placement=separate", "actors.count=2", "actors.tensor_parallel_size=2"]
+    assert devices_of(load_config(["demo"], apart), "2", "3", "4", "5", "6") == ["2", "3,4", "5,6"]
+
+
+def test_one_visible_gpu_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(["demo"], ["device=cuda", "model.dtype=bfloat16", *PROBE, f"runs_dir={tmp_path}"])
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: [Gpu(name="7", memory=24 * GIB)])
+    started: list[ChildSpec] = []
+
+    class Started(Exception):
+        pass
+
+    def start(specs: list[ChildSpec], logs: Path) -> None:
+        started.extend(specs)
+        raise Started
+
+    monkeypatch.setattr(launcher, "Supervisor", start)
+    monkeypatch.setattr(launcher, "check", lambda config, staging, data, cores: data.mkdir())
+    with pytest.raises(Started):
+        train(config, EarlierRun.REFUSE, lambda config: config)
+    assert [(spec.name, spec.environment["CUDA_VISIBLE_DEVICES"]) for spec in started] == [
+        ("learner-0", "7"),
+        ("actor-0", "7"),
+    ]
+    settled = read_config(config.run_dir / "config.yaml")  # what the roles read
+    assert settled.is_shared and settled.transfer_backend is TransferBackend.ipc
+    assert settled.actors.gpu_memory_utilization is not None and 0.01 < settled.actors.gpu_memory_utilization < 0.1
 
 
 def test_an_earlier_run_is_not_overwritten_unless_asked(config: Config) -> None:
@@ -89,7 +123,7 @@ def test_too_few_gpus_do_not_cost_the_earlier_run(config: Config, monkeypatch: p
     (config.run_dir / "metrics.jsonl").write_text("{}\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     config = replace(config, device=Device.cuda)
-    with pytest.raises(ConfigError, match="need 4 GPUs, but 1 are visible"):
+    with pytest.raises(ConfigError, match=r"learner\.ranks=2 need 2 GPUs, but 1 are visible"):
         train(config, EarlierRun.OVERWRITE, lambda config: config)
     assert (config.run_dir / "metrics.jsonl").read_text() == "{}\n"
 

@@ -1,0 +1,147 @@
+"""Which GPUs each process gets, and how much of them: `actors.placement` for the GPUs that are visible here.
+
+    separate    learner ranks have the first GPUs, one each; actors have the following ones, tensor_parallel_size each
+    shared      actors live on the learner's GPUs, dealt round: several actors may be on one GPU, and the workers of a
+                tensor-parallel actor on neighbouring ones
+    auto        separate where enough GPUs are visible, else shared
+
+NCCL refuses two processes on one GPU, so that weights cannot be broadcast there: they are read in place (`ipc`). The
+parts of a tensor-parallel actor must lie on different GPUs, whence tensor_parallel_size divides learner.ranks.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from common.config import Config, ConfigError, Device, Placement
+from common.memory import MemoryPlan, plan_memory, read_shapes, refuse_shortage
+from common.validation import validate
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One visible GPU. `name` is what CUDA_VISIBLE_DEVICES accepts; `memory` is None where nobody tells."""
+
+    name: str
+    memory: int | None  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """CUDA_VISIBLE_DEVICES of each child; empty where there are none."""
+
+    learner: str  # of every rank, which takes the one of its number
+    actors: tuple[str, ...]
+
+
+def settle(config: Config, gpus: Sequence[Gpu]) -> Config:
+    """The configuration with placement and memory decided, for `train`, which starts everything on `gpus`.
+
+    Raises ConfigError when roles do not find a place or do not fit, before anything is loaded.
+    """
+    if config.device is Device.cpu:
+        return config
+    if config.actors.placement is Placement.auto:
+        config = _decided(config, len(gpus))
+    assign(config, [gpu.name for gpu in gpus])
+    return settle_memory(config, gpus)
+
+
+def _decided(config: Config, num_gpus: int) -> Config:
+    """With `auto` replaced by what goes with so many GPUs."""
+    is_enough = num_gpus >= _separate_need(config)
+    placement = Placement.separate if is_enough else Placement.shared
+    decided = replace(config, actors=replace(config.actors, placement=placement))
+    try:
+        validate(decided)
+    except ConfigError as error:
+        if is_enough:
+            raise
+        raise ConfigError(f"{_shortfall(config, num_gpus)}, and with one GPU for both roles {error}") from None
+    return decided
+
+
+def settle_memory(config: Config, gpus: Sequence[Gpu]) -> Config:
+    """The configuration with actors.gpu_memory_utilization decided, where engines share GPUs with the learner.
+
+    Raises ConfigError when something does not fit. Where the memory of a GPU is not known nothing is refused, but then
+    a shared GPU needs the setting.
+    """
+    if config.device is Device.cpu or not gpus:
+        return config
+    smallest = min((gpu.memory for gpu in gpus if gpu.memory is not None), default=None)
+    if smallest is None:
+        if config.is_shared and config.actors.gpu_memory_utilization is None:
+            raise ConfigError(
+                f"the memory of GPU {gpus[0].name} is not known (nvidia-smi does not tell), so that nothing can be "
+                "planned: set actors.gpu_memory_utilization to the engine's fraction of it"
+            )
+        return config
+    plan = refuse_shortage(config, read_shapes(config), smallest)
+    if not config.is_shared:
+        return config
+    utilization = math.floor(plan.gpu_memory_utilization * 1e6) / 1e6
+    return replace(config, actors=replace(config.actors, gpu_memory_utilization=utilization))
+
+
+def plan_here(config: Config) -> MemoryPlan | None:
+    """The memory plan of a process that shares its GPU; None when it has it for itself, or its memory is not known."""
+    memory = next((gpu.memory for gpu in visible_gpus()), None) if config.is_shared else None
+    return None if memory is None else plan_memory(config, read_shapes(config), memory)
+
+
+def assign(config: Config, names: Sequence[str]) -> Devices:
+    """Who gets which of the GPUs called `names`. Raises ConfigError when there are too few."""
+    ranks, count, width = config.learner.ranks, config.actors.count, config.actors.tensor_parallel_size
+    if config.device is Device.cpu:
+        return Devices(learner="", actors=("",) * count)
+    if len(names) < (ranks if config.is_shared else _separate_need(config)):
+        raise ConfigError(_shortfall(config, len(names)))
+    pool = names[:ranks] if config.is_shared else names[ranks:]
+    firsts = [(i * width) % len(pool) for i in range(count)]
+    return Devices(
+        learner=",".join(names[:ranks]), actors=tuple(",".join(pool[first : first + width]) for first in firsts)
+    )
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that this process may use, in CUDA's order. Raises ConfigError where there is no driver."""
+    chosen, listed = os.environ.get("CUDA_VISIBLE_DEVICES"), _listed_gpus()
+    if chosen is None:
+        if listed is None:
+            raise ConfigError("device=cuda needs an NVIDIA driver, but nvidia-smi was not found: use device=cpu")
+        return [Gpu(name=index, memory=memory) for index, _, memory in listed]
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    return [
+        Gpu(name=name, memory=next((m for i, uuid, m in listed or () if name == i or uuid.startswith(name)), None))
+        for name in names
+    ]
+
+
+def _separate_need(config: Config) -> int:
+    return config.learner.ranks + config.actors.count * config.actors.tensor_parallel_size
+
+
+def _shortfall(config: Config, num_gpus: int) -> str:
+    ranks, actors = config.learner.ranks, config.actors
+    roles = f"learner.ranks={ranks}"
+    if not config.is_shared:
+        roles += f" and actors.count={actors.count} with actors.tensor_parallel_size={actors.tensor_parallel_size}"
+    need = ranks if config.is_shared else _separate_need(config)
+    return f"{roles} need {need} GPUs, but {num_gpus} are visible"
+
+
+def _listed_gpus() -> list[tuple[str, str, int | None]] | None:
+    """(index, UUID, bytes of memory) of each GPU of this machine; None without a driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    listing = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    rows = [[field.strip() for field in line.split(",")] for line in listing.splitlines() if line.strip()]
+    return [(index, uuid, int(mib) * MIB if mib.isdigit() else None) for index, uuid, mib in rows]

@@ -1,0 +1,172 @@
+"""Which GPUs whom: separate, shared and decided by how many are visible. GPUs are stand-ins."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common import placement
+from common.config import Config, ConfigError, Placement, TransferBackend
+from common.loading import load_config
+from common.memory import GIB
+from common.placement import Devices, Gpu, assign, plan_here, settle, settle_memory, visible_gpus
+
+CUDA = ["device=cuda", "model.dtype=bfloat16", "weights.probe_tolerance=0.1"]
+LISTING = "0, GPU-aaaa-1, 24576\n1, GPU-bbbb-2, [N/A]\n"
+
+
+def config(*overrides: str) -> Config:
+    return load_config(["demo"], [*CUDA, *overrides])
+
+
+def gpus(count: int, memory: int | None = 80 * GIB) -> list[Gpu]:
+    return [Gpu(name=str(i), memory=memory) for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, Placement.shared), (2, Placement.shared), (3, Placement.separate)])
+def test_auto_shares_where_fewer_gpus_are_visible_than_the_roles_need(count: int, chosen: Placement) -> None:
+    assert settle(config("actors.count=2"), gpus(count)).actors.placement is chosen
+
+
+def test_what_was_asked_for_stays(tmp_path: Path) -> None:
+    assert settle(config("actors.placement=shared"), gpus(8)).actors.placement is Placement.shared
+    with pytest.raises(ConfigError, match=r"learner\.ranks=1 and actors\.count=1 with .* need 2 GPUs, but 1 are"):
+        settle(config("actors.placement=separate"), gpus(1))
+
+
+def test_the_backend_follows_from_the_placement() -> None:
+    assert config().transfer_backend is TransferBackend.nccl
+    assert config("actors.placement=shared").transfer_backend is TransferBackend.ipc
+    assert load_config(["demo"], []).transfer_backend is TransferBackend.gloo
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices"),
+    [
+        (["actors.count=3"], Devices(learner="a", actors=("a", "a", "a"))),
+        (["learner.ranks=2", "actors.count=2"], Devices(learner="a,b", actors=("a", "b"))),
+        (["learner.ranks=2", "actors.count=3"], Devices(learner="a,b", actors=("a", "b", "a"))),
+        (["learner.ranks=2", "actors.tensor_parallel_size=2"], Devices(learner="a,b", actors=("a,b",))),
+        (
+            ["learner.ranks=4", "actors.tensor_parallel_size=2", "actors.count=2"],
+            Devices(learner="a,b,c,d", actors=("a,b", "c,d")),
+        ),
+        (["actors.count=0"], Devices(learner="a", actors=())),
+    ],
+)
+def test_actors_on_shared_gpus_are_dealt_round(overrides: Sequence[str], devices: Devices) -> None:
+    assert assign(config("actors.placement=shared", *overrides), "abcd") == devices
+
+
+def test_parts_of_an_actor_on_one_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"actors\.tensor_parallel_size=2 must divide learner\.ranks=1"):
+        config("actors.placement=shared", "actors.tensor_parallel_size=2")
+    with pytest.raises(ConfigError, match=r"need 3 GPUs, but 1 are visible, and with one GPU .* must divide"):
+        settle(config("actors.tensor_parallel_size=2"), gpus(1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["weights.backend=ipc"], r"weights\.backend=ipc does not work with .*actors\.placement=auto: use nccl"),
+        (
+            ["weights.backend=nccl", "actors.placement=shared"],
+            r"weights\.backend=nccl does not work with .*=shared: use ipc",
+        ),
+        (["weights.backend=gloo"], r"weights\.backend=gloo does not work with device=cuda"),
+        (["actors.sleep_while_training=true"], r"needs staleness\.max_staleness=0, not 2"),
+        (
+            ["actors.sleep_while_training=true", "staleness.max_staleness=0", "actors.placement=separate"],
+            r"has no effect with actors\.placement=separate",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: Sequence[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["actors.placement=shared"], r"actors\.placement=shared has no effect with device=cpu"),
+        (
+            ["actors.sleep_while_training=true", "staleness.max_staleness=0"],
+            r"actors\.sleep_while_training=true needs device=cuda",
+        ),
+        (["weights.backend=ipc"], r"weights\.backend=ipc does not work with device=cpu: use gloo"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused(overrides: Sequence[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(["demo"], overrides)
+
+
+def test_a_backend_that_was_set_for_other_gpus_is_refused_when_they_are_shared() -> None:
+    with pytest.raises(ConfigError, match=r"need 2 GPUs, but 1 are visible, and with one GPU .*backend=nccl does not"):
+        settle(config("weights.backend=nccl"), gpus(1))
+
+
+def test_sleep_on_gpus_of_ones_own_is_refused_when_it_is_known() -> None:
+    sleepy = config("actors.sleep_while_training=true", "staleness.max_staleness=0")
+    assert settle(sleepy, gpus(1)).is_shared
+    with pytest.raises(ConfigError, match=r"has no effect with actors\.placement=separate"):
+        settle(sleepy, gpus(2))
+
+
+def test_the_engines_fraction_is_what_the_learner_leaves() -> None:
+    utilization = settle(config(), gpus(1, 8 * GIB)).actors.gpu_memory_utilization
+    assert utilization is not None and 0 < utilization < 0.5
+    assert settle(config(), gpus(2)).actors.gpu_memory_utilization is None  # its own GPU: the engine's default
+    assert settle(config("actors.gpu_memory_utilization=0.4"), gpus(1)).actors.gpu_memory_utilization == 0.4
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"too little memory on one shared GPU of 2\.0 GiB"):
+        settle(config(), gpus(1, 2 * GIB))
+
+
+def test_gpus_of_unknown_memory_need_a_fraction_only_when_shared() -> None:
+    with pytest.raises(ConfigError, match=r"the memory of GPU 0 is not known .* set actors\.gpu_memory_util"):
+        settle(config(), gpus(1, None))
+    settle(config("actors.gpu_memory_utilization=0.3"), gpus(1, None))
+    assert settle_memory(config("actors.placement=separate"), gpus(2, None)).actors.gpu_memory_utilization is None
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(placement.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(placement.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=LISTING))
+
+
+@pytest.mark.usefixtures("driver")
+def test_gpus_are_listed_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [Gpu(name="0", memory=24 * GIB), Gpu(name="1", memory=None)]
+    assert visible_gpus() == both
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert visible_gpus() == both[::-1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa,MIG-1")
+    assert visible_gpus() == [Gpu(name="GPU-aaaa", memory=24 * GIB), Gpu(name="MIG-1", memory=None)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_process_on_a_shared_gpu_knows_its_plan() -> None:
+    shared = settle(config(), visible_gpus()[:1])
+    plan = plan_here(shared)
+    assert plan is not None and plan.shortage == 0
+    assert plan.kv_cache >= plan.kv_least
+    assert plan.gpu_memory_utilization == pytest.approx(shared.actors.gpu_memory_utilization, abs=1e-4)
+    assert plan_here(config("actors.placement=separate")) is None
+
+
+def test_without_a_driver_the_names_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement.shutil, "which", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert visible_gpus() == [Gpu(name="3", memory=None), Gpu(name="4", memory=None)]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ConfigError, match="needs an NVIDIA driver, but nvidia-smi was not found: use device=cpu"):
+        visible_gpus()
