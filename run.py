@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.config import Config, ConfigError, DType, VerifierConfig
+from common.config import Config, ConfigError, Device, DType, VerifierConfig
 from common.launcher import QUIET_ENVIRONMENT
 from common.loading import load_config
 from common.processes import Outcome
@@ -115,11 +115,20 @@ def _settle(config: Config) -> Config:
     return with_tying(config)
 
 
+def _placed(config: Config) -> Config:
+    """The configuration of a role with its share of a GPU that it does not have for itself; `train` has decided it."""
+    from common.placement import settle_memory, visible_gpus
+
+    return settle_memory(config, visible_gpus()) if config.is_shared else config
+
+
 def _learner(arguments: argparse.Namespace) -> int:
     from common.launcher import rank_environment, reserve_port
 
-    config = load_config([arguments.config], arguments.overrides)
+    config = _placed(load_config([arguments.config], arguments.overrides))
     _begin_role(f"learner-{os.environ.get('RANK', '0')}")
+    if config.device is Device.cuda and not config.is_shared:  # such memory cannot be read in place (common/ipc.py)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     ranks = config.learner.ranks
     with reserve_port() as port:
         if "WORLD_SIZE" not in os.environ and ranks == 1:
@@ -137,7 +146,7 @@ def _learner(arguments: argparse.Namespace) -> int:
 def _actor(arguments: argparse.Namespace) -> int:
     from common.launcher import wait_for_endpoint
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _placed(load_config(arguments.config, arguments.overrides))
     _begin_role(arguments.name)
     # Imported before the wait: the actor's libraries load while the learner still starts.
     from actors.main import main as run_actor

@@ -18,6 +18,8 @@ import numpy as np
 
 from common.broadcast import BrokenTransfer
 from common.config import Config, Device, KVCache
+from common.memory import utilization
+from common.placement import plan_here
 from common.types import FinishReason, Float32Array, Int32Array, Lease
 
 TRANSFER_ENGINE = "async_vapo_{}"  # our name in vLLM's registry for the engine of a weights.backend
@@ -186,6 +188,18 @@ class Engine:
         self._paused = False
         self._track()
 
+    async def sleep(self) -> None:
+        """Stops scheduling and gives the GPU's memory back. Running requests stay, but are computed again later."""
+        await self._llm.sleep(level=1, mode="keep")
+        self._paused = True
+        self._track()
+
+    async def wake(self) -> None:
+        """Takes the memory again and goes on as before `sleep`."""
+        await self._llm.wake_up()
+        self._paused = False
+        self._track()
+
     async def _run(self, token_ids: Int32Array, parameters: Any, label: str) -> Any:
         """The final output of one request. Cancelling the caller aborts the request in the engine."""
         prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"version-{self.version}"}
@@ -271,13 +285,17 @@ def _build(config: Config) -> Any:
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    plan = plan_here(config)
     arguments = AsyncEngineArgs(
         model=config.model.path,
         trust_remote_code=config.model.trust_remote_code,
         dtype=config.model.dtype.value,
         max_model_len=config.model.max_model_len,
         max_num_seqs=config.actors.groups_in_flight * config.rollout.group_size,
-        gpu_memory_utilization=config.actors.gpu_memory_utilization,
+        gpu_memory_utilization=utilization(config),
+        # On a shared GPU vLLM cannot measure what it may take: the learner's memory comes and goes meanwhile.
+        kv_cache_memory_bytes=None if plan is None else plan.kv_cache,
+        enable_sleep_mode=config.actors.sleep_while_training,
         enforce_eager=config.actors.enforce_eager,
         tensor_parallel_size=config.actors.tensor_parallel_size,
         logprobs_mode="processed_logprobs",

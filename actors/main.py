@@ -173,6 +173,10 @@ class Actor:
             case WeightsPhase.RESUME:
                 await self._engine.resume()
                 return await self._engine.score(self._probe_token_ids)
+            case WeightsPhase.SLEEP:
+                await self._engine.sleep()
+            case WeightsPhase.WAKE:
+                await self._engine.wake()
         return NO_PROBE
 
     async def _beat(self, interval_s: float, ready_at: float) -> None:

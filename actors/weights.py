@@ -178,3 +178,6 @@ def register_gloo() -> None:
         name = TRANSFER_ENGINE.format(backend)
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, engine)
+    name = TRANSFER_ENGINE.format(TransferBackend.ipc)
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, "actors.ipc", "IpcEngine")  # which imports this module

@@ -11,7 +11,7 @@ model's tensors (chosen, not measured).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common.config import ActorsConfig, AdvantageEstimator, Config, ConfigError, DType, LearnerConfig
+from common.config import ActorsConfig, AdvantageEstimator, Config, ConfigError, Device, DType, LearnerConfig
 from common.model_shape import ModelShape, read_shape
 
 GIB = 2**30
@@ -21,6 +21,7 @@ WORKSPACES = GIB // 2  # of an engine's attention and sampling kernels
 GRAPHS = GIB  # CUDA graphs of an engine that is compiled (actors.enforce_eager=false)
 RESERVE = 0.05  # share of a GPU that is not planned with: fragmentation, and what the driver keeps
 ENGINE_ALONE = 0.9  # vLLM's fraction of a GPU that an engine has for itself
+ENGINE_ON_CPU = 0.3  # of RAM, beside which the key-value cache has a setting of its own (actors.cpu_kv_cache_gib)
 BUCKET = 64 * 2**20  # of a publication; a larger tensor is a bucket of its own
 TILE_WIDTH = 32_768  # learner/networks/logprobs.py: entries of the vocabulary whose logits exist at once
 BATCHED_TOKENS = 2048  # vLLM's default of max_num_batched_tokens for AsyncLLM
@@ -74,6 +75,12 @@ class MemoryPlan:
         return (self.engine_room - CONTEXT) / self.gpu
 
     @property
+    def learner_fraction(self) -> float:
+        """The share of a shared GPU that the learner's allocator may take: all that is not the engines'."""
+        engine = CONTEXT if self.sleeps else self.engine_room
+        return 1 - (self.engines_per_gpu * engine + self.resting["context"]) / self.gpu
+
+    @property
     def shortage(self) -> int:
         """Bytes by which a GPU is too small, or the engine's share of it; 0 when everything fits."""
         least, learner = sum(self.engine.values()) + self.kv_least, sum(self.learner.values())
@@ -106,7 +113,6 @@ def read_shapes(config: Config) -> Shapes:
 def plan_memory(config: Config, shapes: Shapes, gpu: int) -> MemoryPlan:
     """The plan of a run on GPUs of `gpu` bytes each; `actors.placement` says whether they are shared."""
     actors = config.actors
-    engines = -(-actors.count * actors.tensor_parallel_size // config.learner.ranks) if config.is_shared else 1
     resting = _resting(config, shapes)
     per_token = _kv_per_token(config, shapes.policy)
     return MemoryPlan(
@@ -114,7 +120,7 @@ def plan_memory(config: Config, shapes: Shapes, gpu: int) -> MemoryPlan:
         learner=resting | _training(config, shapes),
         resting=resting,
         engine=engine_parts(config, shapes.policy),
-        engines_per_gpu=max(engines, 1),
+        engines_per_gpu=max(actors.count, 1) if config.is_shared else 1,
         is_shared=config.is_shared,
         sleeps=actors.sleep_while_training,
         kv_per_token=per_token,
@@ -137,6 +143,13 @@ def refuse_shortage(config: Config, shapes: Shapes, gpu: int) -> MemoryPlan:
         f"{_gib(plan.gpu)}, of which {_gib(plan.usable)} are planned with: {', and '.join(needs)}; set "
         + (" or ".join(remedies) if remedies else "a smaller model.path, or use a larger GPU")
     )
+
+
+def utilization(config: Config) -> float:
+    """vLLM's fraction of the device's memory (of RAM on a CPU) for one engine: what is set, else the usual."""
+    if config.actors.gpu_memory_utilization is not None:
+        return config.actors.gpu_memory_utilization
+    return ENGINE_ON_CPU if config.device is Device.cpu else ENGINE_ALONE
 
 
 def num_sequences(config: Config) -> int:

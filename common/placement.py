@@ -1,12 +1,11 @@
 """Which GPUs each process gets, and how much of them: `actors.placement` for the GPUs that are visible here.
 
     separate    learner ranks have the first GPUs, one each; actors have the following ones, tensor_parallel_size each
-    shared      actors live on the learner's GPUs, dealt round: several actors may be on one GPU, and the workers of a
-                tensor-parallel actor on neighbouring ones
+    shared      one GPU has everybody: a single learner rank and any number of actors
     auto        separate where enough GPUs are visible, else shared
 
-NCCL refuses two processes on one GPU, so that weights cannot be broadcast there: they are read in place (`ipc`). The
-parts of a tensor-parallel actor must lie on different GPUs, whence tensor_parallel_size divides learner.ranks.
+NCCL refuses two processes on one GPU, so that weights cannot be broadcast there: they are read in place (`ipc`), and
+only one rank exports them.
 """
 
 import math
@@ -62,7 +61,7 @@ def _decided(config: Config, num_gpus: int) -> Config:
     except ConfigError as error:
         if is_enough:
             raise
-        raise ConfigError(f"{_shortfall(config, num_gpus)}, and with one GPU for both roles {error}") from None
+        raise ConfigError(f"{_shortfall(config, num_gpus)}, and one for both is not possible: {error}") from None
     return decided
 
 
@@ -102,10 +101,9 @@ def assign(config: Config, names: Sequence[str]) -> Devices:
         return Devices(learner="", actors=("",) * count)
     if len(names) < (ranks if config.is_shared else _separate_need(config)):
         raise ConfigError(_shortfall(config, len(names)))
-    pool = names[:ranks] if config.is_shared else names[ranks:]
-    firsts = [(i * width) % len(pool) for i in range(count)]
+    firsts = [0 if config.is_shared else ranks + i * width for i in range(count)]
     return Devices(
-        learner=",".join(names[:ranks]), actors=tuple(",".join(pool[first : first + width]) for first in firsts)
+        learner=",".join(names[:ranks]), actors=tuple(",".join(names[first : first + width]) for first in firsts)
     )
 
 

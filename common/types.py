@@ -82,7 +82,10 @@ class DropReason(StrEnum):
 
 
 class WeightsPhase(StrEnum):
-    """The steps of one publication, in order. A phase starts when every member has acknowledged the one before."""
+    """The steps of one publication, in order. A phase starts when every member has acknowledged the one before.
+
+    SLEEP and WAKE frame a training step (actors.sleep_while_training), apart from any publication.
+    """
 
     PAUSE = "pause"  # stop scheduling, keep requests
     INIT = "init"  # join a new transfer group (only when the membership changed)
@@ -90,6 +93,8 @@ class WeightsPhase(StrEnum):
     UPDATE = "update"  # receive and load one bucket; runs while the learner sends it
     FINISH = "finish"  # post-process, stamp the version
     RESUME = "resume"  # schedule again, and score the probe under the new weights
+    SLEEP = "sleep"  # stop scheduling, keep requests, give the GPU's memory back
+    WAKE = "wake"  # take it again, and schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -270,9 +270,9 @@ def _check_placement(config: Config) -> None:
     )
     width, ranks = actors.tensor_parallel_size, config.learner.ranks
     _refuse_if(
-        config.is_shared and ranks % width != 0,
-        f"actors.tensor_parallel_size={width} must divide learner.ranks={ranks} on shared GPUs, because each part of "
-        "an actor needs another GPU",
+        config.is_shared and (ranks > 1 or width > 1),
+        f"actors.placement=shared is for one GPU, that of a single learner rank with actors beside it: with "
+        f"learner.ranks={ranks} and actors.tensor_parallel_size={width} set actors.placement=separate",
     )
 
 

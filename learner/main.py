@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from common.addresses import advertised_host, prefer_interface_of
 from common.config import AdvantageEstimator, Config, Device
 from common.metrics import RunLog, Value
+from common.placement import plan_here
 from common.tasks.dataset import load_dataset
 from common.tasks.tokenizing import tokenizing
 from common.transport import model_fingerprints
@@ -42,6 +43,7 @@ from learner.networks.parallel import World, make_mesh, process_group, seed_ever
 from learner.publication.probe import probe_token_ids
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
+from learner.publication.sleep import actors_asleep
 from learner.resume import WARMUP, settings
 from learner.rollouts.service import LearnerService, MembersWaiting
 from learner.rundir import agreed_standing, settle
@@ -132,7 +134,8 @@ class Learner:
         groups, batch, wait_s = self._next_batch()
         version, is_warmup = self.version, self.step < self.warmup_steps
         is_published = is_warmup or (self.step - self.warmup_steps) % self.config.weights.publish_every == 0
-        values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup, is_published=is_published))
+        with actors_asleep(self.config, self.publisher.control, version):
+            values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup, is_published=is_published))
         values |= self._watch_drift(values)
         self.step += 1
         if is_warmup:
@@ -256,6 +259,7 @@ def main(config: Config) -> int:
         resume_step = None if stands is None else stands.step
         checkpoints = config.run_dir / "checkpoints"
         seed_everything(config.seed)
+        _leave_room(config, world)
         mesh = make_mesh(config)
         with _leader(config, world, resume_step) as leader:
             policy = load_policy(config, world.device, mesh)
@@ -271,6 +275,12 @@ def main(config: Config) -> int:
             finally:
                 publisher.shutdown()
     return 0
+
+
+def _leave_room(config: Config, world: World) -> None:
+    """Keeps torch's allocator from caching what belongs to engines on the same GPU."""
+    if (plan := plan_here(config)) is not None:
+        torch.cuda.set_per_process_memory_fraction(plan.learner_fraction, world.device)
 
 
 def make_trainer(config: Config, policy: Policy, world: World, mesh: DeviceMesh | None) -> Trainer:

@@ -18,6 +18,7 @@ from common.config import Config, TransferBackend
 from common.types import WeightsPhase
 from learner.publication.buckets import Bucket
 from learner.publication.control import Channel, Payload
+from learner.publication.ipc import IpcTransfer
 
 
 class Transfer(Protocol):
@@ -38,11 +39,15 @@ class Transfer(Protocol):
 
 def transfer_for(config: Config) -> Transfer:
     """The transfer of weights.backend, not met yet."""
-    match config.weights.backend:
+    match config.transfer_backend:
         case TransferBackend.gloo:
             return GlooTransfer(config)
         case TransferBackend.nccl:
             return NcclTransfer(config)
+        case TransferBackend.ipc:
+            return IpcTransfer(torch.device("cuda", torch.cuda.current_device()))
+        case TransferBackend.auto:
+            raise AssertionError("Config.transfer_backend is decided")
 
 
 class _BroadcastTransfer(ABC):

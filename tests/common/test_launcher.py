@@ -123,7 +123,7 @@ def test_too_few_gpus_do_not_cost_the_earlier_run(config: Config, monkeypatch: p
     (config.run_dir / "metrics.jsonl").write_text("{}\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     config = replace(config, device=Device.cuda)
-    with pytest.raises(ConfigError, match=r"learner\.ranks=2 need 2 GPUs, but 1 are visible"):
+    with pytest.raises(ConfigError, match=r"actors\.tensor_parallel_size=1 need 4 GPUs, but 1 are visible"):
         train(config, EarlierRun.OVERWRITE, lambda config: config)
     assert (config.run_dir / "metrics.jsonl").read_text() == "{}\n"
 

@@ -44,26 +44,24 @@ def test_the_backend_follows_from_the_placement() -> None:
 @pytest.mark.parametrize(
     ("overrides", "devices"),
     [
-        (["actors.count=3"], Devices(learner="a", actors=("a", "a", "a"))),
-        (["learner.ranks=2", "actors.count=2"], Devices(learner="a,b", actors=("a", "b"))),
-        (["learner.ranks=2", "actors.count=3"], Devices(learner="a,b", actors=("a", "b", "a"))),
-        (["learner.ranks=2", "actors.tensor_parallel_size=2"], Devices(learner="a,b", actors=("a,b",))),
-        (
-            ["learner.ranks=4", "actors.tensor_parallel_size=2", "actors.count=2"],
-            Devices(learner="a,b,c,d", actors=("a,b", "c,d")),
-        ),
-        (["actors.count=0"], Devices(learner="a", actors=())),
+        (["actors.placement=shared", "actors.count=3"], Devices(learner="a", actors=("a", "a", "a"))),
+        (["actors.placement=shared", "actors.count=0"], Devices(learner="a", actors=())),
+        (["learner.ranks=2", "actors.count=2"], Devices(learner="a,b", actors=("c", "d"))),
+        (["learner.ranks=2", "actors.tensor_parallel_size=2"], Devices(learner="a,b", actors=("c,d",))),
     ],
 )
-def test_actors_on_shared_gpus_are_dealt_round(overrides: Sequence[str], devices: Devices) -> None:
-    assert assign(config("actors.placement=shared", *overrides), "abcd") == devices
+def test_who_gets_which_gpu(overrides: Sequence[str], devices: Devices) -> None:
+    assert assign(config(*overrides), "abcd") == devices
 
 
-def test_parts_of_an_actor_on_one_gpu_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"actors\.tensor_parallel_size=2 must divide learner\.ranks=1"):
-        config("actors.placement=shared", "actors.tensor_parallel_size=2")
-    with pytest.raises(ConfigError, match=r"need 3 GPUs, but 1 are visible, and with one GPU .* must divide"):
-        settle(config("actors.tensor_parallel_size=2"), gpus(1))
+@pytest.mark.parametrize("setting", ["learner.ranks=2", "actors.tensor_parallel_size=2"])
+def test_more_than_one_gpu_is_not_shared(setting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"actors\.placement=shared is for one GPU, .* set actors\.placement=separate"
+    ):
+        config("actors.placement=shared", setting)
+    with pytest.raises(ConfigError, match=r"need 3 GPUs, but 2 are visible, and one for both is not possible: actors"):
+        settle(config(setting), gpus(2))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_what_a_cpu_cannot_do_is_refused(overrides: Sequence[str], sentence: str
 
 
 def test_a_backend_that_was_set_for_other_gpus_is_refused_when_they_are_shared() -> None:
-    with pytest.raises(ConfigError, match=r"need 2 GPUs, but 1 are visible, and with one GPU .*backend=nccl does not"):
+    with pytest.raises(ConfigError, match=r"need 2 GPUs, but 1 are visible, and one for .*backend=nccl does not"):
         settle(config("weights.backend=nccl"), gpus(1))
 
 
