@@ -13,11 +13,15 @@ import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from actors import engine
 from actors.engine import TRANSFER_ENGINE
 from actors.ipc import IpcEngine
 from actors.weights import register_gloo
-from common import ipc, wire
+from common import ipc, placement, wire
 from common.config import ActorsConfig, Config, TransferBackend
+from common.loading import load_config
+from common.memory import GIB, plan_memory, read_shapes
+from common.placement import Gpu, settle
 from common.types import MemberId, WeightsCommand, WeightsPhase, WeightsReport
 from learner.networks.model import Policy, load_policy
 from learner.publication.ipc import IpcTransfer
@@ -219,3 +223,36 @@ def test_who_does_not_go_to_sleep_is_dismissed_and_training_goes_on(tmp_path: Pa
     with actors_asleep(config, service, version=0):
         assert list(service.dismissed) == ["a"] and "no memory to copy" in service.dismissed["a"]
     assert service.member_ids() == (MemberId("b", 2),)
+
+
+def engine_arguments(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What vLLM is started with."""
+    seen: dict[str, Any] = {}
+
+    class Arguments:
+        def __init__(self, **arguments: Any) -> None:
+            seen.update(arguments)
+
+    monkeypatch.setattr("vllm.AsyncEngineArgs", Arguments)
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", lambda arguments: None)
+    engine._build(config)
+    return seen
+
+
+def test_on_a_shared_gpu_the_engine_is_told_its_cache_and_may_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = [Gpu(name="0", memory=24 * GIB)]
+    monkeypatch.setattr(placement, "visible_gpus", lambda: gpu)
+    shared = ["device=cuda", "model.dtype=bfloat16", "weights.probe_tolerance=0.1", "staleness.max_staleness=0"]
+    run = settle(load_config(["demo"], [*shared, "actors.sleep_while_training=true"]), gpu)
+    arguments = engine_arguments(run, monkeypatch)
+    plan = plan_memory(run, read_shapes(run), 24 * GIB)
+    assert arguments["kv_cache_memory_bytes"] == plan.kv_cache >= plan.kv_least
+    assert arguments["gpu_memory_utilization"] == run.actors.gpu_memory_utilization
+    assert arguments["enable_sleep_mode"] is True
+    assert 0.5 < plan.learner_fraction < 1
+
+
+def test_elsewhere_vllm_measures_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = engine_arguments(load_config(["demo"], []), monkeypatch)
+    assert (arguments["kv_cache_memory_bytes"], arguments["gpu_memory_utilization"]) == (None, 0.3)
+    assert arguments["enable_sleep_mode"] is False

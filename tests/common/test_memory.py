@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from common.config import (
@@ -19,6 +20,7 @@ from common.config import (
     Placement,
     StalenessConfig,
 )
+from common.loading import RECIPES
 from common.memory import GIB, MemoryPlan, Shapes, activations, plan_memory, refuse_shortage
 from common.model_shape import ModelShape, shape_of
 from learner.networks.attention import IMPLEMENTATION, Packing
@@ -223,6 +225,14 @@ def test_a_shortage_is_one_sentence_with_the_numbers_and_what_helps_most() -> No
         "set learner.offload_optimizer=true (-40.3 GiB) or learner.activation_checkpointing=true (-20.9 GiB) or "
         "learner.tokens_per_micro_batch=4096 (-11.1 GiB)"
     )
+
+
+def test_the_recipe_for_one_gpu_fits_on_24_gib() -> None:
+    recipe = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(RECIPES / "one_gpu.yaml"))
+    run = OmegaConf.to_object(recipe)
+    assert isinstance(run, Config) and run.is_shared
+    fits = refuse_shortage(run, shapes("0.5B"), 24 * GIB)
+    assert fits.kv_cache == 1024 * fits.kv_per_token * 256  # all sequences of a step at once, at full length
 
 
 def test_what_fits_is_planned_and_not_refused() -> None:
