@@ -20,6 +20,7 @@ from common.memory import MemoryPlan, plan_memory, read_shapes, refuse_shortage
 from common.validation import validate
 
 MIB = 2**20
+_HINT = ": use more, or share one (actors.placement=shared)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def settle_memory(config: Config, gpus: Sequence[Gpu]) -> Config:
             )
         return config
     plan = refuse_shortage(config, read_shapes(config), smallest)
-    if not config.is_shared:
+    if not config.is_shared or config.actors.gpu_memory_utilization is not None:
         return config
     utilization = math.floor(plan.gpu_memory_utilization * 1e6) / 1e6
     return replace(config, actors=replace(config.actors, gpu_memory_utilization=utilization))
@@ -100,7 +101,7 @@ def assign(config: Config, names: Sequence[str]) -> Devices:
     if config.device is Device.cpu:
         return Devices(learner="", actors=("",) * count)
     if len(names) < (ranks if config.is_shared else _separate_need(config)):
-        raise ConfigError(_shortfall(config, len(names)))
+        raise ConfigError(_shortfall(config, len(names)) + ("" if config.is_shared else _HINT))
     firsts = [0 if config.is_shared else ranks + i * width for i in range(count)]
     return Devices(
         learner=",".join(names[:ranks]), actors=tuple(",".join(names[first : first + width]) for first in firsts)

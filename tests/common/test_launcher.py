@@ -281,3 +281,20 @@ def test_grade_wants_the_form_of_training_where_it_is_told_so(
     result = run("grade", str(cases), *options)
     assert result.returncode == 0, result.stderr
     assert f'"equal": {is_equal}' in result.stdout
+
+
+def test_a_role_on_a_shared_gpu_that_is_too_small_says_so(config: Config) -> None:
+    apart = load_config(["demo"], ["device=cuda", "actors.placement=shared", f"runs_dir={config.runs_dir}", *PROBE])
+    prepare_run_dir(apart, EarlierRun.REFUSE)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    command = [sys.executable, "run.py", "actor", "--connect", "tcp://127.0.0.1:1", "-c"]
+    result = subprocess.run(
+        [*command, str(apart.run_dir / "config.yaml"), "--name", "a"],
+        cwd=RECIPES.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the memory of GPU 0 is not known (nvidia-smi does not tell)")

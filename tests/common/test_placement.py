@@ -31,7 +31,7 @@ def test_auto_shares_where_fewer_gpus_are_visible_than_the_roles_need(count: int
 
 def test_what_was_asked_for_stays(tmp_path: Path) -> None:
     assert settle(config("actors.placement=shared"), gpus(8)).actors.placement is Placement.shared
-    with pytest.raises(ConfigError, match=r"learner\.ranks=1 and actors\.count=1 with .* need 2 GPUs, but 1 are"):
+    with pytest.raises(ConfigError, match=r"ranks=1 and actors\.count=1 with .* need 2 GPUs, but 1 are .*=shared\)$"):
         settle(config("actors.placement=separate"), gpus(1))
 
 
@@ -123,6 +123,12 @@ def test_the_engines_fraction_is_what_the_learner_leaves() -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match=r"too little memory on one shared GPU of 2\.0 GiB"):
         settle(config(), gpus(1, 2 * GIB))
+
+
+@pytest.mark.parametrize("memory", [3 * GIB, 80 * GIB])
+def test_what_was_decided_is_accepted_when_the_run_is_resumed(memory: int) -> None:
+    decided = settle(config(), gpus(1, memory))
+    assert settle(decided, gpus(1, memory)) == decided
 
 
 def test_gpus_of_unknown_memory_need_a_fraction_only_when_shared() -> None:
