@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common.config import Config, ConfigError, Device, Placement
-from common.memory import MemoryPlan, plan_memory, read_shapes, refuse_shortage
+from common.memory import MemoryPlan, Shapes, plan_memory, read_shapes, refuse_shortage
 from common.validation import validate
 
 MIB = 2**20
@@ -67,32 +67,48 @@ def _decided(config: Config, num_gpus: int) -> Config:
 
 
 def settle_memory(config: Config, gpus: Sequence[Gpu]) -> Config:
-    """The configuration with actors.gpu_memory_utilization decided, where engines share GPUs with the learner.
+    """The configuration with actors.gpu_memory_utilization decided, where engines share a GPU with the learner.
 
-    Raises ConfigError when something does not fit. Where the memory of a GPU is not known nothing is refused, but then
-    a shared GPU needs the setting.
+    Raises ConfigError when something does not fit. Where nothing can be planned nothing is refused, but a shared GPU
+    needs the setting then.
     """
-    if config.device is Device.cpu or not gpus:
+    if config.device is Device.cpu:
         return config
-    smallest = min((gpu.memory for gpu in gpus if gpu.memory is not None), default=None)
-    if smallest is None:
-        if config.is_shared and config.actors.gpu_memory_utilization is None:
-            raise ConfigError(
-                f"the memory of GPU {gpus[0].name} is not known (nvidia-smi does not tell), so that nothing can be "
-                "planned: set actors.gpu_memory_utilization to the engine's fraction of it"
-            )
-        return config
-    plan = refuse_shortage(config, read_shapes(config), smallest)
-    if not config.is_shared or config.actors.gpu_memory_utilization is not None:
+    decides = config.is_shared and config.actors.gpu_memory_utilization is None
+    try:
+        shapes, memory = _known(config, gpus)
+    except ConfigError as error:
+        if not decides:
+            return config
+        raise ConfigError(f"{error}: set actors.gpu_memory_utilization to the engine's fraction of the GPU") from None
+    plan = refuse_shortage(config, shapes, memory)
+    if not decides:
         return config
     utilization = math.floor(plan.gpu_memory_utilization * 1e6) / 1e6
     return replace(config, actors=replace(config.actors, gpu_memory_utilization=utilization))
 
 
 def plan_here(config: Config) -> MemoryPlan | None:
-    """The memory plan of a process that shares its GPU; None when it has it for itself, or its memory is not known."""
-    memory = next((gpu.memory for gpu in visible_gpus()), None) if config.is_shared else None
-    return None if memory is None else plan_memory(config, read_shapes(config), memory)
+    """The memory plan of a process that shares its GPU; None when it has it for itself, or nothing can be planned."""
+    if not config.is_shared:
+        return None
+    try:
+        shapes, memory = _known(config, visible_gpus())
+    except ConfigError:  # `settle_memory` has said what follows from that
+        return None
+    return plan_memory(config, shapes, memory)
+
+
+def _known(config: Config, gpus: Sequence[Gpu]) -> tuple[Shapes, int]:
+    """Sizes of the networks, and bytes of the smallest GPU in use. Raises ConfigError when one is not known."""
+    used = gpus[:1] if config.is_shared else gpus
+    memory = [gpu.memory for gpu in used if gpu.memory is not None]
+    if not memory:
+        raise ConfigError(
+            f"the memory of GPU {', '.join(gpu.name for gpu in used) or '(none is visible)'} is not known (nvidia-smi "
+            "does not tell), so that nothing can be planned"
+        )
+    return read_shapes(config), min(memory)
 
 
 def assign(config: Config, names: Sequence[str]) -> Devices:
@@ -141,6 +157,8 @@ def _listed_gpus() -> list[tuple[str, str, int | None]] | None:
     if tool is None:
         return None
     query = [tool, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    listing = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-    rows = [[field.strip() for field in line.split(",")] for line in listing.splitlines() if line.strip()]
+    listing = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    if listing.returncode != 0:
+        raise ConfigError(f"device=cuda: nvidia-smi fails ({listing.stdout.strip() or listing.stderr.strip()})")
+    rows = [[field.strip() for field in line.split(",")] for line in listing.stdout.splitlines() if line.strip()]
     return [(index, uuid, int(mib) * MIB if mib.isdigit() else None) for index, uuid, mib in rows]

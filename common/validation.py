@@ -248,31 +248,29 @@ def _check_device(config: Config) -> None:
 
 
 def _check_placement(config: Config) -> None:
-    actors, bound = config.actors, config.staleness.max_staleness
-    is_cpu = config.device is Device.cpu
+    actors, bound, is_cpu = config.actors, config.staleness.max_staleness, config.device is Device.cpu
     _refuse_if(
         is_cpu and actors.placement is not Placement.auto,
         f"actors.placement={actors.placement} has no effect with device=cpu: leave it out",
-    )
-    _refuse_if(
-        actors.sleep_while_training and is_cpu,
-        "actors.sleep_while_training=true needs device=cuda, because vLLM's sleep mode frees the memory of GPUs only",
-    )
-    _refuse_if(
-        actors.sleep_while_training and actors.placement is Placement.separate,
-        "actors.sleep_while_training=true has no effect with actors.placement=separate, because training does not "
-        "need the actors' GPUs: leave it out",
-    )
-    _refuse_if(
-        actors.sleep_while_training and bound > 0,
-        f"actors.sleep_while_training=true is synchronous, nothing is sampled during training: it needs "
-        f"staleness.max_staleness=0, not {bound}",
     )
     width, ranks = actors.tensor_parallel_size, config.learner.ranks
     _refuse_if(
         config.is_shared and (ranks > 1 or width > 1),
         f"actors.placement=shared is for one GPU, that of a single learner rank with actors beside it: with "
         f"learner.ranks={ranks} and actors.tensor_parallel_size={width} set actors.placement=separate",
+    )
+    if not actors.sleep_while_training:
+        return
+    sleep = "actors.sleep_while_training=true"
+    _refuse_if(is_cpu, f"{sleep} needs device=cuda, because vLLM's sleep mode frees the memory of GPUs only")
+    _refuse_if(
+        actors.placement is Placement.separate,
+        f"{sleep} has no effect with actors.placement=separate, because training does not need the actors' GPUs: "
+        "leave it out",
+    )
+    _refuse_if(
+        bound > 0,
+        f"{sleep} is synchronous, nothing is sampled during training: it needs staleness.max_staleness=0, not {bound}",
     )
 
 

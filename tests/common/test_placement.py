@@ -1,6 +1,7 @@
 """Which GPUs whom: separate, shared and decided by how many are visible. GPUs are stand-ins."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,11 +139,30 @@ def test_gpus_of_unknown_memory_need_a_fraction_only_when_shared() -> None:
     assert settle_memory(config("actors.placement=separate"), gpus(2, None)).actors.gpu_memory_utilization is None
 
 
+def test_a_model_of_unknown_sizes_needs_a_fraction_only_when_shared(tmp_path: Path) -> None:
+    run = config()
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    run = replace(run, model=replace(run.model, path=str(tmp_path)))
+    shared = replace(run, actors=replace(run.actors, placement=Placement.shared))
+    with pytest.raises(ConfigError, match=r"does not give hidden_size in .* set actors\.gpu_memory_utilization"):
+        settle_memory(shared, gpus(1))
+    assert settle_memory(run, gpus(2)) == run
+    told = replace(shared, actors=replace(shared.actors, gpu_memory_utilization=0.3))
+    assert settle_memory(told, gpus(1)) == told
+
+
+def test_a_driver_that_fails_is_quoted(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = SimpleNamespace(stdout="Failed to initialize NVML: Driver/library version mismatch\n", returncode=18)
+    monkeypatch.setattr(placement.subprocess, "run", lambda *_, **__: broken)
+    with pytest.raises(ConfigError, match=r"nvidia-smi fails \(Failed to initialize NVML: Driver/library version"):
+        visible_gpus()
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(placement.shutil, "which", lambda tool: f"/usr/bin/{tool}")
-    monkeypatch.setattr(placement.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=LISTING))
+    monkeypatch.setattr(placement.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=LISTING, returncode=0))
 
 
 @pytest.mark.usefixtures("driver")
