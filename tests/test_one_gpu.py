@@ -23,7 +23,9 @@ from common.loading import load_config
 from common.memory import GIB, plan_memory, read_shapes
 from common.placement import Gpu, settle
 from common.types import MemberId, WeightsCommand, WeightsPhase, WeightsReport
+from learner.main import _leave_room
 from learner.networks.model import Policy, load_policy
+from learner.networks.parallel import World
 from learner.publication.ipc import IpcTransfer
 from learner.publication.publisher import Publisher
 from learner.publication.sleep import actors_asleep
@@ -249,7 +251,13 @@ def test_on_a_shared_gpu_the_engine_is_told_its_cache_and_may_sleep(monkeypatch:
     assert arguments["kv_cache_memory_bytes"] == plan.kv_cache >= plan.kv_least
     assert arguments["gpu_memory_utilization"] == run.actors.gpu_memory_utilization
     assert arguments["enable_sleep_mode"] is True
-    assert 0.5 < plan.learner_fraction < 1
+
+    kept: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: kept.append(share))
+    world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    _leave_room(run, world)
+    _leave_room(load_config(["demo"], []), world)
+    assert kept == [plan.learner_fraction] and 0.5 < kept[0] < 1
 
 
 def test_elsewhere_vllm_measures_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
