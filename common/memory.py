@@ -11,7 +11,7 @@ model's tensors (chosen, not measured).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common.config import ActorsConfig, AdvantageEstimator, Config, ConfigError, Device, DType, LearnerConfig
+from common.config import ActorsConfig, AdvantageEstimator, Config, ConfigError, Device, DType, LearnerConfig, Offload
 from common.model_shape import ModelShape, read_shape
 
 GIB = 2**30
@@ -197,8 +197,10 @@ def _resting(config: Config, shapes: Shapes) -> Parts:
         "reference": MASTER * reference // share,
         "context": CONTEXT + (COMMUNICATOR if config.learner.ranks > 1 else 0),
     }
-    if config.learner.offload_optimizer:
-        parts |= {"parameters": 0, "optimizer": 0, "reference": 0}
+    if config.learner.offload is not Offload.none:
+        parts["optimizer"] = 0
+    if config.learner.offload is Offload.all:
+        parts |= {"parameters": 0, "reference": 0}
     return {name: size for name, size in parts.items() if size}
 
 
@@ -208,35 +210,37 @@ def _training(config: Config, shapes: Shapes) -> Parts:
     model, critic = shapes.policy, shapes.critic
     largest = max(model.parameters, critic.backbone if critic is not None else 0)
     share = config.learner.ranks // config.learner.replicas
-    gradients = 0 if config.learner.offload_optimizer else MASTER * largest // share
+    gradients = 0 if config.learner.offload is Offload.all else MASTER * largest // share
     wider = model if critic is None or critic.layer <= model.layer else critic
     worst = max(_moments(config, model, wider), key=lambda parts: sum(parts.values()))
     return {"gradients": gradients} | worst
 
 
 def _moments(config: Config, model: ModelShape, wider: ModelShape) -> Iterator[Parts]:
-    """Candidates for the peak, with FSDP2's copies in the compute type (the root's tables, and one layer with the next
-    one on its way) and S = tokens_per_micro_batch.
+    """Candidates for the peak, with FSDP2's copies in the compute type and S = tokens_per_micro_batch. Gathered are two
+    layers, the next one being on its way; of the tables, when they are one, it for the whole of forward and backward,
+    because the root holds it, and else the one that computes.
 
     1. backward of the output layer: its gradient in float32 and in the compute type, three tiles of logits;
     2. backward of a layer: its gradients, and their float32 copy in the reduction, of two layers at once;
-    3. the end of backward: the same of the root's tables, without activations;
+    3. the end of backward: the same of the embedding, without activations;
     4. publication: a bucket and the tensors that it is made of.
     """
-    size = _size(config)
-    tables = model.embedding * (1 if model.is_tied else 2)
-    gathered = size * (tables + 2 * wider.layer)
+    size, table = _size(config), model.embedding
+    layers, held = 2 * size * wider.layer, size * table if model.is_tied else 0
     kept, working = activations(config, wider)
     tile = MASTER * config.learner.logprob_chunk_tokens * min(model.vocab, TILE_WIDTH)
     yield {
         "activations": kept,
-        "gathered layers": gathered,
-        "logits and their gradients": 3 * tile + (MASTER + size) * model.embedding,
+        "gathered layers": layers + size * table,
+        "logits and their gradients": 3 * tile + (MASTER + size) * table,
     }
-    reduced = 2 * (size + MASTER) * wider.layer + size * model.embedding
-    yield {"activations": kept + working, "gathered layers": gathered, "gradients on their way": reduced}
-    yield {"gathered layers": gathered, "gradients on their way": (size + MASTER) * tables}
-    yield {"outgoing weights": 2 * max(BUCKET, size * model.embedding)}
+    reduced = 2 * (size + MASTER) * wider.layer
+    # the output layer's gradient waits for the embedding's where they are one, and else is reduced meanwhile
+    reduced += size * table if model.is_tied else (size + MASTER) * table
+    yield {"activations": kept + working, "gathered layers": layers + held, "gradients on their way": reduced}
+    yield {"gathered layers": layers + size * table, "gradients on their way": (size + MASTER) * table}
+    yield {"outgoing weights": 2 * max(BUCKET, size * table)}
 
 
 def activations(config: Config, model: ModelShape) -> tuple[int, int]:
@@ -245,9 +249,9 @@ def activations(config: Config, model: ModelShape) -> tuple[int, int]:
     A layer keeps, per token: of each of its two norms the float32 input, the normalised and the scaled state, D each
     (of norms of queries and keys not the last); query, key, value and output of attention; of the MLP gate, its
     activation, up and their product. Counted in
-    transformers' code and checked against what autograd holds (tests/common/test_memory.py). Checkpointed, it keeps
-    its input, and one layer is computed again. Its backward has up to three gradients of the MLP's width at once, and
-    two of the norms in float32.
+    transformers' code and checked against what autograd holds (tests/common/test_memory.py). Checkpointed (every n-th
+    layer), it keeps its input, and one layer is computed again. Its backward has up to three gradients of the MLP's
+    width at once, and two of the norms in float32.
     """
     size, tokens = _size(config), config.learner.tokens_per_micro_batch
     norms = 2 * model.width * (4 + 2 * size)
@@ -258,9 +262,10 @@ def activations(config: Config, model: ModelShape) -> tuple[int, int]:
     layer = norms + size * (attention + 4 * mlp)
     working = 3 * size * mlp + 2 * 4 * model.width
     head = (4 + 4 * size) * model.width  # last norm, the states that are predicted from, and their gradient
-    if config.learner.activation_checkpointing:
-        return tokens * (model.layers * size * model.width + head), tokens * (layer + working)
-    return tokens * (model.layers * layer + head), tokens * working
+    every = config.learner.activation_checkpointing
+    checkpointed = model.layers // every if every else 0
+    kept = (model.layers - checkpointed) * layer + checkpointed * size * model.width + head
+    return tokens * kept, tokens * (working + (layer if checkpointed else 0))
 
 
 def _size(config: Config) -> int:
@@ -274,9 +279,10 @@ def _remedies(config: Config, shapes: Shapes, plan: MemoryPlan) -> list[tuple[st
     tokens = max(learner.tokens_per_micro_batch // 2, config.model.max_model_len)
     groups = max(actors.groups_in_flight // 2, 1)
     changes: list[tuple[str, LearnerConfig, ActorsConfig]] = [
-        ("learner.activation_checkpointing=true", replace(learner, activation_checkpointing=True), actors),
+        ("learner.activation_checkpointing=1", replace(learner, activation_checkpointing=1), actors),
         (f"learner.tokens_per_micro_batch={tokens}", replace(learner, tokens_per_micro_batch=tokens), actors),
-        ("learner.offload_optimizer=true", replace(learner, offload_optimizer=True), actors),
+        ("learner.offload=optimizer", replace(learner, offload=Offload.optimizer), actors),
+        ("learner.offload=all", replace(learner, offload=Offload.all), actors),
         (f"actors.groups_in_flight={groups}", learner, replace(actors, groups_in_flight=groups)),
         ("actors.gpu_memory_utilization=null", learner, replace(actors, gpu_memory_utilization=None)),
     ]

@@ -244,7 +244,7 @@ def engine_arguments(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[st
 def test_on_a_shared_gpu_the_engine_is_told_its_cache_and_may_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = [Gpu(name="0", memory=24 * GIB)]
     monkeypatch.setattr(placement, "visible_gpus", lambda: gpu)
-    shared = ["device=cuda", "model.dtype=bfloat16", "weights.probe_tolerance=0.1", "staleness.max_staleness=0"]
+    shared = ["device=cuda", "model.dtype=bfloat16", "staleness.max_staleness=0"]
     run = settle(load_config(["demo"], [*shared, "actors.sleep_while_training=true"]), gpu)
     arguments = engine_arguments(run, monkeypatch)
     plan = plan_memory(run, read_shapes(run), 24 * GIB)

@@ -32,8 +32,6 @@ from common.memory import GIB
 from common.placement import Gpu
 from common.processes import ChildSpec
 
-PROBE = ["weights.probe_tolerance=0.1"]
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
@@ -82,7 +80,7 @@ def test_gpus_go_to_the_ranks_first_and_then_to_the_actors() -> None:
 
 
 def test_one_visible_gpu_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(["demo"], ["device=cuda", "model.dtype=bfloat16", *PROBE, f"runs_dir={tmp_path}"])
+    config = load_config(["demo"], ["device=cuda", "model.dtype=bfloat16", f"runs_dir={tmp_path}"])
     monkeypatch.setattr(launcher, "visible_gpus", lambda: [Gpu(name="7", memory=24 * GIB)])
     started: list[ChildSpec] = []
 
@@ -284,7 +282,7 @@ def test_grade_wants_the_form_of_training_where_it_is_told_so(
 
 
 def test_a_role_on_a_shared_gpu_that_is_too_small_says_so(config: Config) -> None:
-    apart = load_config(["demo"], ["device=cuda", "actors.placement=shared", f"runs_dir={config.runs_dir}", *PROBE])
+    apart = load_config(["demo"], ["device=cuda", "actors.placement=shared", f"runs_dir={config.runs_dir}"])
     prepare_run_dir(apart, EarlierRun.REFUSE)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
     command = [sys.executable, "run.py", "actor", "--connect", "tcp://127.0.0.1:1", "-c"]

@@ -17,6 +17,7 @@ from common.config import (
     DType,
     LearnerConfig,
     ModelConfig,
+    Offload,
     Placement,
     StalenessConfig,
 )
@@ -128,7 +129,7 @@ def test_activations_are_what_autograd_holds(family: str, dtype: DType) -> None:
 
 def test_checkpointing_keeps_the_layers_inputs_and_computes_one_again() -> None:
     shape = shape_of(SIZES["7B"])
-    kept, working = activations(config(activation_checkpointing=True), shape)
+    kept, working = activations(config(activation_checkpointing=1), shape)
     layer = 2 * 3584 * (4 + 2 * 2) + 2 * (2 * 3584 + 2 * 512 + 4 * 18944)
     backward = 3 * 2 * 18944 + 2 * 4 * 3584
     head = (4 + 4 * 2) * 3584
@@ -137,9 +138,21 @@ def test_checkpointing_keeps_the_layers_inputs_and_computes_one_again() -> None:
     assert activations(config(), shape) == (8192 * (28 * layer + head), 8192 * backward)
 
 
+def test_every_second_layer_is_half_of_the_way() -> None:
+    shape = shape_of(SIZES["7B"])
+    none, half, every = (activations(config(activation_checkpointing=n), shape)[0] for n in (0, 2, 1))
+    assert half * 2 == none + every
+
+
+def test_what_rests_on_the_host_is_not_on_the_gpu() -> None:
+    whole, moments, everything = (plan(config(offload=what), "1.5B", 80) for what in Offload)
+    assert whole.learner.keys() - moments.learner.keys() == {"optimizer"}
+    assert moments.learner.keys() - everything.learner.keys() == {"parameters"} and everything.learner["gradients"] == 0
+
+
 def test_a_learner_alone_with_half_a_billion_parameters() -> None:
     """Worked out by hand: 0.494e9 parameters and a critic of as many, float32 weights and two moments of each."""
-    parts = plan(config(activation_checkpointing=True), "0.5B", 24).learner
+    parts = plan(config(activation_checkpointing=1), "0.5B", 24).learner
     networks = 2 * 494_032_768 + 896
     assert parts["parameters"] == 4 * networks
     assert parts["optimizer"] == 8 * networks
@@ -164,7 +177,7 @@ def test_without_a_critic_and_with_a_reference() -> None:
 
 
 def test_the_engine_gets_what_the_learner_leaves_and_no_more_than_it_can_use() -> None:
-    run = config(activation_checkpointing=True)
+    run = config(activation_checkpointing=1)
     small, large = plan(run, "1.5B", 54), plan(run, "1.5B", 141)
     per_token = 2 * 28 * 256 * 2  # keys and values, layers, key-value width, bytes
     assert small.kv_per_token == per_token and small.kv_least == 2048 * per_token
@@ -185,7 +198,7 @@ def test_engines_on_one_gpu_share_the_rest() -> None:
 
 
 def test_a_sleeping_engine_leaves_its_memory_to_the_training() -> None:
-    run = config(activation_checkpointing=True)
+    run = config(activation_checkpointing=1)
     slept = replace(
         run,
         actors=replace(run.actors, sleep_while_training=True),
@@ -197,7 +210,7 @@ def test_a_sleeping_engine_leaves_its_memory_to_the_training() -> None:
 
 
 def test_separate_gpus_are_judged_alone() -> None:
-    run = config(activation_checkpointing=True)
+    run = config(activation_checkpointing=1)
     apart = replace(run, actors=replace(run.actors, placement=Placement.separate, gpu_memory_utilization=None))
     alone = plan(apart, "1.5B", 48)
     assert alone.shortage == 0 and alone.gpu_memory_utilization == pytest.approx(0.9)
@@ -206,7 +219,7 @@ def test_separate_gpus_are_judged_alone() -> None:
 
 @pytest.mark.parametrize("utilization", [0.02, 0.6])
 def test_a_fraction_that_is_set_is_refused_when_it_is_too_small_or_leaves_too_little(utilization: float) -> None:
-    run = config(activation_checkpointing=True)
+    run = config(activation_checkpointing=1)
     run = replace(run, actors=replace(run.actors, gpu_memory_utilization=utilization))
     with pytest.raises(ConfigError, match=r"actors\.gpu_memory_utilization=null"):
         refuse_shortage(run, shapes("0.5B"), 24 * GIB)
@@ -222,8 +235,8 @@ def test_a_shortage_is_one_sentence_with_the_numbers_and_what_helps_most() -> No
     assert "the learner needs 65.5 GiB (parameters 11.5, optimizer 23.0," in sentence
     assert "an engine needs 5.3 GiB (weights 2.9," in sentence
     assert sentence.endswith(
-        "set learner.offload_optimizer=true (-40.3 GiB) or learner.activation_checkpointing=true (-20.9 GiB) or "
-        "learner.tokens_per_micro_batch=4096 (-11.1 GiB)"
+        "set learner.offload=all (-40.3 GiB) or learner.offload=optimizer (-23.0 GiB) or "
+        "learner.activation_checkpointing=1 (-20.9 GiB)"
     )
 
 
@@ -236,7 +249,7 @@ def test_the_recipe_for_one_gpu_fits_on_24_gib() -> None:
 
 
 def test_what_fits_is_planned_and_not_refused() -> None:
-    assert refuse_shortage(config(activation_checkpointing=True), shapes("0.5B"), 24 * GIB).kv_cache > 0
+    assert refuse_shortage(config(activation_checkpointing=1), shapes("0.5B"), 24 * GIB).kv_cache > 0
 
 
 def test_a_shape_that_is_not_given_is_named(tmp_path: Any) -> None:

@@ -13,7 +13,7 @@ from common.loading import load_config
 from common.memory import GIB
 from common.placement import Devices, Gpu, assign, plan_here, settle, settle_memory, visible_gpus
 
-CUDA = ["device=cuda", "model.dtype=bfloat16", "weights.probe_tolerance=0.1"]
+CUDA = ["device=cuda", "model.dtype=bfloat16"]
 LISTING = "0, GPU-aaaa-1, 24576\n1, GPU-bbbb-2, [N/A]\n"
 
 
