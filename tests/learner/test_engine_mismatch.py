@@ -20,6 +20,8 @@ from tests.learner.algorithm.test_trainer import LENGTHS, TablePolicy, config, m
 class CopyingPublisher:
     """Publishes to one engine, which computes exactly like the learner."""
 
+    control = None  # no actor sleeps
+
     def __init__(self, policy: torch.nn.Module) -> None:
         self.policy, self.engine = policy, TablePolicy()
 

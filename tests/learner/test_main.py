@@ -24,6 +24,7 @@ class Stage:
     calls: list[tuple[str, int]] = field(default_factory=list)
     policy: Any = None
     network: Any = None
+    control: None = None  # of the publisher
     probe: Any = None
 
     # the trainer
