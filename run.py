@@ -179,7 +179,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from learner.export import main as run_export
 
     dtype = None if arguments.dtype is None else DType(arguments.dtype)
-    return run_export(arguments.run, arguments.step, arguments.out, arguments.critic, dtype)
+    return run_export(arguments.run, arguments.step, arguments.out, arguments.critic, dtype, arguments.adapter)
 
 
 def _begin_role(name: str) -> None:
@@ -269,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run directory")
     export.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     export.add_argument("--critic", action="store_true", help="the critic, for model.critic_path of other runs")
+    export.add_argument("--adapter", action="store_true", help="with LoRA: only what was trained, in PEFT's format")
     export.add_argument(
         "--dtype", choices=[str(dtype) for dtype in DType], help="type of the weights (default: the base model's own)"
     )

@@ -102,6 +102,13 @@ class Offload(StrEnum):
     all = "all"  # parameters, gradients and moments; every layer is copied to the device for every micro-batch (FSDP)
 
 
+class CriticNetwork(StrEnum):
+    """What the critic's values are computed with."""
+
+    separate = "separate"  # a network of its own, as in VAPO
+    shared_backbone = "shared_backbone"  # an adapter on the policy's frozen model, and a value head; needs lora.rank
+
+
 class OnBadRow(StrEnum):
     """What happens when a row of the data cannot be used (common/tasks/rows.py lists why)."""
 
@@ -114,10 +121,21 @@ class ModelConfig:
     path: str = MISSING  # causal language model with its tokenizer: Hugging Face folder, or OWNER/NAME on the Hub
     critic_path: str | None = None  # what the critic starts from (`run.py export --critic` writes such folders, and
     # any value or reward model of transformers is one); None: the policy's backbone and a zero head
+    critic: CriticNetwork = CriticNetwork.separate
     trust_remote_code: bool = False  # run the Python code that a model or tokenizer brings along
     tie_word_embeddings: bool | None = None  # None: as the folder says; else share or split the output layer
     dtype: DType = DType.float32  # compute type of the learner and of generation; master weights are float32
     max_model_len: int = 256  # tokens of prompt + response; a prompt may have this less rollout.max_tokens
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on frozen models (arXiv 2106.09685): what policy and critic then train. No dropout, see
+    common/loading.py."""
+
+    rank: int = 0  # r of the adapters; 0: off, every weight is trained
+    alpha: float = 32.0  # an adapter's output is scaled by alpha / rank
+    target_modules: list[str] | None = None  # ends of the names of linear layers; None: all but the output layer
 
 
 @dataclass(frozen=True)
@@ -312,6 +330,7 @@ class Config:
     device: Device = Device.cpu
     cores: list[int] | None = None  # cores to pin to, dealt to learner ranks, then actors; None: all allowed
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

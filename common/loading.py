@@ -26,7 +26,10 @@ _REFUSED = dict.fromkeys(
     ": responses that are trained must be drawn from the whole distribution, because with tokens cut off the engine's "
     "log-probs are of another policy than the learner's and the importance weights are wrong; eval.top_p and "
     "eval.top_k cut off tokens in evaluations",
-)
+) | {
+    "lora.dropout": ": the engine samples without dropout, and with it in the learner the ratios of the first update "
+    "would not be 1 but noise around it, inside the clip range and out of it, so adapters are trained without dropout"
+}
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"  # shipped recipes and base models
 

@@ -5,7 +5,9 @@ refused in one sentence before any process is started; what only a forward pass 
 learner/networks/reference.py.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from common.positions import num_positions
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEIGHTS = ("*.safetensors", "*.bin")
+FINGERPRINT_BYTES = 1 << 20  # at either end of a file
 NOT_A_CAP = (None, 0, 0.0)
 NOT_A_FACTOR = (None, 1, 1.0)
 
@@ -41,6 +44,22 @@ def check_model_folder(key: str, path: str, max_model_len: int) -> None:
     _check_positions(text_settings(settings), name, max_model_len)
     _check_weights(folder, name)
     _check_tokenizer(folder, text_settings(settings).get("vocab_size"), name)
+
+
+def weights_fingerprint(*paths: str | None) -> str:
+    """SHA-256 of sizes, starts and ends of the folders' weight files, in milliseconds. Training changes all weights, so
+    other weights of the same architecture have another one; names and places of the files do not count."""
+    digest = hashlib.sha256()
+    for path in filter(None, paths):
+        for pattern in WEIGHTS:
+            for file in sorted(Path(path).glob(pattern)):
+                size = file.stat().st_size
+                digest.update(str(size).encode())
+                with file.open("rb") as opened:
+                    digest.update(opened.read(FINGERPRINT_BYTES))
+                    opened.seek(max(0, size - FINGERPRINT_BYTES), os.SEEK_SET)
+                    digest.update(opened.read())
+    return digest.hexdigest()
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from common.config import (
     Config,
     ConfigError,
     Correction,
+    CriticNetwork,
     Device,
+    LoraConfig,
     Offload,
     Placement,
     RewardConfig,
@@ -35,6 +37,8 @@ COLDEST = 0.01  # vLLM samples at this temperature when it is asked for less (ex
 RANGES: dict[str, tuple[float, float, bool]] = {
     "seed": (0, LARGEST_INTEGER, True),
     "model.max_model_len": (2, INF, True),
+    "lora.rank": (0, 65536, True),
+    "lora.alpha": (0, INF, False),
     "task.seed": (-INF, INF, True),
     "task.num_train": (1, 10_000_000, True),
     "task.num_heldout": (1, INF, True),
@@ -137,7 +141,8 @@ def validate(config: Config) -> None:
     _check_sizes(config)
     _check_sampling(config)
     _check_rewards(config)
-    _check_critic_path(config)
+    _check_lora(config.lora)
+    _check_critic_network(config)
     _check_critic(config.algorithm)
     _check_unused(config.algorithm, config.reward)
 
@@ -209,11 +214,32 @@ def _check_optimizers(config: Config) -> None:
             )
 
 
-def _check_critic_path(config: Config) -> None:
+def _check_lora(lora: LoraConfig) -> None:
+    for name in ("alpha", "target_modules"):
+        value, default = getattr(lora, name), _default(LoraConfig, name)
+        _refuse_unused(f"lora.{name}", value, default, lora.rank > 0, "a positive lora.rank")
     _refuse_if(
-        config.model.critic_path is not None and config.algorithm.advantage is not AdvantageEstimator.gae,
-        f"model.critic_path={config.model.critic_path} has no effect: algorithm.advantage="
-        f"{config.algorithm.advantage} has no critic",
+        lora.target_modules == [],
+        "lora.target_modules=[] leaves nothing to train: name linear layers, or leave it out for all",
+    )
+
+
+def _check_critic_network(config: Config) -> None:
+    model, advantage = config.model, config.algorithm.advantage
+    is_shared = model.critic is CriticNetwork.shared_backbone
+    for key, is_set in (("critic_path", model.critic_path is not None), ("critic", is_shared)):
+        _refuse_if(
+            is_set and advantage is not AdvantageEstimator.gae,
+            f"model.{key}={getattr(model, key)} has no effect: algorithm.advantage={advantage} has no critic",
+        )
+    _refuse_if(
+        is_shared and config.lora.rank == 0,
+        f"model.critic={model.critic} needs adapters, because training the critic's weights would change the policy: "
+        "set lora.rank",
+    )
+    _refuse_if(
+        is_shared and model.critic_path is not None,
+        f"model.critic_path={model.critic_path} has a backbone of its own: leave it out, or set model.critic=separate",
     )
 
 

@@ -5,38 +5,47 @@ from pathlib import Path
 
 import torch
 
-from common.config import AdvantageEstimator, Config, ConfigError, DType
+from common.config import AdvantageEstimator, Config, ConfigError, DType, LoraConfig
 from common.loading import read_config
 from learner.checkpoint import complete_steps, load_parameters, step_folder
-from learner.networks.export import export_critic, export_policy
-from learner.networks.model import load_critic, load_policy
+from learner.networks.export import export_adapter, export_critic, export_policy
+from learner.networks.model import Critic, load_critic, load_policy
 
 CPU = torch.device("cpu")
 
 
-def main(run_dir: str, step: int | None, out_dir: str, is_critic: bool, dtype: DType | None) -> int:
+def main(
+    run_dir: str, step: int | None, out_dir: str, is_critic: bool, dtype: DType | None, only_adapter: bool = False
+) -> int:
     """Writes the policy, or the critic, after `step` (None: the newest checkpoint) to `out_dir`.
 
-    `dtype` is the type of the stored weights (None: that of the model that the run started from). Returns the exit
-    code. Raises ConfigError when there is no such checkpoint or critic, or `out_dir` is not an empty folder.
+    With LoRA that is the model with the adapter merged into it, or `only_adapter`, in PEFT's format. `dtype` is the
+    type of the stored weights (None: that of the model that the run started from; of an adapter alone float32).
+    Returns the exit code. Raises ConfigError when there is no such checkpoint, critic or adapter, or `out_dir` is not
+    an empty folder.
     """
     run, out = Path(run_dir), Path(out_dir)
     config = read_config(run / "config.yaml")
     folder, chosen = _checkpoint(run, step)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder: choose another --out")
-    base, torch_dtype = config.model.path, None if dtype is None else getattr(torch, dtype.value)
-    if not is_critic:
-        policy = load_policy(config, CPU, None)
-        load_parameters(folder, "policy", policy)
-        export_policy(policy, base, out, torch_dtype)
-    elif config.algorithm.advantage is AdvantageEstimator.gae:
-        critic = load_critic(config, CPU, None)
-        load_parameters(folder, "critic", critic)
-        export_critic(critic, base, out, torch_dtype)
-    else:
+    if only_adapter and config.lora.rank == 0:
+        raise ConfigError(f"{run} has no adapter: with lora.rank=0 it trains all weights, so leave out --adapter")
+    if is_critic and config.algorithm.advantage is not AdvantageEstimator.gae:
         raise ConfigError(f"{run} has no critic: algorithm.advantage={config.algorithm.advantage} trains none")
-    print(f"wrote the {'critic' if is_critic else 'policy'} after step {chosen} to {out}")
+    base, torch_dtype = config.model.path, None if dtype is None else getattr(torch, dtype.value)
+    what = "critic" if is_critic else "policy"
+    network = load_critic(config, CPU, None) if is_critic else load_policy(config, CPU, None)
+    load_parameters(folder, what, network)
+    if only_adapter:
+        came_from = config.model.critic_path if is_critic else None
+        export_adapter(network, came_from or base, out, torch_dtype)
+    elif isinstance(network, Critic):
+        export_critic(network, base, out, torch_dtype)
+    else:
+        export_policy(network, base, out, torch_dtype)
+    adapter = "'s adapter" if only_adapter else ""
+    print(f"wrote the {what}{adapter} after step {chosen} to {out}")
     return 0
 
 
@@ -58,7 +67,8 @@ def with_tying(config: Config) -> Config:
     has an output layer of its own keeps that layer.
     """
     settled = tying_settled(config)
-    export_policy(load_policy(config, CPU, None), config.model.path, settled.model.path)
+    whole = replace(config, lora=LoraConfig())  # the model as it is, without what is to be trained
+    export_policy(load_policy(whole, CPU, None), config.model.path, settled.model.path)
     return settled
 
 

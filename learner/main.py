@@ -21,10 +21,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from common.addresses import advertised_host, prefer_interface_of
-from common.config import AdvantageEstimator, Config, Device
+from common.config import Config, Device
 from common.metrics import RunLog, Value
 from common.placement import plan_here
 from common.tasks.dataset import load_dataset
@@ -38,7 +37,7 @@ from learner.checkpoint import Checkpointer, step_folder
 from learner.export import tying_settled
 from learner.leader import Leader, version_gaps
 from learner.networks.export import export_policy
-from learner.networks.model import Policy, load_critic, load_policy
+from learner.networks.model import load_networks
 from learner.networks.parallel import World, make_mesh, process_group, seed_everything
 from learner.publication.probe import probe_token_ids
 from learner.publication.publisher import Publication, Publisher
@@ -48,7 +47,7 @@ from learner.resume import WARMUP, settings
 from learner.rollouts.service import LearnerService, MembersWaiting
 from learner.rundir import agreed_standing, settle
 
-__all__ = ["Learner", "main", "make_trainer", "tokenizing", "write_endpoint"]
+__all__ = ["Learner", "main", "tokenizing", "write_endpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -262,8 +261,9 @@ def main(config: Config) -> int:
         _leave_room(config, world)
         mesh = make_mesh(config)
         with _leader(config, world, resume_step) as leader:
-            policy = load_policy(config, world.device, mesh)
-            trainer = make_trainer(config, policy, world, mesh)
+            networks = load_networks(config, world.device, mesh)
+            policy, critic, reference = networks.policy, networks.critic, networks.reference
+            trainer = Trainer(config, policy, critic, world.rank, world.size, reference=reference)
             control = leader.service if leader is not None else None
             publisher = Publisher(config, policy, control, world.rank, probe_token_ids(config))
             try:
@@ -281,14 +281,6 @@ def _leave_room(config: Config, world: World) -> None:
     """Keeps torch's allocator from caching what belongs to engines on the same GPU."""
     if (plan := plan_here(config)) is not None:
         torch.cuda.set_per_process_memory_fraction(plan.learner_fraction, world.device)
-
-
-def make_trainer(config: Config, policy: Policy, world: World, mesh: DeviceMesh | None) -> Trainer:
-    """With a critic and a reference policy exactly where the algorithm needs them."""
-    algorithm = config.algorithm
-    critic = load_critic(config, world.device, mesh) if algorithm.advantage is AdvantageEstimator.gae else None
-    reference = load_policy(config, world.device, mesh) if algorithm.kl_weight > 0 else None
-    return Trainer(config, policy, critic, world.rank, world.size, reference=reference)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from common.config import Config, ConfigError
 from common.metrics import read_jsonl
+from common.model_folder import weights_fingerprint
 from common.types import JSON
 from learner.checkpoint import complete_steps, step_folder, torn
 
@@ -20,8 +21,16 @@ FIXED = (
     "task.seed",
     "task.num_train",
     "model.tie_word_embeddings",
+    "model.critic",
+    "lora.rank",
+    "lora.alpha",
+    "lora.target_modules",
     "algorithm.advantage",
 )
+
+
+# Of the files with the weights that LoRA leaves as they are: checkpoints do not hold those.
+FROZEN = "lora.frozen_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,8 @@ class Standing:
 def settings(config: Config) -> dict[str, JSON]:
     """What a checkpoint keeps of the configuration, for `standing`."""
     values = {key: operator.attrgetter(key)(config) for key in (*FIXED, WARMUP)}
+    if config.lora.rank > 0:
+        values[FROZEN] = weights_fingerprint(config.model.path, config.model.critic_path)
     return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
@@ -60,7 +71,7 @@ def standing(config: Config) -> Standing | None:
     folder = step_folder(checkpoints, step)
     state = json.loads((folder / "state.json").read_text())
     values = state["values"]
-    missing = sorted({"warmup_steps", *(f"settings/{key}" for key in settings(config))} - values.keys())
+    missing = sorted({"warmup_steps", *(f"settings/{key}" for key in (*FIXED, WARMUP))} - values.keys())
     if missing:
         raise ConfigError(f"checkpoint {folder} lacks {missing[0]}, it was made by another version of the program")
     _check_fixed(config, values)
@@ -80,13 +91,21 @@ def standing(config: Config) -> Standing | None:
 
 
 def _check_fixed(config: Config, values: dict[str, JSON]) -> None:
-    for key, value in settings(config).items():
-        before = values[f"settings/{key}"]
-        if key in FIXED and value != before:
+    now = settings(config)
+    for key in FIXED:
+        value, before = now[key], values[f"settings/{key}"]
+        if value != before:
             raise ConfigError(
                 f"{key}={value} cannot change at a resume, {config.run_dir} began with {before}: "
                 "leave it out, or start another run with name=..."
             )
+
+    if FROZEN in now and now[FROZEN] != values.get(f"settings/{FROZEN}"):
+        folders = " or ".join(filter(None, (config.model.path, config.model.critic_path)))
+        raise ConfigError(
+            f"{folders} holds other weights than those that {config.run_dir} trains adapters of: set model.path and "
+            "model.critic_path to where the same ones are now"
+        )
 
 
 def _check_warmup(config: Config, step: int, values: dict[str, JSON]) -> int:

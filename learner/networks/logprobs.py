@@ -73,8 +73,9 @@ class _TiledLogProbs(torch.autograd.Function):
         """d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy);  dz / d(Wh) = 1 / tau."""
         hidden_TD, weight_VD, targets_T, entropy_T, logsumexp_T = ctx.saved_tensors
         grad_hidden_TD = torch.empty_like(hidden_TD)
-        # float32 whatever the compute type: the sum runs over all chunks
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        # float32 whatever the compute type: the sum runs over all chunks. A frozen output layer needs none.
+        trains_weight = ctx.needs_input_grad[1]
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains_weight else None
         if grad_logprobs_T is None:
             grad_logprobs_T = torch.zeros_like(entropy_T)
         for chunk in _pieces(len(targets_T), ctx.chunk_tokens):
@@ -92,9 +93,12 @@ class _TiledLogProbs(torch.autograd.Function):
                 grad_CK.scatter_add_(1, column_C[:, None], (grad_logprobs_T[chunk] * is_here_C)[:, None])
                 grad_CK = grad_CK.div_(ctx.temperature).to(hidden_TD.dtype)
                 grad_hidden_CD += _product(grad_CK, weight_VD[tile])
-                grad_weight_VD[tile] += _product(grad_CK.T, hidden_CD)
+                if grad_weight_VD is not None:
+                    grad_weight_VD[tile] += _product(grad_CK.T, hidden_CD)
             grad_hidden_TD[chunk] = grad_hidden_CD
-        return grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
 def _chunk_logprobs(

@@ -1,4 +1,5 @@
-"""The two networks of the learner: a policy (any Hugging Face causal language model) and a separate critic.
+"""The two networks of the learner: a policy (any Hugging Face causal language model) and a critic, which has a backbone
+of its own or, with model.critic=shared_backbone, an adapter on the policy's (learner/networks/lora.py).
 
 Both are called through forward, on packed streams (learner/algorithm/packing.py), so that FSDP2's hooks run. With a
 mesh every decoder layer, the embedding, the output layer and the root are sharded by `fully_shard`: float32 master
@@ -9,38 +10,29 @@ An empty micro-batch runs on one dummy sequence and returns empty tensors that s
 call backward on a SUM over them and the same collectives run with zero gradients.
 """
 
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.config import Config, ConfigError, Device, DType, Offload
+from common.config import AdvantageEstimator, Config, ConfigError, CriticNetwork
 from learner.algorithm.packing import prediction_positions
-from learner.networks.attention import Packing, hide_from_compiler
+from learner.networks import lora
+from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
-from learner.networks.parallel import refusals_of_any_rank
+from learner.networks.parallel import full_tensor, like, refusals_of_any_rank
 from learner.networks.pretrained import as_stored, load_causal_lm, load_value_model, read_config, stored_names
 from learner.networks.reference import check_hidden_states, check_logprobs
-
-Network = TypeVar("Network", "Policy", "Critic")
+from learner.networks.sharding import compute_type, place
 
 DUMMY_LENGTH = 2  # one prompt token and one response token stand in for an empty micro-batch
 
@@ -54,7 +46,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-class Policy(nn.Module):
+class Policy(lora.Network):
     """The language model that is trained. `model` is the Hugging Face module; parameter names are its own."""
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
@@ -81,6 +73,17 @@ class Policy(nn.Module):
 
         Inputs may live on the CPU. The entropy is None unless `with_entropy`; it carries a gradient.
         """
+        inputs = (token_ids_S, cu_seqlens_B1, prompt_lengths_B, temperature, with_entropy)
+        return self._through_root(self._logprobs, *inputs)
+
+    def _logprobs(
+        self,
+        token_ids_S: Tensor,
+        cu_seqlens_B1: Tensor,
+        prompt_lengths_B: Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
         logprobs_T, entropy_T = self.model.get_output_embeddings().token_logprobs(
             hidden_TD,
@@ -94,18 +97,43 @@ class Policy(nn.Module):
 
     def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""
-        specs = [spec for name, _ in self.model.named_parameters() for spec in self._stored[name]]
-        return [replace(spec, dtype=dtype or spec.dtype) for spec in specs]
+        return [replace(spec, dtype=dtype or spec.dtype) for specs in self._stored.values() for spec in specs]
 
     @torch.no_grad()
-    def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def named_hf_parameters(
+        self, dtype: torch.dtype | None = None, held: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, full tensor) one at a time, where the policy computes; a tied head is left out.
-        Parameters that fuse several tensors of the checkpoint (experts) come apart again.
+        Parameters that fuse several tensors of the checkpoint (experts) come apart again. `held`: see named_shards.
 
         A collective when sharded: every rank iterates to the end, in lockstep. `dtype` casts (None: master
         type). The tensor may alias the parameter: copy what must outlive the next optimizer step.
         """
-        yield from self.as_stored(_full_tensors(self.model.named_parameters(), dtype))
+        yield from self.as_stored(_full_tensors(self.named_shards(held), dtype))
+
+    def named_shards(self, held: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The model's parameters as they are published, an adapter merged into what it adapts, sharded or not as the
+        policy is; under their own names. A collective when sharded.
+
+        `held` has this rank's parts of all parameters that the policy trains, by name, as they were.
+        """
+
+        def now(name: str, parameter: nn.Parameter) -> Tensor:
+            was = None if held is None else held.get(f"model.{name}")
+            if was is None:
+                return parameter.detach()
+            return like(parameter, was) if isinstance(parameter, DTensor) else was.to(parameter.device)
+
+        if self.adapter is not None:
+            return lora.merged(self.model, self.adapter.name, now)
+        return ((name, now(name, parameter)) for name, parameter in self.model.named_parameters())
+
+    def initial(self) -> "Policy":
+        """The policy as it was before training: the same model with its adapter off."""
+        assert self.adapter is not None, "a policy that trains all of its weights has changed them"
+        policy = copy.copy(self)
+        policy.adapter = replace(self.adapter, name=None)
+        return policy
 
     def as_stored(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, tensor) of full tensors that come under the parameters' own names."""
@@ -125,8 +153,8 @@ class ValueHead(nn.Linear):
         return hidden_TD.float() @ self.weight[0]
 
 
-class Critic(nn.Module):
-    """V(state) for every response token: its own backbone and a scalar head that starts at zero.
+class Critic(lora.Network):
+    """V(state) for every response token: a backbone and a scalar head that starts at zero.
 
     The head has no bias, like those of transformers' value and reward models, so that either reads the other's.
     """
@@ -146,74 +174,117 @@ class Critic(nn.Module):
 
         The head computes in float32 whatever the backbone's type.
         """
+        return self._through_root(self._values, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
+
+    def _values(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
         _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
         values_T = self.head(hidden_TD)
         return _outputs(values_T) if len(prompt_lengths_B) else _emptied(values_T)
 
-    def hf_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters as they are (sharded or not) under the names of transformers' sequence classification."""
+    def named_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters, an adapter merged, sharded or not, named as in transformers' sequence classification."""
+        parameters: Iterable[tuple[str, Tensor]] = self.backbone.named_parameters()
+        if self.adapter is not None:
+            parameters = lora.merged(self.backbone, self.adapter.name, lambda _, parameter: parameter.detach())
         prefix = self.backbone.base_model_prefix
-        backbone = {f"{prefix}.{name}": parameter for name, parameter in self.backbone.named_parameters()}
-        return backbone | {"score.weight": self.head.weight}
+        yield from ((f"{prefix}.{name}", tensor) for name, tensor in parameters)
+        yield "score.weight", self.head.weight
 
     @torch.no_grad()
     def named_hf_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The full tensors of `hf_parameters`, as Policy.named_hf_parameters yields its own."""
-        for name, tensor in _full_tensors(self.hf_parameters().items(), dtype):
+        """The full tensors of `named_shards`, as Policy.named_hf_parameters yields its own."""
+        for name, tensor in _full_tensors(self.named_shards(), dtype):
             yield from as_stored(self.backbone, name, tensor).items()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What a run's algorithm needs, ready to train."""
+
+    policy: Policy
+    critic: Critic | None  # None without algorithm.advantage=gae
+    reference: Policy | None  # the initial policy; None without algorithm.kl_weight
+
+
+def load_networks(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Networks:
+    """Raises ConfigError for a folder that cannot be trained."""
+    critic, reference = None, None
+    if config.model.critic is CriticNetwork.shared_backbone:
+        policy, critic = _load_on_one_backbone(config, device, mesh)
+    else:
+        policy = load_policy(config, device, mesh)
+        if config.algorithm.advantage is AdvantageEstimator.gae:
+            critic = load_critic(config, device, mesh)
+    if config.algorithm.kl_weight > 0:
+        reference = load_policy(config, device, mesh) if policy.adapter is None else policy.initial()
+    return Networks(policy=policy, critic=critic, reference=reference)
 
 
 def load_policy(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Policy:
     """The policy of model.path, ready to train. Raises ConfigError for a folder that cannot be trained."""
-    path, reads, trust = config.model.path, _reads_weights(mesh), config.model.trust_remote_code
     with refusals_of_any_rank(mesh is None):
-        model = load_causal_lm(path, config.model.tie_word_embeddings, reads, trust)
-        policy = Policy(model, config.learner.logprob_chunk_tokens)
-        _set_to_train(policy, model, config)
-        if reads:
-            _check_names(policy, path)
-            check_logprobs(model, lambda *packed: policy(*packed, 1.0)[0], config.model.max_model_len, path)
-    return _place(policy, model, config, device, mesh)
+        policy = _read_policy(config, mesh)
+    place(policy.root, policy.model, (), config, device, mesh)
+    return policy
 
 
 def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Critic:
-    """The critic: from model.critic_path, else a copy of the policy's backbone under a zero head."""
+    """The critic with its own backbone: from model.critic_path, else a copy of the policy's under a zero head."""
+    with refusals_of_any_rank(mesh is None):
+        critic = _read_critic(config, mesh)
+    place(critic.root, critic.backbone, (critic.head,), config, device, mesh)
+    return critic
+
+
+def _load_on_one_backbone(config: Config, device: torch.device, mesh: DeviceMesh | None) -> tuple[Policy, Critic]:
+    with refusals_of_any_rank(mesh is None):
+        policy = _read_policy(config, mesh)
+        assert policy.adapter is not None
+        critic = Critic(policy.model.base_model)
+        critic.adapter = lora.add_adapter(policy.adapter.root, lora.CRITIC, config.lora)
+        critic.adapter.root.heads.append(critic.head)
+    place(policy.root, policy.model, (critic.head,), config, device, mesh)
+    return policy, critic
+
+
+def _read_policy(config: Config, mesh: DeviceMesh | None) -> Policy:
+    """Checked, but not yet where it belongs."""
+    path, reads = config.model.path, _reads_weights(mesh)
+    model = load_causal_lm(path, config.model.tie_word_embeddings, reads, config.model.trust_remote_code)
+    policy = Policy(model, config.learner.logprob_chunk_tokens)
+    _set_to_train(policy, model, config)
+    if reads:
+        _check_names(policy, path)
+        check_logprobs(model, lambda *packed: policy(*packed, 1.0)[0], config.model.max_model_len, path)
+    if config.lora.rank > 0:
+        policy.adapter = lora.add_adapter(lora.freeze(model, compute_type(config)), lora.POLICY, config.lora)
+    return policy
+
+
+def _read_critic(config: Config, mesh: DeviceMesh | None) -> Critic:
     path, reads = config.model.critic_path or config.model.path, _reads_weights(mesh)
     trust = config.model.trust_remote_code
-    with refusals_of_any_rank(mesh is None):
-        if config.model.critic_path is None:
-            backbone, head = load_causal_lm(path, None, reads, trust).base_model, None
-        else:
-            backbone, head = load_value_model(path, reads, trust)
-            known, needed = backbone.config.vocab_size, read_config(config.model.path, trust).vocab_size
-            if known < needed:
-                raise ConfigError(
-                    f"model.critic_path={path} knows {known} tokens, the policy has {needed}: choose a critic with the "
-                    "policy's tokenizer"
-                )
-        critic = Critic(backbone, head)
-        _set_to_train(critic, backbone, config)
-        if reads:
-            check_hidden_states(backbone, lambda *packed: _run(backbone, *packed)[1], config.model.max_model_len, path)
-    return _place(critic, backbone, config, device, mesh)
+    if config.model.critic_path is None:
+        backbone, head = load_causal_lm(path, None, reads, trust).base_model, None
+    else:
+        backbone, head = load_value_model(path, reads, trust)
+        known, needed = backbone.config.vocab_size, read_config(config.model.path, trust).vocab_size
+        if known < needed:
+            raise ConfigError(
+                f"model.critic_path={path} knows {known} tokens, the policy has {needed}: choose a critic with the "
+                "policy's tokenizer"
+            )
+    critic = Critic(backbone, head)
+    _set_to_train(critic, backbone, config)
+    if reads:
+        check_hidden_states(backbone, lambda *packed: _run(backbone, *packed)[1], config.model.max_model_len, path)
+    if config.lora.rank > 0:
+        critic.adapter = lora.add_adapter(lora.freeze(backbone, compute_type(config)), lora.CRITIC, config.lora)
+        critic.adapter.root.heads.append(critic.head)
+    return critic
 
 
-def full_tensor(parameter: Tensor, shard: Tensor) -> Tensor:
-    """The whole of a parameter from `shard`, every rank's own part of it in any type and place, or all of it when
-    `parameter` is not sharded; where the network computes. A collective when sharded.
-    """
-    if not isinstance(parameter, DTensor):
-        return shard.to(parameter.device)
-    mesh = parameter.device_mesh  # an offloaded shard is in host memory, and NCCL sends none of that
-    local = shard.to(mesh.device_type)
-    shape, stride = parameter.shape, parameter.stride()
-    whole = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
-    return whole.full_tensor()
-
-
-def _full_tensors(
-    parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
+def _full_tensors(parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Each shard is cast before it is gathered: less travels, and less memory is needed."""
     for name, parameter in parameters:
         shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -302,20 +373,6 @@ def _set_to_train(network: nn.Module, hf_model: PreTrainedModel, config: Config)
     network.train()
 
 
-def _compile_layers(hf_model: PreTrainedModel, device: torch.device) -> None:
-    """Each by itself, when it runs for the first time, so that FSDP and checkpointing are outside of what is compiled.
-    The number of tokens changes with every micro-batch: compiled once for all of them."""
-    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"learner.compile=true needs a C++ compiler on CPUs, but {compiler} was not found: install it, set CXX to "
-            "another one, or leave learner.compile out"
-        )
-    hide_from_compiler()
-    for layer in _decoder_layers(hf_model):
-        layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
-
-
 def _checkpoint_every(n: int, hf_model: PreTrainedModel) -> None:
     """The last of every n decoder layers keeps only its input and is computed again in backward."""
     hf_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -327,69 +384,3 @@ def _checkpoint_every(n: int, hf_model: PreTrainedModel) -> None:
         )
     for i, layer in enumerate(layers, start=1):
         layer.gradient_checkpointing = i % n == 0
-
-
-def _place(
-    network: Network, hf_model: PreTrainedModel, config: Config, device: torch.device, mesh: DeviceMesh | None
-) -> Network:
-    """Sharded over `mesh`, or moved to `device`."""
-    if config.learner.compile:
-        _compile_layers(hf_model, device)
-    if mesh is None:
-        return network.to(device)
-    full = {name: p.detach() for name, p in network.named_parameters()} if dist.get_rank() == 0 else {}
-    _shard(network, hf_model, config, mesh)
-    _scatter_from_rank_0(network, full, device, mesh)
-    return network
-
-
-def _shard(network: nn.Module, hf_model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> None:
-    compute = torch.bfloat16 if config.model.dtype is DType.bfloat16 else torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    is_offloaded = config.learner.offload is Offload.all  # pinned for the copies to a GPU
-    offload = CPUOffloadPolicy(pin_memory=config.device is Device.cuda) if is_offloaded else OffloadPolicy()
-    for module in (*_decoder_layers(hf_model), *_tables(hf_model)):
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-        if hasattr(module, "token_logprobs"):
-            register_fsdp_forward_method(module, "token_logprobs")
-    if isinstance(network, Critic):
-        whole = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-        fully_shard(network.head, mesh=mesh, mp_policy=whole, offload_policy=offload)
-    # By default the root stays gathered after a forward without backward: publication and checkpoints would
-    # then find compute copies in the place of the master weights.
-    fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-
-
-def _tables(hf_model: PreTrainedModel) -> list[nn.Module]:
-    """Embedding and output layer, gathered only while they compute; none when they are one, which the root then has
-    gathered from the first layer to the last."""
-    embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
-    if head is None:
-        return [embedding]
-    return [] if head.weight is embedding.weight else [embedding, head]
-
-
-def _decoder_layers(hf_model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that are sharded, and gathered, one at a time."""
-    names = set(hf_model._no_split_modules or ())
-    layers = [module for module in hf_model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ConfigError(f"{type(hf_model).__name__} names no decoder layers to shard, choose another model")
-    return layers
-
-
-@torch.no_grad()
-def _scatter_from_rank_0(network: nn.Module, full: dict[str, Tensor], device: torch.device, mesh: DeviceMesh) -> None:
-    """Every rank's shard of every parameter and buffer from rank 0, one tensor in flight at a time."""
-    for name, parameter in network.named_parameters():
-        assert isinstance(parameter, DTensor)
-        tensor = full[name].to(device) if full else torch.empty(parameter.shape, device=device)
-        dist.broadcast(tensor, 0)
-        shard = distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
-    for buffer in network.buffers():
-        dist.broadcast(buffer, 0)

@@ -14,7 +14,9 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from common.config import Config, ConfigError, Device, DType
 
@@ -86,6 +88,28 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def like(parameter: DTensor, local: Tensor) -> DTensor:
+    """A tensor that is sharded as `parameter` is and of which this rank has `local`."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def full_tensor(parameter: Tensor, shard: Tensor) -> Tensor:
+    """The whole of a parameter from `shard`, every rank's own part of it in any type and place, or all of it when
+    `parameter` is not sharded; where the network computes. A collective when sharded.
+    """
+    if not isinstance(parameter, DTensor):
+        return shard.to(parameter.device)
+    # an offloaded shard is in host memory, and NCCL sends none of that
+    return like(parameter, shard.to(parameter.device_mesh.device_type)).full_tensor()
 
 
 @contextmanager

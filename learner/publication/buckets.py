@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from learner.networks.model import Policy, TensorSpec, full_tensor
+from learner.networks.model import Policy, TensorSpec
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -108,18 +108,20 @@ class PolicySource:
 
 
 class HeldWeights:
-    """A copy of the policy's weights in host memory: each rank's own shards, in the type in which they travel."""
+    """A copy in host memory of what the policy trains: each rank's own shards, in the type in which they travel.
+
+    Of adapters in their own type, because it is their product that is rounded.
+    """
 
     @torch.no_grad()
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
-        self._policy = policy
-        self._shards: list[tuple[str, Tensor, Tensor]] = []  # name, parameter, copy of this rank's shard
-        for name, parameter in policy.model.named_parameters():
+        self._policy, self._dtype = policy, dtype
+        self._held: dict[str, Tensor] = {}
+        for name, parameter in policy.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            self._shards.append((name, parameter, local.detach().to("cpu", dtype, copy=True)))
+            kept_as = dtype if policy.adapter is None else parameter.dtype
+            self._held[name] = local.detach().to("cpu", kept_as, copy=True)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """As Policy.named_hf_parameters: the full tensors, where the policy computes; a collective when sharded."""
-        yield from self._policy.as_stored(
-            (name, full_tensor(parameter, shard)) for name, parameter, shard in self._shards
-        )
+        return self._policy.named_hf_parameters(self._dtype, self._held)

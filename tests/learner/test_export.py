@@ -9,15 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import run
-from common.config import AdvantageEstimator, AlgorithmConfig, Config, LearnerConfig, ModelConfig, OptimizerConfig
+from common.config import (
+    AdvantageEstimator,
+    AlgorithmConfig,
+    Config,
+    CriticNetwork,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from common.loading import load_config, save_config
 from learner.algorithm.packing import Batch, boundaries
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer
-from learner.networks.model import load_critic, load_policy
+from learner.networks.model import load_critic, load_networks
 from tests.support.runs import ROOT
 from tests.support.tiny_models import naive_logprobs, packed, write_tiny_model
 
@@ -41,20 +51,28 @@ GRPO = AlgorithmConfig(advantage=AdvantageEstimator.grpo, length_adaptive_alpha=
 VAPO = AlgorithmConfig(critic_warmup_steps=0)
 
 
-def make_run(folder: Path, model_path: str, vocabulary: int, algorithm: AlgorithmConfig = GRPO) -> Trained:
+def make_run(
+    folder: Path,
+    model_path: str,
+    vocabulary: int,
+    algorithm: AlgorithmConfig = GRPO,
+    lora: LoraConfig | None = None,
+    critic_network: CriticNetwork = CriticNetwork.separate,
+) -> Trained:
     """Three steps on random responses, saved as the learner saves them."""
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
     config = Config(
         name=f"trained_{algorithm.advantage}",
         runs_dir=str(folder),
-        model=ModelConfig(path=model_path),
+        model=ModelConfig(path=model_path, critic=critic_network),
+        lora=lora or LoraConfig(),
         algorithm=algorithm,
         learner=LearnerConfig(mini_batches=2, policy=optimizer, critic=optimizer),
     )
     config.run_dir.mkdir()
     save_config(config, config.run_dir / "config.yaml")
-    policy = load_policy(config, CPU, None)
-    critic = load_critic(config, CPU, None) if algorithm is VAPO else None
+    networks = load_networks(config, CPU, None)
+    policy, critic = networks.policy, networks.critic
     trainer, logprobs, values = Trainer(config, policy, critic, 0, 1), {}, {}
     with Checkpointer(config.run_dir / "checkpoints", keep=2) as checkpointer:
         for step in (1, 2, 3):
@@ -163,6 +181,61 @@ def test_an_exported_critic_starts_another_run_with_the_values_of_its_checkpoint
         torch.testing.assert_close(critic(*PROBE), trained.values[2], rtol=0, atol=1e-6)
     assert trained.values[2].std() > 1e-3
     assert not torch.equal(trained.values[2], trained.values[3])
+
+
+@pytest.fixture(scope="module", params=list(CriticNetwork))
+def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run that trained adapters, of two models or of one, and a separate critic or none."""
+    folder = tmp_path_factory.mktemp(f"adapted_{request.param}")
+    return make_run(folder, write_tiny_model(folder / "base"), 37, VAPO, LoraConfig(rank=4), request.param)
+
+
+def test_a_policy_with_an_adapter_is_exported_merged(adapted: Trained, tmp_path: Path) -> None:
+    assert run.main(["export", str(adapted.run_dir), "--out", str(tmp_path / "out")]) == 0
+    found, _ = naive_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), PROBE, 1.0)
+    torch.testing.assert_close(found, adapted.logprobs[3], rtol=0, atol=1e-5)
+    assert len({float(adapted.logprobs[step].sum()) for step in (1, 2, 3)}) == 3
+
+
+def test_an_adapter_alone_is_exported_as_peft_loads_it(
+    adapted: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run.main(["export", str(adapted.run_dir), "--step", "2", "--adapter", "--out", str(out)]) == 0
+    assert "wrote the policy's adapter after step 2" in capsys.readouterr().out
+    model = AutoPeftModelForCausalLM.from_pretrained(out)  # finds the base model by itself
+    found, _ = naive_logprobs(model, PROBE, 1.0)
+    torch.testing.assert_close(found, adapted.logprobs[2], rtol=0, atol=1e-5)
+
+
+def test_a_critics_adapter_and_head_are_exported_as_peft_loads_them(adapted: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run.main(["export", str(adapted.run_dir), "--critic", "--adapter", "--out", str(out)]) == 0
+    base = adapted.run_dir.parent / "base"
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model = PeftModel.from_pretrained(model, str(out)).merge_and_unload()
+    tokens, _, _ = probe(37)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens[None]).last_hidden_state[0, :-1]
+    torch.testing.assert_close(model.score(hidden)[:, 0], adapted.values[3], rtol=0, atol=1e-5)
+    assert adapted.values[3].std() > 1e-3
+
+
+def test_a_merged_critic_starts_another_run_with_its_values(adapted: Trained, tmp_path: Path) -> None:
+    out, base = tmp_path / "critic", adapted.run_dir.parent / "base"
+    assert run.main(["export", str(adapted.run_dir), "--critic", "--out", str(out)]) == 0
+    settings = [f"model.path={base}", f"model.critic_path={out}", "algorithm.critic_warmup_steps=0"]
+    with torch.no_grad():
+        values = load_critic(load_config([], settings), CPU, None)(*PROBE)
+    torch.testing.assert_close(values, adapted.values[3], rtol=0, atol=1e-5)
+
+
+def test_a_run_that_trains_all_weights_has_no_adapter_to_export(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, str(trained.run_dir), "--adapter", "--out", str(tmp_path / "out"))
+    assert "has no adapter: with lora.rank=0" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_a_critic_has_none_to_export(

@@ -1,6 +1,8 @@
 """What a resume may change, and what it refuses in one sentence with both values before anything starts."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,9 @@ def configured(tmp_path: Path, *overrides: str) -> Config:
     return load_config([], [*RUN, f"runs_dir={tmp_path}", *overrides])
 
 
-def begun(tmp_path: Path, step: int, warmup_steps: int = 4) -> Path:
+def begun(tmp_path: Path, step: int, warmup_steps: int = 4, overrides: Sequence[str] = ()) -> Path:
     """A run that was saved after `step`."""
-    config = configured(tmp_path)
+    config = configured(tmp_path, *overrides)
     config.run_dir.mkdir()
     save_config(config, config.run_dir / "config.yaml")
     Checkpointer(config.run_dir / "checkpoints", keep=1).save(step, 0, State(config, warmup_steps))
@@ -88,6 +90,7 @@ def test_most_settings_may_change(tmp_path: Path, overrides: list[str]) -> None:
         (["task.seed=3"], ("task.seed=3", "began with 0")),
         (["task.num_train=60"], ("task.num_train=60", "began with 50")),
         (["task.name=number_walk"], ("task.name=number_walk", "began with chain_sum")),
+        (["lora.rank=8"], ("lora.rank=8", "began with 0")),
         (["model.tie_word_embeddings=true"], ("tie_word_embeddings=True", "began with None")),
         (
             ["algorithm.advantage=grpo", "algorithm.critic_warmup_steps=0"],
@@ -107,6 +110,23 @@ def test_what_would_be_another_run_is_refused_with_both_values_and_nothing_is_wr
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and all(word in message for word in words), message
     assert (sorted(tmp_path.rglob("*")), (run_dir / "config.yaml").read_bytes()) == before
+
+
+def test_adapters_go_on_only_upon_the_weights_that_they_were_trained_on(tmp_path: Path) -> None:
+    """Checkpoints hold adapters alone."""
+    model = tmp_path / "model"
+    shutil.copytree("configs/models/chain_sum", model)
+    settings = [f"model.path={model}", "lora.rank=8"]
+    begun(tmp_path, 7, overrides=settings)
+    assert standing(configured(tmp_path, *settings)) is not None
+    model = model.rename(tmp_path / "moved")
+    settings[0] = f"model.path={model}"
+    assert standing(configured(tmp_path, *settings)) is not None
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match=r"moved holds other weights than those that .*/run trains adapters of"):
+        standing(configured(tmp_path, *settings))
 
 
 @pytest.mark.parametrize("override", ["name=other", "runs_dir=elsewhere"])

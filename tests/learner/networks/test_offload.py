@@ -14,7 +14,7 @@ from common.config import Config, Device, DType, Offload, ValueTarget
 from learner.algorithm.offload import HostAdamW
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer
-from learner.networks import model
+from learner.networks import sharding
 from learner.networks.model import load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
 from tests.learner.algorithm.test_trainer_split import BATCHES, VERSION, make_batch, make_config
@@ -83,13 +83,13 @@ def test_every_way_of_offloading_trains_to_the_same_bits_and_resumes_from_the_ot
 def test_all_offloads_every_group_of_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policies: list[object] = []
     monkeypatch.setattr(
-        "learner.networks.model.fully_shard", lambda *_, offload_policy, **__: policies.append(offload_policy)
+        "learner.networks.sharding.fully_shard", lambda *_, offload_policy, **__: policies.append(offload_policy)
     )
 
     config = make_config(write_tiny_model(tmp_path), 40, ValueTarget.gae)
     policy = load_policy(config, CPU, None)
     config = replace(config, learner=replace(config.learner, offload=Offload.all))
-    model._shard(policy, policy.model, config, None)  # type: ignore[arg-type]
+    sharding._shard(policy, policy.model, (), config, None)  # type: ignore[arg-type]
     assert len(policies) == 2 + 2 + 1  # layers, embedding and output layer, the rest
     assert all(isinstance(p, CPUOffloadPolicy) for p in policies)
 

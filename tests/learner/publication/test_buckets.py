@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.config import Config, Device
 from common.launcher import rank_environment, reserve_port
-from learner.networks.model import Policy, TensorSpec, full_tensor, load_policy
-from learner.networks.parallel import make_mesh, process_group
+from learner.networks.model import Policy, TensorSpec, load_policy
+from learner.networks.parallel import full_tensor, make_mesh, process_group
 from learner.publication.buckets import PolicySource, gather, plan
 from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import tiny_run, write_tiny_mixture, write_tiny_model
