@@ -11,7 +11,17 @@ model's tensors (chosen, not measured).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common.config import ActorsConfig, AdvantageEstimator, Config, ConfigError, Device, DType, LearnerConfig, Offload
+from common.config import (
+    ActorsConfig,
+    AdvantageEstimator,
+    Config,
+    ConfigError,
+    CriticNetwork,
+    Device,
+    DType,
+    LearnerConfig,
+    Offload,
+)
 from common.model_shape import ModelShape, read_shape
 
 GIB = 2**30
@@ -186,12 +196,17 @@ def _kv_per_token(config: Config, model: ModelShape) -> int:
 
 def _resting(config: Config, shapes: Shapes) -> Parts:
     """What a rank holds between two steps: float32 master weights and AdamW's two moments, sharded (ZeRO, arXiv
-    1910.02054, section 3.1), and the reference policy."""
-    critic = shapes.critic
-    trained = shapes.policy.parameters + (critic.backbone + critic.width if critic is not None else 0)
+    1910.02054, section 3.1), and the reference policy. With LoRA the frozen models, in model.dtype, one of which is the
+    reference."""
+    critic, has_adapters = shapes.critic, config.lora.rank > 0
+    trained = sum(_trained(config, shapes)) + (critic.width if critic is not None else 0)
     share = config.learner.ranks // config.learner.replicas
-    reference = shapes.policy.parameters if config.algorithm.kl_weight > 0 else 0
+    policy = shapes.policy.parameters
+    reference = policy if config.algorithm.kl_weight > 0 and not has_adapters else 0
+    backbone = critic.backbone if critic is not None and config.model.critic is CriticNetwork.separate else 0
+    frozen = policy + backbone if has_adapters else 0
     parts = {
+        "frozen parameters": _size(config) * frozen // share,
         "parameters": MASTER * trained // share,
         "optimizer": 2 * MASTER * trained // share,
         "reference": MASTER * reference // share,
@@ -200,15 +215,30 @@ def _resting(config: Config, shapes: Shapes) -> Parts:
     if config.learner.offload is not Offload.none:
         parts["optimizer"] = 0
     if config.learner.offload is Offload.all:
-        parts |= {"parameters": 0, "reference": 0}
+        parts |= {"frozen parameters": 0, "parameters": 0, "reference": 0}
     return {name: size for name, size in parts.items() if size}
+
+
+def _trained(config: Config, shapes: Shapes) -> tuple[int, int]:
+    """Parameters that are trained in policy and critic, its head left out: all, or adapters of all linear layers, also
+    where lora.target_modules names fewer."""
+    policy, critic = shapes.policy, shapes.critic
+    if config.lora.rank == 0:
+        return policy.parameters, critic.backbone if critic is not None else 0
+    in_critic = critic.layers * _trained_layer(config, critic) if critic is not None else 0
+    return policy.layers * _trained_layer(config, policy), in_critic
+
+
+def _trained_layer(config: Config, model: ModelShape) -> int:
+    """The same of one decoder layer."""
+    return config.lora.rank * model.linear_widths if config.lora.rank > 0 else model.layer
 
 
 def _training(config: Config, shapes: Shapes) -> Parts:
     """What comes on top of it at the worst moment of a step: the gradients of one network, whose optimizer step frees
     them before the other's begin, and that moment's own."""
     model, critic = shapes.policy, shapes.critic
-    largest = max(model.parameters, critic.backbone if critic is not None else 0)
+    largest = max(_trained(config, shapes))
     share = config.learner.ranks // config.learner.replicas
     gradients = 0 if config.learner.offload is Offload.all else MASTER * largest // share
     wider = model if critic is None or critic.layer <= model.layer else critic
@@ -225,21 +255,24 @@ def _moments(config: Config, model: ModelShape, wider: ModelShape) -> Iterator[P
     2. backward of a layer: its gradients, and their float32 copy in the reduction, of two layers at once;
     3. the end of backward: the same of the embedding, without activations;
     4. publication: a bucket and the tensors that it is made of.
+
+    With LoRA tables have no gradients, and layers those of adapters.
     """
     size, table = _size(config), model.embedding
     layers, held = 2 * size * wider.layer, size * table if model.is_tied else 0
     kept, working = activations(config, wider)
+    trained_table = table if config.lora.rank == 0 else 0
     tile = MASTER * config.learner.logprob_chunk_tokens * min(model.vocab, TILE_WIDTH)
     yield {
         "activations": kept,
         "gathered layers": layers + size * table,
-        "logits and their gradients": 3 * tile + (MASTER + size) * table,
+        "logits and their gradients": 3 * tile + (MASTER + size) * trained_table,
     }
-    reduced = 2 * (size + MASTER) * wider.layer
+    reduced = 2 * (size + MASTER) * _trained_layer(config, wider)
     # the output layer's gradient waits for the embedding's where they are one, and else is reduced meanwhile
-    reduced += size * table if model.is_tied else (size + MASTER) * table
+    reduced += size * trained_table if model.is_tied else (size + MASTER) * trained_table
     yield {"activations": kept + working, "gathered layers": layers + held, "gradients on their way": reduced}
-    yield {"gathered layers": layers + size * table, "gradients on their way": (size + MASTER) * table}
+    yield {"gathered layers": layers + size * table, "gradients on their way": (size + MASTER) * trained_table}
     yield {"outgoing weights": 2 * max(BUCKET, size * table)}
 
 

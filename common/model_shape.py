@@ -49,6 +49,13 @@ class ModelShape:
         return attention + bias + router + mlp + 2 * self.width + 2 * self.normed_width
 
     @property
+    def linear_widths(self) -> int:
+        """Inputs and outputs of one decoder layer's linear layers, summed: r times as many parameters has an adapter of
+        rank r. The experts of a mixture are none."""
+        mlp = 3 * (self.width + self.mlp_width) if self.experts == 1 else 0
+        return 4 * self.width + 2 * self.query_width + 2 * self.kv_width + mlp
+
+    @property
     def backbone(self) -> int:
         """Parameters without an output layer: what a critic starts from."""
         return self.embedding + self.layers * self.layer + self.width

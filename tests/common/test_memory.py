@@ -13,9 +13,11 @@ from common.config import (
     AlgorithmConfig,
     Config,
     ConfigError,
+    CriticNetwork,
     Device,
     DType,
     LearnerConfig,
+    LoraConfig,
     ModelConfig,
     Offload,
     Placement,
@@ -24,6 +26,7 @@ from common.config import (
 from common.loading import RECIPES
 from common.memory import GIB, MemoryPlan, Shapes, activations, plan_memory, refuse_shortage
 from common.model_shape import ModelShape, shape_of
+from learner.networks import lora
 from learner.networks.attention import IMPLEMENTATION, Packing
 
 QWEN = {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 151936, "num_key_value_heads": 2}
@@ -174,6 +177,35 @@ def test_without_a_critic_and_with_a_reference() -> None:
     assert alone["parameters"] == 4 * 1_543_714_304
     with_reference = replace(config(), algorithm=AlgorithmConfig(kl_weight=0.1))
     assert plan(with_reference, "1.5B", 80).learner["reference"] == 4 * 1_543_714_304
+
+
+def test_adapters_are_trained_and_models_are_frozen() -> None:
+    """Worked out by hand: rank 8 on 24 layers of 4 D + 2 (Q + K) + 3 (D + I) = 22,912 inputs and outputs."""
+    adapters = 8 * 24 * 22_912
+    run = replace(config(), lora=LoraConfig(rank=8), algorithm=AlgorithmConfig(kl_weight=0.1))
+    separate = plan(run, "0.5B", 24).learner
+    shared = plan(replace(run, model=replace(run.model, critic=CriticNetwork.shared_backbone)), "0.5B", 24).learner
+    assert separate["frozen parameters"] == 2 * shared["frozen parameters"] == 2 * 2 * 494_032_768
+    for parts in (separate, shared):
+        assert parts["parameters"] == 4 * (2 * adapters + 896) and parts["optimizer"] == 2 * parts["parameters"]
+        assert parts["gradients"] == 4 * adapters and "reference" not in parts  # which is the frozen model
+        assert parts["logits and their gradients"] == 3 * 4 * 1024 * 32768
+    alone = plan(run, "0.5B", 24, has_critic=False).learner
+    assert alone["frozen parameters"] == 2 * 494_032_768 and alone["parameters"] == 4 * adapters
+    assert (
+        "frozen parameters" not in plan(replace(run, learner=config(offload=Offload.all).learner), "0.5B", 24).learner
+    )
+
+
+def test_an_adapter_has_the_parameters_that_peft_makes() -> None:
+    settings = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+    )
+    settings.num_hidden_layers, run = 2, LoraConfig(rank=3)
+    root = lora.freeze(Qwen2ForCausalLM(settings), torch.float32)
+    lora.add_adapter(root, lora.POLICY, run)
+    made = sum(p.numel() for p in root.parameters() if p.requires_grad)
+    assert made == 2 * 3 * shape_of(settings.to_dict()).linear_widths
 
 
 def test_the_engine_gets_what_the_learner_leaves_and_no_more_than_it_can_use() -> None:
