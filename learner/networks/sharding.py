@@ -59,6 +59,8 @@ def _compile_layers(hf_model: PreTrainedModel, device: torch.device) -> None:
             "another one, or leave learner.compile out"
         )
     hide_from_compiler()
+    # one for each adapter, with gradients and without, of the first layer, whose input has none, and of the others
+    torch._dynamo.config.recompile_limit = 16
     for layer in _decoder_layers(hf_model):
         layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
 

@@ -192,9 +192,8 @@ def test_adapters_are_trained_and_models_are_frozen() -> None:
         assert parts["logits and their gradients"] == 3 * 4 * 1024 * 32768
     alone = plan(run, "0.5B", 24, has_critic=False).learner
     assert alone["frozen parameters"] == 2 * 494_032_768 and alone["parameters"] == 4 * adapters
-    assert (
-        "frozen parameters" not in plan(replace(run, learner=config(offload=Offload.all).learner), "0.5B", 24).learner
-    )
+    on_host = plan(replace(run, learner=config(offload=Offload.all).learner), "0.5B", 24).learner
+    assert on_host.keys().isdisjoint({"frozen parameters", "parameters", "optimizer"})
 
 
 def test_an_adapter_has_the_parameters_that_peft_makes() -> None:
