@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from common.config import AlgorithmConfig, Config, ConfigError, CriticNetwork, Device, DType, LoraConfig
+from common.config import AlgorithmConfig, Config, ConfigError, CriticNetwork, Device, DType, LoraConfig, Offload
 from common.launcher import rank_environment, reserve_port
 from learner.networks.model import Critic, Networks, Policy, load_critic, load_networks, load_policy
 from learner.networks.parallel import make_mesh, process_group
@@ -246,7 +246,9 @@ def _compare_with_one_rank(rank: int, config: Config, port: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_two_ranks_equal_one_rank_also_with_nothing_to_do(tmp_path: Path, is_shared: bool) -> None:
-    config = lora_run(write_tiny_model(tmp_path), is_shared, ranks=2, activation_checkpointing=int(is_shared))
+    rests = Offload.all if is_shared else Offload.none
+    path, every = write_tiny_model(tmp_path), int(is_shared)
+    config = lora_run(path, is_shared, ranks=2, activation_checkpointing=every, offload=rests)
     config = replace(config, algorithm=AlgorithmConfig(kl_weight=0.1))
     with reserve_port() as port:
         run_two_ranks(_compare_with_one_rank, config, port)
