@@ -6,25 +6,17 @@ nothing here looks at the machine, except at model folders (common/model_folder.
 
 import math
 import operator
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields
-from typing import Any
 
 from common.addresses import is_wildcard
+from common.algorithm_validation import check_algorithm, refuse_if
 from common.config import (
     AdvantageEstimator,
-    AlgorithmConfig,
     Config,
     ConfigError,
-    Correction,
-    CriticNetwork,
     Device,
-    LoraConfig,
     Offload,
     Placement,
-    RewardConfig,
     TransferBackend,
-    ValueTarget,
 )
 from common.model_folder import check_model_folder
 
@@ -141,22 +133,14 @@ def validate(config: Config) -> None:
     _check_sizes(config)
     _check_sampling(config)
     _check_rewards(config)
-    _check_lora(config.lora)
-    _check_critic_network(config)
-    _check_critic(config.algorithm)
-    _check_unused(config.algorithm, config.reward)
-
-
-def _refuse_if(condition: bool, message: str) -> None:
-    if condition:
-        raise ConfigError(message)
+    check_algorithm(config)
 
 
 def _check_range(key: str, value: float | None, low: float, high: float, closed: bool) -> None:
     if value is None:
         return
-    _refuse_if(isinstance(value, float) and not math.isfinite(value), f"{key}={value} must be a finite number")
-    _refuse_if(
+    refuse_if(isinstance(value, float) and not math.isfinite(value), f"{key}={value} must be a finite number")
+    refuse_if(
         isinstance(value, int) and abs(value) > LARGEST_INTEGER,
         f"{key}={value} must be at most {LARGEST_INTEGER} in magnitude",
     )
@@ -169,17 +153,17 @@ def _check_range(key: str, value: float | None, low: float, high: float, closed:
 
 
 def _check_name(config: Config) -> None:
-    _refuse_if(
+    refuse_if(
         config.name in ("", ".", "..") or "/" in config.name,
         f"name={config.name!r} must be a plain folder name; runs_dir says where the folder goes",
     )
     cores = config.cores
-    _refuse_if(
+    refuse_if(
         cores is not None and (not cores or len(set(cores)) < len(cores) or min(cores) < 0),
         f"cores={cores} must be a list of different core numbers, or null for all that this process may use",
     )
     function = config.verifier.function
-    _refuse_if(
+    refuse_if(
         function is not None and function.count(":") != 1,
         f"verifier.function={function} must be written module:function",
     )
@@ -194,12 +178,12 @@ def _check_models(config: Config) -> None:
 def _check_temperatures(config: Config) -> None:
     rollout, evaluation = config.rollout.temperature, config.eval.temperature
     reason = f"vLLM samples at {COLDEST} when it is asked for less"
-    _refuse_if(
+    refuse_if(
         rollout < COLDEST,
         f"rollout.temperature={rollout:g} must be at least {COLDEST}: {reason}, and the learner computes at what is "
         "configured",
     )
-    _refuse_if(
+    refuse_if(
         0 < evaluation < COLDEST,
         f"eval.temperature={evaluation:g} must be 0, which is greedy, or at least {COLDEST}: {reason}",
     )
@@ -208,66 +192,37 @@ def _check_temperatures(config: Config) -> None:
 def _check_optimizers(config: Config) -> None:
     for role, optimizer in (("policy", config.learner.policy), ("critic", config.learner.critic)):
         for name in ("beta1", "beta2"):
-            _refuse_if(
+            refuse_if(
                 getattr(optimizer, name) == 1,
                 f"learner.{role}.{name}=1 would never forget its first gradient: it must be below 1",
             )
 
 
-def _check_lora(lora: LoraConfig) -> None:
-    for name in ("alpha", "target_modules"):
-        value, default = getattr(lora, name), _default(LoraConfig, name)
-        _refuse_unused(f"lora.{name}", value, default, lora.rank > 0, "a positive lora.rank")
-    _refuse_if(
-        lora.target_modules == [],
-        "lora.target_modules=[] leaves nothing to train: name linear layers, or leave it out for all",
-    )
-
-
-def _check_critic_network(config: Config) -> None:
-    model, advantage = config.model, config.algorithm.advantage
-    is_shared = model.critic is CriticNetwork.shared_backbone
-    for key, is_set in (("critic_path", model.critic_path is not None), ("critic", is_shared)):
-        _refuse_if(
-            is_set and advantage is not AdvantageEstimator.gae,
-            f"model.{key}={getattr(model, key)} has no effect: algorithm.advantage={advantage} has no critic",
-        )
-    _refuse_if(
-        is_shared and config.lora.rank == 0,
-        f"model.critic={model.critic} needs adapters, because training the critic's weights would change the policy: "
-        "set lora.rank",
-    )
-    _refuse_if(
-        is_shared and model.critic_path is not None,
-        f"model.critic_path={model.critic_path} has a backbone of its own: leave it out, or set model.critic=separate",
-    )
-
-
 def _check_device(config: Config) -> None:
     backend, wanted = config.weights.backend, config.transfer_backend
     place = "" if config.device is Device.cpu else f" and actors.placement={config.actors.placement}"
-    _refuse_if(
+    refuse_if(
         backend not in (TransferBackend.auto, wanted),
         f"weights.backend={backend} does not work with device={config.device}{place}: use {wanted}, or leave it out",
     )
     ranks, replicas = config.learner.ranks, config.learner.replicas
-    _refuse_if(
+    refuse_if(
         ranks % replicas != 0,
         f"learner.replicas={replicas} must divide learner.ranks={ranks}",
     )
     advertised = config.transport.advertise_host
-    _refuse_if(
+    refuse_if(
         advertised is not None and is_wildcard(advertised),
         f"transport.advertise_host={advertised} is no address that an actor could connect to: name one of this "
         "machine, or leave it to transport.host",
     )
-    _refuse_if(
+    refuse_if(
         config.learner.offload is not Offload.none and config.device is Device.cpu,
         f"learner.offload={config.learner.offload} has no effect with device=cpu, where everything is in host memory: "
         "leave it out",
     )
     beat, silence = config.transport.heartbeat_s, config.transport.heartbeat_timeout_s
-    _refuse_if(
+    refuse_if(
         silence < 2 * beat,
         f"transport.heartbeat_timeout_s={silence:g} must be at least twice transport.heartbeat_s={beat:g}",
     )
@@ -275,12 +230,12 @@ def _check_device(config: Config) -> None:
 
 def _check_placement(config: Config) -> None:
     actors, bound, is_cpu = config.actors, config.staleness.max_staleness, config.device is Device.cpu
-    _refuse_if(
+    refuse_if(
         is_cpu and actors.placement is not Placement.auto,
         f"actors.placement={actors.placement} has no effect with device=cpu: leave it out",
     )
     width, ranks = actors.tensor_parallel_size, config.learner.ranks
-    _refuse_if(
+    refuse_if(
         config.is_shared and (ranks > 1 or width > 1),
         f"actors.placement=shared is for one GPU, that of a single learner rank with actors beside it: with "
         f"learner.ranks={ranks} and actors.tensor_parallel_size={width} set actors.placement=separate",
@@ -288,13 +243,13 @@ def _check_placement(config: Config) -> None:
     if not actors.sleep_while_training:
         return
     sleep = "actors.sleep_while_training=true"
-    _refuse_if(is_cpu, f"{sleep} needs device=cuda, because vLLM's sleep mode frees the memory of GPUs only")
-    _refuse_if(
+    refuse_if(is_cpu, f"{sleep} needs device=cuda, because vLLM's sleep mode frees the memory of GPUs only")
+    refuse_if(
         actors.placement is Placement.separate,
         f"{sleep} has no effect with actors.placement=separate, because training does not need the actors' GPUs: "
         "leave it out",
     )
-    _refuse_if(
+    refuse_if(
         bound > 0,
         f"{sleep} is synchronous, nothing is sampled during training: it needs staleness.max_staleness=0, not {bound}",
     )
@@ -302,16 +257,16 @@ def _check_placement(config: Config) -> None:
 
 def _check_staleness(config: Config) -> None:
     bound, every = config.staleness.max_staleness, config.weights.publish_every
-    _refuse_if(
+    refuse_if(
         bound == 0 and every != 1,
         f"weights.publish_every={every} cannot be on-policy: staleness.max_staleness=0 needs publish_every=1",
     )
-    _refuse_if(
+    refuse_if(
         config.learner.steps % every != 0,
         f"weights.publish_every={every} must divide learner.steps={config.learner.steps}: the last steps would never "
         "be published, nor evaluated",
     )
-    _refuse_if(
+    refuse_if(
         config.staleness.exact and bound == 0,
         "staleness.exact=true has nothing to hold back at staleness.max_staleness=0: raise the bound",
     )
@@ -320,22 +275,22 @@ def _check_staleness(config: Config) -> None:
 def _check_sizes(config: Config) -> None:
     rollout, learner, length = config.rollout, config.learner, config.model.max_model_len
     responses = rollout.prompts_per_step * rollout.group_size
-    _refuse_if(
+    refuse_if(
         responses < learner.mini_batches,
         f"learner.mini_batches={learner.mini_batches} is more than the {responses} responses of a step "
         f"(rollout.prompts_per_step={rollout.prompts_per_step} x rollout.group_size={rollout.group_size})",
     )
-    _refuse_if(
+    refuse_if(
         length <= rollout.max_tokens,
         f"model.max_model_len={length} leaves no room for a prompt: it must exceed "
         f"rollout.max_tokens={rollout.max_tokens}",
     )
-    _refuse_if(
+    refuse_if(
         learner.tokens_per_micro_batch < length,
         f"learner.tokens_per_micro_batch={learner.tokens_per_micro_batch} cannot hold one sequence of "
         f"model.max_model_len={length} tokens",
     )
-    _refuse_if(
+    refuse_if(
         config.task.name != "file" and config.eval.num_prompts > config.task.num_heldout,
         f"eval.num_prompts={config.eval.num_prompts} is more than task.num_heldout={config.task.num_heldout}",
     )
@@ -344,7 +299,7 @@ def _check_sizes(config: Config) -> None:
     reason = (
         "algorithm.dynamic_sampling=true" if estimator is AdvantageEstimator.gae else f"algorithm.advantage={estimator}"
     )
-    _refuse_if(
+    refuse_if(
         compares and rollout.group_size < 2,
         f"rollout.group_size={rollout.group_size} is too small: {reason} compares the responses of a "
         "group, so it needs at least 2",
@@ -353,10 +308,10 @@ def _check_sizes(config: Config) -> None:
 
 def _check_sampling(config: Config) -> None:
     stop, top_p, top_k = config.rollout.stop, config.eval.top_p, config.eval.top_k
-    _refuse_if("" in stop, f"rollout.stop={stop} holds an empty string, which would end every response at once")
-    _refuse_if(top_p == 0, "eval.top_p=0 leaves no token to sample: use eval.temperature=0 for the most probable one")
+    refuse_if("" in stop, f"rollout.stop={stop} holds an empty string, which would end every response at once")
+    refuse_if(top_p == 0, "eval.top_p=0 leaves no token to sample: use eval.temperature=0 for the most probable one")
     cut = f"eval.top_p={top_p:g}" if top_p < 1 else f"eval.top_k={top_k}"
-    _refuse_if(
+    refuse_if(
         config.eval.temperature == 0 and (top_p < 1 or top_k > 0),
         f"{cut} has no effect with eval.temperature=0, which takes the most probable token",
     )
@@ -364,83 +319,13 @@ def _check_sampling(config: Config) -> None:
 
 def _check_rewards(config: Config) -> None:
     reward = config.reward
-    _refuse_if(
+    refuse_if(
         not reward.correct > max(reward.wrong, reward.unanswered, reward.timed_out),
         f"reward.correct={reward.correct:g} must be above reward.wrong={reward.wrong:g}, "
         f"reward.unanswered={reward.unanswered:g} and reward.timed_out={reward.timed_out:g}",
     )
-    _refuse_if(
+    refuse_if(
         reward.overlong_penalty and reward.overlong_buffer >= config.rollout.max_tokens,
         f"reward.overlong_buffer={reward.overlong_buffer} must be smaller than "
         f"rollout.max_tokens={config.rollout.max_tokens}",
     )
-
-
-def _check_critic(algorithm: AlgorithmConfig) -> None:
-    rho_bar, c_bar = algorithm.vtrace_rho_bar, algorithm.vtrace_c_bar
-    _refuse_if(
-        algorithm.value_target is ValueTarget.vtrace and rho_bar < c_bar,
-        f"algorithm.vtrace_rho_bar={rho_bar:g} must be at least algorithm.vtrace_c_bar={c_bar:g}",
-    )
-    if algorithm.advantage is AdvantageEstimator.gae:
-        return
-    needs_critic = {
-        "critic_warmup_steps": algorithm.critic_warmup_steps > 0,
-        "value_target": algorithm.value_target is ValueTarget.vtrace,
-        "value_clip": algorithm.value_clip is not None,
-        "value_gate": algorithm.value_gate,
-        "critic_warmup_gate": algorithm.critic_warmup_gate is not None,
-        "critic_updates_per_step": algorithm.critic_updates_per_step != 1,
-    }
-    for name, is_set in needs_critic.items():
-        _refuse_if(
-            is_set,
-            f"algorithm.{name}={getattr(algorithm, name)} needs a critic, which algorithm.advantage="
-            f"{algorithm.advantage} does not have: set advantage=gae or leave {name} out",
-        )
-
-
-def _check_unused(algorithm: AlgorithmConfig, reward: RewardConfig) -> None:
-    """A setting that was changed but has no effect is a misunderstanding, so it is refused."""
-    correction = algorithm.correction
-    effect = {
-        "policy_lambda": (algorithm.length_adaptive_alpha is None, "algorithm.length_adaptive_alpha=null"),
-        "dual_clip": (correction is not Correction.dis, "another algorithm.correction than dis, which has no clip"),
-        "truncation": (
-            correction in (Correction.decoupled, Correction.tis)
-            or (correction is Correction.behavior and algorithm.positive_lm_weight > 0.0),
-            "algorithm.correction=decoupled or tis, or behavior and a positive algorithm.positive_lm_weight",
-        ),
-        "mask_low": (correction is Correction.icepop, "algorithm.correction=icepop"),
-        "mask_high": (correction is Correction.icepop, "algorithm.correction=icepop"),
-        "dis_low": (correction is Correction.dis, "algorithm.correction=dis"),
-        "dis_high": (correction is Correction.dis, "algorithm.correction=dis"),
-        "vtrace_rho_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
-        "vtrace_c_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
-        "max_uninformative": (algorithm.dynamic_sampling, "algorithm.dynamic_sampling=true"),
-    }
-    for name, (is_used, condition) in effect.items():
-        _refuse_unused(
-            f"algorithm.{name}", getattr(algorithm, name), _default(AlgorithmConfig, name), is_used, condition
-        )
-    buffer = _default(RewardConfig, "overlong_buffer")
-    _refuse_unused(
-        "reward.overlong_buffer",
-        reward.overlong_buffer,
-        buffer,
-        reward.overlong_penalty,
-        "reward.overlong_penalty=true",
-    )
-
-
-def _refuse_unused(key: str, value: object, default: object, is_used: bool, condition: str) -> None:
-    _refuse_if(
-        not is_used and value != default,
-        f"{key}={value} has no effect without {condition}: set that too, or leave it out",
-    )
-
-
-def _default(section: type[Any], name: str) -> object:
-    default = next(field.default for field in fields(section) if field.name == name)
-    assert default is not NO_DEFAULT
-    return default

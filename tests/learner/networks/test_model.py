@@ -213,6 +213,7 @@ def test_compiled_layers_compute_the_same_for_any_number_of_tokens(
     path = write_tiny_model(tmp_path)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setenv("CXX", sys.executable)  # it is not asked for anything
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a test with an engine leaves it in this process
     settings = {"activation_checkpointing": 2}
     plain, compiled = (load_policy(tiny_run(path, compile=is_on, **settings), CPU, None) for is_on in (False, True))
     torch.compiler.reset()
