@@ -25,7 +25,7 @@ def train(policy: Policy) -> None:
 
 
 def test_an_actor_that_samples_from_the_initial_policy_is_found_at_the_first_update(tmp_path: Path) -> None:
-    """As where engines take updates and go on sampling from what they began with (verl #7495)."""
+    """As where engines take updates and go on sampling from what they began with."""
     path, actors = write_tiny_model(tmp_path), LocalActors()
     actors.add("right", 1, actor(path))
     actors.add("stuck", 2, actor(path, FORGETS))
