@@ -70,9 +70,11 @@ class VerifierPool:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
+        self._is_stopping = False
         self._active_s = 0.0  # loop time of the last reply, or of the request that ended idleness
 
     async def __aenter__(self) -> Self:
+        self._is_stopping = False
         await self._start()
         return self
 
@@ -82,6 +84,7 @@ class VerifierPool:
         """Stops the processes; answers still waited for are TIMED_OUT."""
         if self._process is None or self._process.stdin is None or self._reader is None:
             return
+        self._is_stopping = True
         self._process.stdin.close()
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
@@ -173,9 +176,8 @@ class VerifierPool:
             for line in lines:
                 request_id, judgement = line.split(b" ", 1)
                 self._resolve(int(request_id), decode(judgement))
-        assert process.stdin is not None
         judgement = Judgement(Verdict.TIMED_OUT)
-        if self._pending and not process.stdin.is_closing():
+        if self._pending and not self._is_stopping:
             logger.error("verifier template %d died with %d answers", process.pid, len(self._pending))
             judgement = failure(DIED)
         for unanswered in list(self._pending):
