@@ -36,6 +36,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "7B": QWEN
     | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "intermediate_size": 18944}
     | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+    "32B": QWEN
+    | {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40, "intermediate_size": 27648}
+    | {"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
 }
 
 
@@ -277,6 +280,18 @@ def test_the_recipe_for_one_gpu_fits_on_24_gib() -> None:
     assert isinstance(run, Config) and run.is_shared
     fits = refuse_shortage(run, shapes("0.5B"), 24 * GIB)
     assert fits.kv_cache == 1024 * fits.kv_per_token * 256  # all sequences of a step at once, at full length
+
+
+@pytest.mark.parametrize(("name", "on_paper_gib"), [("7b", 48.0), ("32b", 66.0)])
+def test_the_recipes_for_large_models_fit_on_80_gib_with_room_to_spare(name: str, on_paper_gib: float) -> None:
+    """Both roles on GPUs of their own; docs/gpu.md has the same by a coarser formula."""
+    recipe = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(RECIPES / f"vapo_qwen2.5_{name}.yaml"))
+    run = OmegaConf.to_object(recipe)
+    assert isinstance(run, Config)
+    found = plan(replace(run, actors=replace(run.actors, placement=Placement.separate)), name.upper(), 80)
+    taken_gib = sum(found.learner.values()) / GIB
+    assert found.shortage == 0 and taken_gib == pytest.approx(on_paper_gib, rel=0.05)
+    assert found.usable / GIB - taken_gib > 6.0
 
 
 def test_what_fits_is_planned_and_not_refused() -> None:
