@@ -1,8 +1,8 @@
 """The actor's side of weight transfer: what vLLM's worker processes do in the phases of a publication.
 
-vLLM calls `register_gloo` through its plugin entry point in every process that it spawns, and the worker process then
-builds the engine of weights.backend. The learner's side is learner/publication/transfer.py; the two agree on the
-fields of the Info classes, which travel as plain dictionaries.
+vLLM imports this module in its worker processes, for TransferWorker, before they build the engine of weights.backend,
+which vLLM then knows by name. The learner's side is learner/publication/transfer.py; the two agree on the fields of the
+Info classes, which travel as plain dictionaries.
 """
 
 import base64
@@ -172,12 +172,12 @@ def _refresh_tied_heads(model: torch.nn.Module) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
-def register_gloo() -> None:
-    """Makes our engines, gloo and the others, known to vLLM in this process; called by vLLM's plugin loader."""
+def _register() -> None:
+    """Makes our engines known to vLLM in this process."""
     for backend, engine in ((TransferBackend.gloo, GlooEngine), (TransferBackend.nccl, NcclEngine)):
-        name = TRANSFER_ENGINE.format(backend)
-        if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, engine)
-    name = TRANSFER_ENGINE.format(TransferBackend.ipc)
-    if name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(name, "actors.ipc", "IpcEngine")  # which imports this module
+        WeightTransferEngineFactory.register_engine(TRANSFER_ENGINE.format(backend), engine)
+    # by its place: it imports this module
+    WeightTransferEngineFactory.register_engine(TRANSFER_ENGINE.format(TransferBackend.ipc), "actors.ipc", "IpcEngine")
+
+
+_register()

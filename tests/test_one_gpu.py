@@ -16,7 +16,6 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from actors import engine
 from actors.engine import TRANSFER_ENGINE
 from actors.ipc import IpcEngine
-from actors.weights import register_gloo
 from common import ipc, placement, wire
 from common.config import ActorsConfig, Config, TransferBackend
 from common.loading import load_config
@@ -188,7 +187,6 @@ def test_a_buffer_that_is_on_no_gpu_is_not_exported() -> None:
 
 
 def test_vllm_finds_the_engine_by_its_name() -> None:
-    register_gloo()
     made = WeightTransferEngineFactory._registry[TRANSFER_ENGINE.format(TransferBackend.ipc)]
     assert made() is IpcEngine
 

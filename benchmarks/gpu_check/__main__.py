@@ -7,6 +7,7 @@
     c   a process group over NCCL, FSDP2 on it, a training step, checkpoint and resume
     d   tokens/s, share of the card's peak and memory of the learner's step, 0.5B and 1.5B parameters
     e   the demo with learner and actor on this device, overlapping and synchronous; needs CUDA's vLLM
+    f   weights from one process to another, in place and over NCCL, and a peer that dies; NCCL needs CUDA's vLLM
 
 Needs no network and no root, makes its models itself, leaves the settings of the card alone, and uses the first visible
 GPU only. Every part is a process of its own with a limit of its own. Prints what each found and writes it to

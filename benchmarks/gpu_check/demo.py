@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.demo import RUN_PY, train
+from benchmarks.gpu_check.engines import missing_engine
 from benchmarks.gpu_check.report import Report
 from common.metrics import read_jsonl
 from common.report import summary
@@ -69,17 +70,6 @@ def run(report: Report, device: torch.device, folder: Path) -> None:
     if len(steps) == len(RUNS):
         ratio = steps["synchronous"] / steps["overlapping"]
         report.number("time of a synchronous step over that of an overlapping one", ratio)
-
-
-def missing_engine(device: torch.device) -> str | None:
-    """Why there is no engine for the device; None when there is one."""
-    try:
-        from vllm.platforms import current_platform
-    except (ImportError, OSError) as error:  # not there, or for other libraries than there are
-        return f"vLLM cannot be imported here ({type(error).__name__}: {error})"
-    is_fitting = current_platform.is_cuda() if device.type == "cuda" else current_platform.is_cpu()
-    found = current_platform.device_type or "a device that is not here"
-    return None if is_fitting else f"the vLLM here was built for {found}, not for {device.type}"
 
 
 def figures(report: Report, name: str, run_dir: Path, is_judged: bool) -> float:

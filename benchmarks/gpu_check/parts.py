@@ -45,6 +45,17 @@ PARTS: Mapping[str, Part] = {
         limit_s=240.0,
         environment={"VLLM_USE_FLASHINFER_SAMPLER": "0"},  # it would be compiled first; nothing here samples with top-p
     ),
+    "f": Part(
+        title="weights between two processes, and peers that are lost",
+        module="transfer",
+        limit_s=75.0,
+        environment={
+            "NCCL_HOSTID": "here",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "NCCL_IB_DISABLE": "1",
+            "NCCL_MULTI_RANK_GPU_ENABLE": "1",  # from NCCL 2.30 on
+        },
+    ),
 }
 
 
