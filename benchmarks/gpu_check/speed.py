@@ -1,7 +1,8 @@
 """Part d: tokens per second, share of the card's peak and memory of a full step of the learner.
 
 A step scores the batch, estimates, and updates critic and policy: 16k tokens of a long tail in micro-batches of at most
-8k, FSDP2 over one rank, bfloat16 over float32 master weights. Beside it the same Trainer with plain transformers
+8k, FSDP2 over one rank, bfloat16 over float32 master weights; for the smaller model also with the whole batch in one
+micro-batch, which tells how much of the time the processor takes to start kernels. Beside it the same Trainer with plain transformers
 networks (SDPA, autocast) on padded micro-batches, which are smaller because the logits of every position exist at once.
 Tokens are those of prompts and responses, without padding.
 """
@@ -23,12 +24,14 @@ from benchmarks.gpu_check.sharded import alone, configuration
 from benchmarks.learner import make_batch, useful_flops
 from benchmarks.opponents import PaddedCritic, PaddedPolicy, plain_model
 from common.config import AdvantageEstimator, AlgorithmConfig, Config, Device, DType
+from learner.algorithm.diagnostics import Metrics
 from learner.algorithm.packing import Batch
 from learner.algorithm.trainer import Trainer
 from learner.networks.model import load_critic, load_policy
 from learner.networks.parallel import World, make_mesh
 
-WARM_UP, REPEATS = 1, 3
+WARM_UP, REPEATS = 1, 2
+STAGES = ("score", "critic", "policy")  # of a step's time
 GIB = 2**30
 
 
@@ -41,12 +44,13 @@ class Load:
     mean: int  # of the responses
     longest: int
     packed: int  # of a micro-batch
+    whole: int  # at least all tokens of the step
     padded: int  # of one of the other side, before padding
 
 
 LOADS: Mapping[str, Load] = {
-    "cuda": Load(models=("0.5B", "1.5B"), sequences=32, mean=512, longest=2048, packed=8192, padded=2048),
-    "cpu": Load(models=("tiny",), sequences=8, mean=30, longest=90, packed=200, padded=100),
+    "cuda": Load(models=("0.5B", "1.5B"), sequences=32, mean=512, longest=2048, packed=8192, whole=32_768, padded=2048),
+    "cpu": Load(models=("tiny",), sequences=8, mean=30, longest=90, packed=200, whole=1000, padded=100),
 }
 
 
@@ -96,13 +100,16 @@ def run(report: Report, device: torch.device, folder: Path) -> None:
     with alone(Device(device.type)) as world:
         for side in ("packed", "padded"):
             for name in load.models:
-                measure(report, name, side, model_folder(name, folder, device), load, world)
+                tokens = load.packed if side == "packed" else load.padded
+                measure(report, name, side, model_folder(name, folder, device), load, tokens, world)
+        smaller = load.models[0]
+        measure(report, smaller, "packed", model_folder(smaller, folder, device), load, load.whole, world)
 
 
-def measure(report: Report, name: str, side: str, path: Path, load: Load, world: World) -> None:
-    """The first variant that fits the card's memory."""
+def measure(report: Report, name: str, side: str, path: Path, load: Load, tokens: int, world: World) -> None:
+    """The first variant that fits the card's memory, with micro-batches of `tokens`."""
     batch = make_batch(load.sequences, vocabulary(path), load.mean, load.longest)
-    tokens = load.packed if side == "packed" else load.padded
+    whole = ", one micro-batch" if tokens == load.whole else ""
     for variant in VARIANTS:
         memory = free_gib(world.device)
         needed = estimated_gib(SHAPES[name], variant, tokens, logits=1024 if side == "packed" else 2 * tokens)
@@ -110,7 +117,7 @@ def measure(report: Report, name: str, side: str, path: Path, load: Load, world:
             report.skip(f"{name} {side}, {variant.label}: needs about {needed:.0f} GiB, {memory:.0f} are free")
             continue
         try:
-            timed(report, f"{name} {side}, {variant.label}", side, variant, path, batch, tokens, world)
+            timed(report, f"{name} {side}, {variant.label}{whole}", side, variant, path, batch, tokens, world)
             return
         except torch.OutOfMemoryError:
             report.skip(f"{name} {side}, {variant.label}: out of memory, with {memory:.0f} GiB free before")
@@ -149,10 +156,14 @@ def timed(
     one = trainer(side, variant, path, tokens, world)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(world.device)
-    seconds = [step_seconds(one, batch) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
-    median = statistics.median(seconds)
+    steps = [timed_step(one, batch) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
+    median = statistics.median(seconds for seconds, _ in steps)
     report.number(f"{label}: tokens/s", batch.num_tokens / median)
     report.number(f"{label}: s a step", median)
+    for stage in STAGES:
+        parts = [values[f"time/{stage}_s"] for _, values in steps if f"time/{stage}_s" in values]
+        if parts:
+            report.number(f"{label}: s of it for {stage}", statistics.median(parts))
     reached = useful_flops(path, batch, num_critics=int(variant.has_critic)) / median / 1e12
     report.number(f"{label}: useful TFLOP/s", reached)
     if is_cuda:
@@ -162,11 +173,11 @@ def timed(
         report.number(f"{label}: peak GiB", torch.cuda.max_memory_allocated(world.device) / GIB)
 
 
-def step_seconds(one: Trainer, batch: Batch) -> float:
-    """The step reads its metrics off the device, so it ends when its kernels have."""
+def timed_step(one: Trainer, batch: Batch) -> tuple[float, Metrics]:
+    """(seconds, metrics). The step reads its metrics off the device, so it ends when its kernels have."""
     started = time.perf_counter()
-    one.step(batch, 0, is_warmup=False)
-    return time.perf_counter() - started
+    values = one.step(batch, 0, is_warmup=False)
+    return time.perf_counter() - started, values
 
 
 def trainer(side: str, variant: Variant, path: Path, tokens: int, world: World) -> Trainer:

@@ -47,7 +47,7 @@ def run(report: Report, device: torch.device, folder: Path) -> None:
     if device.type == "cuda":
         path = model_folder("0.5B", folder, device)
         compare(
-            report, "0.5B bfloat16", path, make_batch(8, vocabulary(path), mean=40, longest=120), device, torch.bfloat16
+            report, "0.5B bfloat16", path, make_batch(4, vocabulary(path), mean=24, longest=64), device, torch.bfloat16
         )
 
 
