@@ -2,8 +2,9 @@
 
 A step scores the batch, estimates, and updates critic and policy: 16k tokens of a long tail in micro-batches of at most
 8k, FSDP2 over one rank, bfloat16 over float32 master weights; for the smaller model also with the whole batch in one
-micro-batch, which tells how much of the time the processor takes to start kernels. Beside it the same Trainer with plain transformers
-networks (SDPA, autocast) on padded micro-batches, which are smaller because the logits of every position exist at once.
+micro-batch, which tells how much of the time the processor takes to start kernels. Beside it the same Trainer with
+plain transformers networks (SDPA, autocast) on padded micro-batches, which are smaller because the logits of every
+position exist at once.
 Tokens are those of prompts and responses, without padding.
 """
 
