@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from common.addresses import prefer_way_to_rank_0
 from common.config import Config, ConfigError, Device, DType
 
 REFUSAL_BYTES = 2048  # of a rank's refusal; what is longer is cut off
@@ -51,6 +52,8 @@ def process_group(device: Device, timeout_s: float = 1800.0) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(rank=0, size=1, device=here)
         return
+    if os.environ.get("LOCAL_WORLD_SIZE", str(size)) != str(size):
+        prefer_way_to_rank_0(os.environ["MASTER_ADDR"])
     backend = "cpu:gloo,cuda:nccl" if device is Device.cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
