@@ -1,0 +1,142 @@
+"""The manifests: what they name is there, what they start parses, and its configuration loads. No cluster is asked."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.loading import load_config
+from tests.support.deployments import Actor, Learner, actor_of, learner_of
+from tests.support.runs import ROOT
+
+FOLDER = ROOT / "deploy" / "kubernetes"
+REQUIRED = {  # of each kind's spec
+    "Service": ["selector", "ports"],
+    "Job": ["template"],
+    "Deployment": ["selector", "template"],
+    "PersistentVolumeClaim": ["accessModes", "resources"],
+}
+DOCUMENTS: list[dict[str, Any]] = [
+    document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
+]
+
+
+def only(kind: str) -> dict[str, Any]:
+    (document,) = [document for document in DOCUMENTS if document["kind"] == kind]
+    return document
+
+
+def pod(kind: str) -> dict[str, Any]:
+    spec: dict[str, Any] = only(kind)["spec"]["template"]["spec"]
+    return spec
+
+
+def container(kind: str) -> dict[str, Any]:
+    (one,) = pod(kind)["containers"]
+    return dict(one)
+
+
+def arguments(kind: str, environment: dict[str, str]) -> list[str]:
+    """As the kubelet passes them: $(NAME) replaced. KeyError for a name that the container does not set."""
+    named = {entry["name"]: environment[entry["name"]] for entry in container(kind)["env"]}
+    return [re.sub(r"\$\((\w+)\)", lambda name: named[name[1]], word) for word in container(kind)["args"]]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """The file that the ConfigMap mounts."""
+    ((name, text),) = only("ConfigMap")["data"].items()
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+@pytest.fixture
+def learner(config_file: Path) -> Learner:
+    assert container("Job")["command"] == ["torchrun"]
+    return learner_of(arguments("Job", {"NODE_RANK": "1"}), {f"/config/{config_file.name}": config_file})
+
+
+@pytest.fixture
+def actor() -> Actor:
+    assert container("Deployment")["command"] == ["python"]
+    return actor_of(arguments("Deployment", {"POD_NAME": "actors-7c9d-x2x"}))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document["kind"])
+def test_a_document_has_what_its_kind_requires(document: dict[str, Any]) -> None:
+    assert document["apiVersion"] and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
+    assert set(REQUIRED.get(document["kind"], ())) <= document.get("spec", {}).keys()
+
+
+def test_there_is_one_rank_for_each_process_of_each_pod(learner: Learner) -> None:
+    spec = only("Job")["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == learner.nodes
+    assert learner.config.learner.ranks == learner.nodes * learner.ranks_per_node
+    assert learner.node_rank == 1
+    assert int(container("Job")["resources"]["limits"]["nvidia.com/gpu"]) == learner.ranks_per_node
+
+
+def test_everybody_looks_for_rank_0_where_it_is(learner: Learner, actor: Actor) -> None:
+    """The name of an Indexed Job's first pod, in the headless service that its pods name as their subdomain."""
+    service, job = only("Service"), only("Job")
+    assert service["spec"]["clusterIP"] == "None"
+    assert pod("Job")["subdomain"] == service["metadata"]["name"]
+    rank_0 = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert learner.master == rank_0
+    assert actor.connect == f"tcp://{rank_0}:{learner.config.transport.port}"
+    assert learner.config.transport.host == "0.0.0.0"
+
+
+def test_the_ports_agree(learner: Learner) -> None:
+    used = {learner.config.transport.port, learner.master_port}
+    assert {port["port"] for port in only("Service")["spec"]["ports"]} == used
+    assert {port["containerPort"] for port in container("Job")["ports"]} == used
+
+
+def test_labels_and_selectors_agree() -> None:
+    learner_labels = only("Job")["spec"]["template"]["metadata"]["labels"]
+    actor_labels = only("Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert only("Service")["spec"]["selector"].items() <= learner_labels.items()
+    assert not only("Service")["spec"]["selector"].items() <= actor_labels.items(), "actors are not behind its name"
+    assert only("Deployment")["spec"]["selector"]["matchLabels"].items() <= actor_labels.items()
+
+
+@pytest.mark.parametrize("kind", ["Job", "Deployment"])
+def test_mounts_volumes_and_what_they_hold_agree(kind: str) -> None:
+    volumes = {volume["name"]: volume for volume in pod(kind)["volumes"]}
+    assert {mount["name"] for mount in container(kind)["volumeMounts"]} == volumes.keys()
+    assert volumes["config"]["configMap"]["name"] == only("ConfigMap")["metadata"]["name"]
+    if "runs" in volumes:
+        claim = volumes["runs"]["persistentVolumeClaim"]["claimName"]
+        assert claim == only("PersistentVolumeClaim")["metadata"]["name"]
+
+
+def test_the_run_directory_is_on_the_volume_that_all_ranks_share(learner: Learner) -> None:
+    mounts = {mount["name"]: mount["mountPath"] for mount in container("Job")["volumeMounts"]}
+    assert learner.config.runs_dir == mounts["runs"]
+    assert "ReadWriteMany" in only("PersistentVolumeClaim")["spec"]["accessModes"]
+
+
+def test_actors_read_the_learners_configuration_and_have_names_of_their_own(
+    learner: Learner, actor: Actor, config_file: Path
+) -> None:
+    assert actor.name == "actors-7c9d-x2x"
+    assert actor.config_files == [f"/config/{config_file.name}"]
+    theirs = load_config([str(config_file)], actor.overrides)
+    assert theirs.model == learner.config.model
+    assert theirs.reward == learner.config.reward
+
+
+def test_the_grace_period_lets_the_learner_save(learner: Learner) -> None:
+    (timeout,) = [word for word in container("Job")["args"] if word.startswith("--shutdown-timeout=")]
+    assert pod("Job")["terminationGracePeriodSeconds"] > int(timeout.partition("=")[2])
+
+
+def test_the_image_has_what_is_copied_into_it() -> None:
+    words = [line.split() for line in (ROOT / "deploy" / "Dockerfile").read_text().splitlines()]
+    for copied in (line[1] for line in words if line[:1] == ["COPY"]):
+        assert (ROOT / copied).exists()
+    assert {lock.name for lock in (ROOT / "requirements").iterdir()} >= {"gpu.lock", "cpu.lock"}

@@ -1,0 +1,69 @@
+"""The SkyPilot group: its commands, run by bash with stand-ins for torchrun and python, parse and fit each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.loading import load_config
+from tests.support.deployments import Programs, actor_of, learner_of
+from tests.support.runs import ROOT
+
+HEADER, LEARNER, ACTORS = yaml.safe_load_all((ROOT / "deploy" / "skypilot.yaml").read_text())
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Programs:
+    made = Programs(tmp_path)
+    for name in ("torchrun", "python"):
+        made.add(f".venv/bin/{name}")
+    return made
+
+
+def run_task(programs: Programs, task: dict[str, Any], node_rank: int) -> None:
+    """The task's `run` on one of its nodes, with the variables that SkyPilot sets."""
+    script = programs.folder / "run.sh"
+    script.write_text(task["run"])
+    process = programs.start(
+        script,
+        SKYPILOT_JOBGROUP_NAME=HEADER["name"],
+        SKYPILOT_NUM_NODES=str(task["num_nodes"]),
+        SKYPILOT_NUM_GPUS_PER_NODE=task["resources"]["accelerators"].partition(":")[2],
+        SKYPILOT_NODE_RANK=str(node_rank),
+        **task["envs"],
+    )
+    _, errors = process.communicate(timeout=30.0)
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_the_group_ends_with_its_learner() -> None:
+    assert HEADER["execution"] == "parallel"
+    assert HEADER["primary_tasks"] == [LEARNER["name"]] == ["learner"]
+
+
+def test_learner_and_actors_fit_each_other(programs: Programs) -> None:
+    run_task(programs, LEARNER, 1)
+    for rank in range(ACTORS["num_nodes"]):
+        run_task(programs, ACTORS, rank)
+    (call,) = programs.calls(".venv/bin/torchrun")
+    learner = learner_of(call)
+    head = f"{LEARNER['name']}-0.{HEADER['name']}"
+    assert (learner.master, learner.node_rank) == (head, 1)
+    assert learner.nodes == LEARNER["num_nodes"]
+    assert learner.config.learner.ranks == learner.nodes * learner.ranks_per_node
+    assert learner.config.runs_dir in LEARNER["volumes"]
+    actors = [actor_of(call) for call in programs.calls(".venv/bin/python")]
+    assert {actor.connect for actor in actors} == {f"tcp://{head}:{learner.config.transport.port}"}
+    assert len({actor.name for actor in actors}) == ACTORS["num_nodes"]
+    theirs = load_config(actors[0].config_files, actors[0].overrides)
+    assert (theirs.model, theirs.device, theirs.reward) == (
+        learner.config.model,
+        learner.config.device,
+        learner.config.reward,
+    )
+
+
+def test_what_is_installed_can_be_installed() -> None:
+    assert LEARNER["setup"] == ACTORS["setup"] == "make install-gpu"
+    assert "\ninstall-gpu:" in (ROOT / "Makefile").read_text()

@@ -1,0 +1,135 @@
+"""The Slurm scripts, run by bash without a Slurm; deploy/slurm/try_locally.sh runs them with one."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.deployments import Programs, actor_of, learner_of
+from tests.support.runs import ROOT
+
+LEARNER = ROOT / "deploy" / "slurm" / "learner.sbatch"
+ACTORS = ROOT / "deploy" / "slurm" / "actors.sbatch"
+NODES = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "gpu[7-8]", "SLURM_NNODES": "2"}
+UNTIL_STOPPED = "trap 'exit 143' TERM; while true; do sleep 0.05; done"
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Programs:
+    made = Programs(tmp_path / "bin")
+    made.add_srun()
+    made.add("scontrol", 'if [[ $1 == show ]]; then printf "gpu7\\ngpu8\\n"; fi')
+    return made
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and standard error."""
+    _, errors = process.communicate(timeout=30.0)
+    return process.returncode, errors
+
+
+def wait_for(programs: Programs, name: str) -> None:
+    deadline = time.monotonic() + 30.0
+    while not programs.calls(name):
+        assert time.monotonic() < deadline, f"{name} was not called"
+        time.sleep(0.02)
+
+
+def test_the_learners_ranks_are_those_of_all_nodes(programs: Programs) -> None:
+    programs.add("torchrun")
+    run = programs.folder / "runs" / "trial"
+    for node in ("0", "1"):
+        environment = {**NODES, "RANKS": "4", "SLURM_NODEID": node}
+        assert finish(programs.start(LEARNER, str(run), "demo", "learner.steps=7", **environment)) == (0, "")
+    first, second = (learner_of(call) for call in programs.calls("torchrun"))
+    assert (first.nodes, first.ranks_per_node, first.config.learner.ranks) == (2, 4, 8)
+    assert (first.node_rank, second.node_rank) == (0, 1)
+    assert (first.master, first.master_port) == (second.master, second.master_port) == ("gpu7", 21234)
+    assert first.config == second.config
+    assert first.config.run_dir == run
+    assert first.config.learner.steps == 7
+    assert first.config.transport.host == "0.0.0.0"
+
+
+def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs) -> None:
+    programs.add("torchrun", UNTIL_STOPPED)
+    job = programs.start(LEARNER, "runs/trial", "demo", SLURM_NODEID="0", **NODES)
+    wait_for(programs, "torchrun")
+    job.send_signal(signal.SIGUSR1)
+    assert finish(job)[0] == 143
+    assert ["requeue", "1234"] in programs.calls("scontrol")
+
+
+def test_a_learner_that_is_cancelled_stops_and_is_not_queued_again(programs: Programs) -> None:
+    programs.add("torchrun", UNTIL_STOPPED)
+    job = programs.start(LEARNER, "runs/trial", "demo", SLURM_NODEID="0", **NODES)
+    wait_for(programs, "torchrun")
+    job.send_signal(signal.SIGTERM)
+    assert finish(job)[0] == 143
+    assert ["requeue", "1234"] not in programs.calls("scontrol")
+
+
+def test_a_learner_that_fails_fails_its_job(programs: Programs) -> None:
+    programs.add("torchrun", "exit 2")
+    assert finish(programs.start(LEARNER, "runs/trial", "demo", SLURM_NODEID="0", **NODES))[0] == 2
+    assert ["requeue", "1234"] not in programs.calls("scontrol")
+
+
+@pytest.mark.parametrize(("script", "arguments"), [(LEARNER, ["runs/trial"]), (ACTORS, [])])
+def test_a_call_that_lacks_an_argument_says_what_it_takes(
+    programs: Programs, script: Path, arguments: list[str]
+) -> None:
+    code, errors = finish(programs.start(script, *arguments, **NODES))
+    assert code == 2
+    assert errors.startswith(f"error: {script.name} takes RUN")
+
+
+@pytest.fixture
+def run_dir(programs: Programs) -> Path:
+    """One whose learner is there."""
+    folder = programs.folder / "runs" / "trial"
+    folder.mkdir(parents=True)
+    for name in ("endpoint", "config.yaml"):
+        (folder / name).touch()
+    return folder
+
+
+def test_each_index_of_the_array_is_an_actor_of_its_own_name(programs: Programs, run_dir: Path) -> None:
+    programs.add("python")
+    for index in ("0", "1"):
+        array = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": index}
+        assert finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="100", **array)) == (0, "")
+    assert finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="101")) == (0, "")
+    found = [actor_of(call) for call in programs.calls("python")]
+    assert [actor.name for actor in found] == ["actor-99-0", "actor-99-1", "actor-101-0"]
+    assert {actor.connect for actor in found} == {f"file:{run_dir}/endpoint"}
+    assert [actor.config_files for actor in found] == [[f"{run_dir}/config.yaml"]] * 3
+
+
+def test_an_actor_that_lost_its_learner_starts_again_until_its_starts_are_used_up(
+    programs: Programs, run_dir: Path
+) -> None:
+    programs.add("python", "exit 1")
+    programs.add("sleep")
+    code, errors = finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7", STARTS="3"))
+    assert code == 1
+    assert len(programs.calls("python")) == 3
+    assert "actor-7-0 ended with exit code 1 (start 3 of 3)" in errors
+
+
+@pytest.mark.parametrize("code", [0, 2, 130, 143])
+def test_an_actor_that_is_done_or_mistaken_or_cancelled_is_not_started_again(
+    programs: Programs, run_dir: Path, code: int
+) -> None:
+    programs.add("python", f"exit {code}")
+    assert finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7"))[0] == code
+    assert len(programs.calls("python")) == 1
+
+
+def test_actors_wait_for_a_learner_and_say_when_none_came(programs: Programs) -> None:
+    programs.add("python")
+    code, errors = finish(programs.start(ACTORS, "runs/trial", SLURM_JOB_ID="7", WAIT_S="0"))
+    assert (code, errors) == (1, "error: no learner wrote its address to runs/trial/endpoint within 0 s\n")
+    assert programs.calls("python") == []
