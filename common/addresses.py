@@ -99,20 +99,23 @@ def prefer_way_to_rank_0(master: str) -> None:
     """gloo of this process talks over the interface on the way to `master`, if the user has not chosen one.
 
     To be called before the process group of ranks on several hosts is made: gloo would take the address of the host's
-    name, which need not be one that others reach. Raises ConfigError when `master`'s name is a loopback address.
+    name, which need not be one that others reach. Raises ConfigError when `master` is not reached, or is a name that
+    means loopback on this host.
     """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
     try:
         address = address_towards(master)
     except OSError as error:
-        raise ConfigError(f"MASTER_ADDR={master} cannot be reached ({error}): give torchrun --master-addr") from error
-    is_loopback = ipaddress.ip_address(address).is_loopback
-    if is_loopback and master not in (address, "localhost"):
+        sentence = f"there is no way to MASTER_ADDR={master} ({error}): correct torchrun's --master-addr"
+        raise ConfigError(sentence) from error
+    if ipaddress.ip_address(address).is_loopback and master not in (address, "localhost"):
         raise ConfigError(
             f"MASTER_ADDR={master} is {address} on this host, where ranks on other hosts do not reach it: give "
-            "torchrun --master-addr an address of rank 0's host"
+            "torchrun's --master-addr an address of rank 0's host, or set GLOO_SOCKET_IFNAME to its interface"
         )
     if (interface := interface_of(address)) is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def is_wildcard(host: str) -> bool:

@@ -6,9 +6,9 @@ says which interface to use.
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -19,12 +19,13 @@ import pytest
 from common.loading import load_config, save_config
 from common.processtree import family, kill
 from tests.support.hosts import Hosts, network
+from tests.support.roles import start_role
 from tests.support.runs import ROOT, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-START_S = 180.0  # until the first step, with two ranks and two actors importing torch on two busy cores
-STEP_S = 60.0
+START_S = 240.0  # until the first step; torchrun and its workers all import torch
+STEPS_S = 120.0  # of a few steps
 PORT = 29500  # of the ranks' rendezvous; the namespaces are this test's own, so it is free
 SETTINGS = [
     "name=run",
@@ -52,27 +53,38 @@ SETTINGS = [
 
 @dataclass
 class Run:
-    """The four processes. `end` kills what is left of them."""
+    """The four processes, by name."""
 
     hosts: Hosts
     run_dir: Path
-    processes: dict[str, "Popen[bytes]"] = field(default_factory=dict)
+    torchruns: dict[str, "Popen[bytes]"] = field(default_factory=dict)
+    roles: dict[str, ForkServerProcess] = field(default_factory=dict)
 
-    def start_learner(self) -> None:
+    def start_torchruns(self) -> None:
+        """The learner as a user starts it, one torchrun a host."""
         for rank in (0, 1):
             name, master = f"learner-{rank}", self.hosts.addresses["learner-0"]
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
             torchrun += ["--nproc-per-node=1", f"--master-addr={master}", f"--master-port={PORT}"]
-            self._start(name, [*torchrun, "run.py", "learner", "--config", str(self.run_dir / "config.yaml")])
+            command = [*torchrun, "run.py", "learner", "--config", str(self.run_dir / "config.yaml")]
+            self.torchruns[name] = self.hosts.start(name, command, self.run_dir / f"{name}.log", ROOT)
+
+    def start_ranks(self) -> None:
+        """The learner with torchrun's variables, in a fraction of its time."""
+        arguments = ["learner", "--config", str(self.run_dir / "config.yaml")]
+        for rank in (0, 1):
+            ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            master = {"MASTER_ADDR": self.hosts.addresses["learner-0"], "MASTER_PORT": str(PORT)}
+            self._start_role(f"learner-{rank}", arguments, **ranks, **master)
 
     def start_actors(self) -> None:
         connect = ["--connect", f"file:{self.run_dir / 'endpoint'}", "-c", str(self.run_dir / "config.yaml")]
         for name in ("actor-0", "actor-1"):
-            actor = [sys.executable, "-m", "tests.support.actor_without_engine", "actor", *connect, "--name", name]
-            self._start(name, actor)
+            self._start_role(name, ["actor", *connect, "--name", name])
 
-    def _start(self, name: str, command: list[str]) -> None:
-        self.processes[name] = self.hosts.start(name, command, self.run_dir / f"{name}.log", ROOT)
+    def _start_role(self, name: str, arguments: list[str], **environment: str) -> None:
+        host, log = self.hosts.namespace(name), self.run_dir / f"{name}.log"
+        self.roles[name] = start_role(host, log, arguments, **environment)
 
     def log(self, name: str) -> str:
         return (self.run_dir / f"{name}.log").read_text()
@@ -87,49 +99,104 @@ class Run:
         ledger = rows(path) if path.is_file() else []
         return sum(row["actor"] == actor and row["step"] > after for row in ledger)
 
-    def has_ended(self, name: str) -> bool:
-        return self.processes[name].poll() is not None
+    def exit_code(self, name: str) -> int | None:
+        return self.torchruns[name].poll() if name in self.torchruns else self.roles[name].exitcode
 
-    def wait_until(self, what: str, is_so: Any, timeout_s: float) -> None:
+    def wait_until(self, what: str, is_so: Callable[[], bool], timeout_s: float) -> None:
         """Fails when the learner ends first, or after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not is_so():
-            tails = "\n".join(f"{name}: {self.log(name)[-1500:]}" for name in self.processes)
-            assert not self.has_ended("learner-0"), f"the learner ended before {what}\n{tails}"
-            assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}\n{tails}"
+            if self.exit_code("learner-0") is not None or time.monotonic() > deadline:
+                tails = [f"{name}: {self.log(name)[-1500:]}" for name in self.hosts.addresses]
+                pytest.fail("\n".join([f"waited {timeout_s:g} s for {what}", *tails]))
             time.sleep(0.1)
 
     def end(self) -> None:
         """torchrun's workers are in sessions of their own, and outlive it when it is killed."""
-        members = family(process.pid for process in self.processes.values())
+        members = family(process.pid for process in [*self.torchruns.values(), *self.roles.values()])
         kill(psutil.Process(pid) for pid in members if psutil.pid_exists(pid))
-        for process in self.processes.values():
-            process.wait()
+        for torchrun in self.torchruns.values():
+            torchrun.wait()
+        for role in self.roles.values():
+            role.join()
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with network("learner-0", "learner-1", "actor-0", "actor-1") as made:
-        yield made
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Four hosts on which nothing runs yet."""
+    with network("learner-0", "learner-1", "actor-0", "actor-1") as hosts:
+        made = Run(hosts, tmp_path / "run")
+        made.run_dir.mkdir()
+        try:
+            yield made
+        finally:
+            made.end()
 
 
-def begin(hosts: Hosts, tmp_path: Path, *overrides: str) -> Run:
-    config = load_config([], [*SETTINGS, f"runs_dir={tmp_path}", *overrides])
-    config.run_dir.mkdir()
+def configure(run: Run, *overrides: str) -> None:
+    config = load_config([], [*SETTINGS, f"runs_dir={run.run_dir.parent}", *overrides])
     save_config(config, config.run_dir / "config.yaml")
-    run = Run(hosts, config.run_dir)
-    run.start_learner()
+
+
+def test_two_ranks_and_two_actors_on_four_hosts(run: Run) -> None:
+    configure(run, "learner.steps=6")
+    run.start_torchruns()
     run.start_actors()
-    return run
+    run.wait_until("the first step", lambda: len(run.steps()) > 0, START_S)
+    for torchrun in run.torchruns.values():
+        assert torchrun.wait(STEPS_S) == 0, run.log("learner-0")[-3000:]
+    for role in run.roles.values():
+        role.join(STEPS_S)
+        assert role.exitcode == 0
+    assert (run.run_dir / "endpoint").read_text().startswith(f"tcp://{run.hosts.addresses['learner-0']}:")
+    assert [row["step"] for row in run.steps()] == [1, 2, 3, 4, 5, 6, 7]
+    assert run.steps()[-1]["weights/probe_difference"] < 1e-3, "both actors hold what the learner has"
+    assert min(run.trained("actor-0"), run.trained("actor-1")) > 0
 
 
-def test_two_ranks_and_two_actors_on_four_hosts(hosts: Hosts, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        run = begin(hosts, tmp_path, "learner.steps=6")
-        stack.callback(run.end)
-        codes = {name: process.wait(START_S + STEP_S) for name, process in run.processes.items()}
-        assert codes == dict.fromkeys(codes, 0), run.log("learner-0")[-3000:]
-        assert (run.run_dir / "endpoint").read_text().startswith(f"tcp://{hosts.addresses['learner-0']}:")
-        assert [row["step"] for row in run.steps()] == [1, 2, 3, 4, 5, 6, 7]
-        assert run.steps()[-1]["weights/probe_difference"] < 1e-3, "both actors hold what the learner has"
-        assert min(run.trained("actor-0"), run.trained("actor-1")) > 0
+def begin(run: Run, *overrides: str) -> None:
+    """A run without an end, in which both actors have had groups trained."""
+    configure(run, "learner.steps=100000", *overrides)
+    run.start_ranks()
+    run.start_actors()
+    run.wait_until("groups of both actors", lambda: run.trained("actor-0") > 2 and run.trained("actor-1") > 2, START_S)
+
+
+def cut_for(run: Run, host: str, seconds: float) -> None:
+    run.hosts.cut(host)
+    time.sleep(seconds)  # how long the cable is out, not a wait for anything
+    run.hosts.mend(host)
+
+
+@pytest.mark.parametrize("host", ["actor-1", "learner-1"])
+def test_a_cable_that_is_out_for_less_than_the_time_out_costs_nothing_but_time(run: Run, host: str) -> None:
+    begin(run)
+    cut_for(run, host, 20.0)
+    step = len(run.steps())
+    run.wait_until(
+        "groups of both actors after the cable was back",
+        lambda: min(run.trained("actor-0", step + 2), run.trained("actor-1", step + 2)) > 0,
+        STEPS_S,
+    )
+    last = run.steps()[-1]
+    assert {name: count for name, count in last.items() if name.startswith("drops/") and count} == {}
+    leases = [row["lease_id"] for row in rows(run.run_dir / "ledger.jsonl")]
+    assert len(leases) == len(set(leases))
+    assert last["actors/connected"] == 2
+
+
+def test_a_cable_that_stays_out_costs_one_actor_at_most(run: Run) -> None:
+    """Three times the time-out: the run goes on with the other actor. This one comes back, or has said why not."""
+    begin(run, "transport.heartbeat_timeout_s=10", "weights.timeout_s=20")
+    cut_for(run, "actor-1", 30.0)
+    step = len(run.steps())
+    run.wait_until("groups of the other actor", lambda: run.trained("actor-0", step + 2) > 0, STEPS_S)
+    run.wait_until(
+        "actor-1 to come back or to end",
+        lambda: run.trained("actor-1", step + 2) > 0 or run.exit_code("actor-1") is not None,
+        STEPS_S,
+    )
+    if run.exit_code("actor-1") is not None:
+        (error,) = [line for line in run.log("actor-1").splitlines() if line.startswith("error: ")]
+        assert run.exit_code("actor-1") == 1
+        assert f"heard nothing from the learner at tcp://{run.hosts.addresses['learner-0']}:" in error

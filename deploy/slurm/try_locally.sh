@@ -34,10 +34,11 @@ main() {
 
     scancel "${first}_0"
     wait_for 60 is_gone "${first}_0"
+    wait_for 10 grep -q "actor-$first-0 says bye" "$folder/learner-$learner.log"
     local before
     before=$(steps)
     wait_for 300 steps_above "$before"
-    say "job ${first}_0 is cancelled; step $(steps): the others go on"
+    say "job ${first}_0 is cancelled, its actor has said bye; step $(steps): the others go on"
 
     scancel --signal=USR1 --batch "$learner"
     wait_for 120 is_pending "$learner"

@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 
 from common import addresses
-from common.addresses import advertised_host, interface_of, own_address, prefer_interface_of
+from common.addresses import advertised_host, interface_of, own_address, prefer_interface_of, prefer_way_to_rank_0
 from common.config import ConfigError, TransportConfig
 
 Entry = namedtuple("Entry", ["family", "address"])
@@ -88,3 +88,26 @@ def test_nccl_takes_the_interface_of_the_address_unless_the_user_chose_one(machi
     machine.setenv("NCCL_SOCKET_IFNAME", "ib0")
     prefer_interface_of("10.1.0.5")
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(
+    ("way", "chosen", "interface"), [("10.1.0.5", None, "eth0"), ("127.0.0.1", None, None), ("10.1.0.5", "ib0", "ib0")]
+)
+def test_gloo_takes_the_interface_on_the_way_to_rank_0_unless_the_user_chose_one(
+    machine: pytest.MonkeyPatch, way: str, chosen: str | None, interface: str | None
+) -> None:
+    machine.setenv("GLOO_SOCKET_IFNAME", chosen or "")
+    if chosen is None:
+        machine.delenv("GLOO_SOCKET_IFNAME")
+    machine.setattr(addresses, "address_towards", lambda host, port=9: way)
+    prefer_way_to_rank_0(way)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+
+
+def test_rank_0_is_not_looked_for_where_only_its_own_host_finds_it(machine: pytest.MonkeyPatch) -> None:
+    machine.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with pytest.raises(ConfigError, match=r"no way to MASTER_ADDR=node7 .*: correct torchrun's --master-addr"):
+        prefer_way_to_rank_0("node7")
+    machine.setattr(addresses, "address_towards", lambda host, port=9: "127.0.1.1")
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=node7 is 127\.0\.1\.1 on this host"):
+        prefer_way_to_rank_0("node7")

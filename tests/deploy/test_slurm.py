@@ -1,5 +1,6 @@
 """The Slurm scripts, run by bash without a Slurm; deploy/slurm/try_locally.sh runs them with one."""
 
+import os
 import signal
 import subprocess
 import time
@@ -13,15 +14,26 @@ from tests.support.runs import ROOT
 LEARNER = ROOT / "deploy" / "slurm" / "learner.sbatch"
 ACTORS = ROOT / "deploy" / "slurm" / "actors.sbatch"
 NODES = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "gpu[7-8]", "SLURM_NNODES": "2"}
-UNTIL_STOPPED = "trap 'exit 143' TERM; while true; do sleep 0.05; done"
+UNTIL_STOPPED = "trap 'exit 143' TERM; echo $$ > pid; while true; do sleep 0.05; done"
 
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Programs:
     made = Programs(tmp_path / "bin")
     made.add_srun()
+    made.add("scancel", 'kill -TERM "$(cat pid)"')
     made.add("scontrol", 'if [[ $1 == show ]]; then printf "gpu7\\ngpu8\\n"; fi')
     return made
+
+
+@pytest.fixture
+def run_dir(programs: Programs) -> Path:
+    """One whose learner is there."""
+    folder = programs.folder / "runs" / "trial"
+    folder.mkdir(parents=True)
+    for name in ("endpoint", "config.yaml"):
+        (folder / name).touch()
+    return folder
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -30,11 +42,13 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, errors
 
 
-def wait_for(programs: Programs, name: str) -> None:
-    deadline = time.monotonic() + 30.0
-    while not programs.calls(name):
-        assert time.monotonic() < deadline, f"{name} was not called"
+def running(programs: Programs) -> int:
+    """The pid of the stand-in that runs until it is stopped, once it does."""
+    deadline, path = time.monotonic() + 30.0, programs.folder / "pid"
+    while not path.is_file() or not path.read_text().endswith("\n"):
+        assert time.monotonic() < deadline, "nothing was started"
         time.sleep(0.02)
+    return int(path.read_text())
 
 
 def test_the_learners_ranks_are_those_of_all_nodes(programs: Programs) -> None:
@@ -53,21 +67,25 @@ def test_the_learners_ranks_are_those_of_all_nodes(programs: Programs) -> None:
     assert first.config.transport.host == "0.0.0.0"
 
 
-def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs) -> None:
+def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs, run_dir: Path) -> None:
     programs.add("torchrun", UNTIL_STOPPED)
-    job = programs.start(LEARNER, "runs/trial", "demo", SLURM_NODEID="0", **NODES)
-    wait_for(programs, "torchrun")
+    job = programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)
+    running(programs)
     job.send_signal(signal.SIGUSR1)
     assert finish(job)[0] == 143
+    assert programs.calls("scancel") == [["--signal=TERM", "1234.0"]]
     assert ["requeue", "1234"] in programs.calls("scontrol")
+    assert not (run_dir / "endpoint").exists(), "actors wait for the address of the next one"
 
 
 def test_a_learner_that_is_cancelled_stops_and_is_not_queued_again(programs: Programs) -> None:
     programs.add("torchrun", UNTIL_STOPPED)
     job = programs.start(LEARNER, "runs/trial", "demo", SLURM_NODEID="0", **NODES)
-    wait_for(programs, "torchrun")
-    job.send_signal(signal.SIGTERM)
+    learner = running(programs)
+    for pid in (job.pid, learner):  # as Slurm does it
+        os.kill(pid, signal.SIGTERM)
     assert finish(job)[0] == 143
+    assert programs.calls("scancel") == []
     assert ["requeue", "1234"] not in programs.calls("scontrol")
 
 
@@ -84,16 +102,6 @@ def test_a_call_that_lacks_an_argument_says_what_it_takes(
     code, errors = finish(programs.start(script, *arguments, **NODES))
     assert code == 2
     assert errors.startswith(f"error: {script.name} takes RUN")
-
-
-@pytest.fixture
-def run_dir(programs: Programs) -> Path:
-    """One whose learner is there."""
-    folder = programs.folder / "runs" / "trial"
-    folder.mkdir(parents=True)
-    for name in ("endpoint", "config.yaml"):
-        (folder / name).touch()
-    return folder
 
 
 def test_each_index_of_the_array_is_an_actor_of_its_own_name(programs: Programs, run_dir: Path) -> None:
@@ -133,3 +141,12 @@ def test_actors_wait_for_a_learner_and_say_when_none_came(programs: Programs) ->
     code, errors = finish(programs.start(ACTORS, "runs/trial", SLURM_JOB_ID="7", WAIT_S="0"))
     assert (code, errors) == (1, "error: no learner wrote its address to runs/trial/endpoint within 0 s\n")
     assert programs.calls("python") == []
+
+
+def test_an_actor_that_is_cancelled_has_time_to_leave(programs: Programs, run_dir: Path) -> None:
+    programs.add("python", "trap 'sleep 0.3; exit 0' TERM; echo $$ > pid; while true; do sleep 0.05; done")
+    job = programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7")
+    actor = running(programs)
+    for pid in (job.pid, actor):  # as Slurm does it
+        os.kill(pid, signal.SIGTERM)
+    assert finish(job) == (0, "")

@@ -1,20 +1,15 @@
-"""`run.py actor` with the learner's own network in the place of vLLM: up in seconds, everything else is real.
-
-    python -m tests.support.actor_without_engine actor --connect ... -c ... --name ...
+"""The learner's own network in the place of an actor's vLLM engine: up in a second.
 
 It draws random tokens and scores them, so that the learner finds its own log-probs in them.
 """
 
 import asyncio
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-import actors.main
-import run
 from actors.engine import Completion
 from common.broadcast import BrokenTransfer
 from common.config import Config
@@ -103,9 +98,3 @@ class NetworkEngine:
         error, _, _ = await asyncio.to_thread(self._transfer.obey, phase, payload)
         if error is not None:
             raise BrokenTransfer(error)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    actors.main.Engine = NetworkEngine  # type: ignore[assignment,misc]
-    sys.exit(run.main())
