@@ -3,8 +3,6 @@
 No environment variable says which interface to use; the addresses alone do.
 """
 
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
@@ -13,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from common.types import WeightsPhase
+from tests.support.hosts import Hosts, network
 from tests.support.tiny_models import write_tiny_model
 from tests.support.transfer_actors import KILLED
 from tests.support.transfer_process import act, publish_twice, start
 
 pytestmark = pytest.mark.slow
-
-LEARNER, ACTOR = "10.213.7.1", "10.213.7.2"
 
 
 def endpoint_of(folder: Path, learner: ForkServerProcess) -> str:
@@ -36,40 +33,18 @@ def exit_code(process: ForkServerProcess) -> int | None:
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two namespaces that reach each other and nothing else; their host name is not an address of either."""
-    names = (f"learner{os.getpid()}", f"actor{os.getpid()}")
-    steps = [f"ip netns add {name}" for name in names]
-    steps += [f"ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}"]
-    for name, address in zip(names, (LEARNER, ACTOR), strict=True):
-        steps += [
-            f"ip -n {name} address add {address}/24 dev veth0",
-            f"ip -n {name} link set veth0 up",
-            f"ip -n {name} link set lo up",
-        ]
-    try:
-        for step in steps:
-            made = subprocess.run(step.split(), capture_output=True, text=True, check=False)
-            if made.returncode != 0:
-                pytest.skip(f"no network namespaces here: {step}: {made.stderr.strip()}")
-        yield names
-    except FileNotFoundError:
-        pytest.skip("no network namespaces here: there is no ip command")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+def two_hosts() -> Iterator[Hosts]:
+    with network("learner", "actor") as hosts:
+        yield hosts
 
 
-def test_actors_on_another_host_get_the_weights_without_any_variable_set(
-    two_hosts: tuple[str, str], tmp_path: Path
-) -> None:
+def test_actors_on_another_host_get_the_weights_without_any_variable_set(two_hosts: Hosts, tmp_path: Path) -> None:
     """The learner binds every interface; the address that actors are given is never 0.0.0.0."""
-    learner_host, actor_host = two_hosts
     folder = write_tiny_model(tmp_path / "model")
-    learner = start(publish_twice, folder, "0.0.0.0", 1, tmp_path, host=learner_host)
+    learner = start(publish_twice, folder, "0.0.0.0", 1, tmp_path, host=two_hosts.namespace("learner"))
     endpoint = endpoint_of(tmp_path, learner)
-    assert endpoint.startswith(f"tcp://{LEARNER}:")
-    actor = start(act, endpoint, "remote", folder, host=actor_host)
+    assert endpoint.startswith(f"tcp://{two_hosts.addresses['learner']}:")
+    actor = start(act, endpoint, "remote", folder, host=two_hosts.namespace("actor"))
     assert (exit_code(learner), exit_code(actor)) == (0, 0)
     assert (tmp_path / "reached").read_text() == "remote\nremote"
 
