@@ -5,7 +5,8 @@
     python run.py --help                             all commands
 
 Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on stderr;
-1 somebody was waited for in vain, or gradients stayed infinite; 128 + n stopped by signal n; else the code of the
+1 somebody was waited for in vain, gradients stayed infinite, or a file could not be written; 70 an error that nobody
+foresaw, its traceback is in the log; 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM); else the code of the
 process that failed first.
 
 Commands import what they need after parsing, so that `--help` needs neither torch nor vLLM.
@@ -17,14 +18,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from common.causes import CRASHED, disk_problem
+from common.child import READY_FILE
 from common.config import Config, ConfigError, Device, DType, VerifierConfig
+from common.control import Status, ask, status
 from common.launcher import QUIET_ENVIRONMENT
 from common.loading import load_config
 from common.processes import Outcome
+from common.processtree import Guardian
 from common.types import AnswerForm
 
 USER_ERROR = 2
@@ -44,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_raised_by_library(error):
             raise
         return _fail(error, str(error), USER_ERROR if isinstance(error, ValueError) else 1)
+    except OSError as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        return _fail(error, problem, 1)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -123,10 +135,14 @@ def _placed(config: Config) -> Config:
 
 
 def _learner(arguments: argparse.Namespace) -> int:
+    config = _placed(load_config([arguments.config], arguments.overrides))
+    with _role(f"learner-{os.environ.get('RANK', '0')}"):
+        return _crash_safely(lambda: _learn(arguments.config, config), config)
+
+
+def _learn(path: str, config: Config) -> int:
     from common.launcher import rank_environment, reserve_port
 
-    config = _placed(load_config([arguments.config], arguments.overrides))
-    _begin_role(f"learner-{os.environ.get('RANK', '0')}")
     if config.device is Device.cuda and not config.is_shared:  # such memory cannot be read in place (common/ipc.py)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     ranks = config.learner.ranks
@@ -136,7 +152,7 @@ def _learner(arguments: argparse.Namespace) -> int:
         if os.environ.get("WORLD_SIZE") != str(ranks):
             raise ConfigError(
                 f"learner.ranks={ranks} but {os.environ.get('WORLD_SIZE', 1)} were started: "
-                f"use torchrun --nproc-per-node {ranks} run.py learner --config {arguments.config}"
+                f"use torchrun --nproc-per-node {ranks} run.py learner --config {path}"
             )
         from learner.main import main as run_learner
 
@@ -144,15 +160,35 @@ def _learner(arguments: argparse.Namespace) -> int:
 
 
 def _actor(arguments: argparse.Namespace) -> int:
-    from common.launcher import wait_for_endpoint
-
     config = _placed(load_config(arguments.config, arguments.overrides))
-    _begin_role(arguments.name)
+    with _role(arguments.name):
+        return _act(config, arguments.connect, arguments.name)
+
+
+def _act(config: Config, connect: str, name: str) -> int:
     # Imported before the wait: the actor's libraries load while the learner still starts.
     from actors.main import main as run_actor
+    from common.launcher import wait_for_endpoint
 
-    endpoint = wait_for_endpoint(arguments.connect, config.actors.start_timeout_s)
-    return run_actor(config, endpoint, arguments.name)
+    endpoint = wait_for_endpoint(connect, config.actors.start_timeout_s)
+    return run_actor(config, endpoint, name)
+
+
+def _actors(arguments: argparse.Namespace) -> int:
+    """Of a live run on this machine: how many there are, or from now on as many as --count says."""
+    run = Path(arguments.run)
+    if arguments.count is None:
+        print(_describe(status(run)))
+        return 0
+    if arguments.count < 0:
+        raise ConfigError(f"--count {arguments.count} must be 0 or more")
+    done = ask(run, {"command": "resize", "count": arguments.count})["done"]
+    print("\n".join(done) or f"{run} has {arguments.count} local actor(s) already")
+    return 0
+
+
+def _describe(actors: Status) -> str:
+    return "\n".join([f"{actors.active} of {actors.wanted} local actor(s) take part", *actors.given_up])
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -182,8 +218,9 @@ def _export(arguments: argparse.Namespace) -> int:
     return run_export(arguments.run, arguments.step, arguments.out, arguments.critic, dtype, arguments.adapter)
 
 
-def _begin_role(name: str) -> None:
-    """What every long-running process does first: log lines that say who speaks, and no calls home."""
+@contextmanager
+def _role(name: str) -> Iterator[None]:
+    """What every long-running process has: log lines that say who speaks, no calls home, and nobody left behind."""
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.basicConfig(
@@ -191,6 +228,30 @@ def _begin_role(name: str) -> None:
         stream=sys.stderr,
         format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
     )
+    if READY_FILE in os.environ:  # started by `train`, which looks after what this process leaves behind
+        yield
+        return
+    with Guardian() as guardian:
+        guardian.protect_descendants()
+        yield
+
+
+def _crash_safely(role: Callable[[], int], config: Config) -> int:
+    """The role's exit code, which tells `train` whether to start it again: CRASHED for what nobody foresaw."""
+    try:
+        return role()
+    except (ValueError, TimeoutError, FloatingPointError) as error:
+        if not _is_raised_by_library(error):
+            raise
+        crash: Exception = error
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.filename is not None:  # `main` says it
+            raise
+        if (problem := disk_problem(error, config.run_dir)) is not None:
+            return _fail(error, problem, 1)
+        crash = error
+    logging.getLogger(__name__).error("the role crashes", exc_info=crash)
+    return CRASHED
 
 
 def _fail(error: Exception, message: str, code: int) -> int:
@@ -253,6 +314,11 @@ def _parser() -> argparse.ArgumentParser:
     actor.add_argument("--connect", required=True, help="tcp://HOST:PORT of the learner, or file:RUN/endpoint")
     actor.add_argument("--name", required=True, help="unique among the actors of a run")
     _add_config(actor)
+
+    actors = commands.add_parser("actors", help="add local actors to a live run, or remove some")
+    actors.set_defaults(command=_actors)
+    actors.add_argument("run", help="run directory of a `train` that runs on this machine")
+    actors.add_argument("--count", type=int, help="how many there shall be (default: only say how many there are)")
 
     prepare = commands.add_parser("prepare", help="make a small base model of a built-in task")
     prepare.set_defaults(command=_prepare)

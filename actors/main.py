@@ -21,8 +21,8 @@ from actors.rollout import complete
 from actors.verifier.pool import VerifierError, VerifierPool, pool_of
 from common.addresses import address_towards, prefer_interface_of
 from common.broadcast import BrokenTransfer
+from common.child import announce_ready
 from common.config import Config, ConfigError, Device
-from common.processes import announce_ready
 from common.transport import ActorConnection, model_fingerprints
 from common.types import (
     PROTOCOL_VERSION,

@@ -259,6 +259,9 @@ class LearnerConfig:
     compile: bool = False  # torch.compile of each decoder layer; on CPUs needs a C++ compiler. Not run on a GPU by us
     offload: Offload = Offload.none
     batch_timeout_s: float = 600.0  # longest wait for a batch
+    stop_timeout_s: float = 60.0  # from SIGINT or SIGTERM: to finish the step, save and send the actors home
+    restarts: int = 3  # times within restart_window_s that `train` restarts a learner that crashed or was killed
+    restart_window_s: float = 3600.0
     policy: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))
 
@@ -278,7 +281,9 @@ class ActorsConfig:
     enforce_eager: bool = True  # skip compilation: faster start, same speed for small models on CPUs
     tensor_parallel_size: int = 1
     start_timeout_s: float = 300.0  # from process start to Ready
-    restarts: int = 3  # times that `train` restarts an actor that died after it was Ready
+    restarts: int = 3  # times within restart_window_s that `train` restarts an actor that died after it was Ready
+    restart_window_s: float = 3600.0
+    drain_s: float = 30.0  # from SIGTERM: to finish the groups that it samples; what is left is leased to others
 
 
 @dataclass(frozen=True)

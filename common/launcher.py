@@ -3,12 +3,14 @@
     RUN/config.yaml      the resolved configuration, which every child reads
     RUN/data             what `run.py check` made of the data, before anything else starts
     RUN/endpoint         address of the learner's socket, written by rank 0; actors wait for it
+    RUN/control          socket of the supervisor (common/control.py), while it lives
     RUN/logs/ROLE.log    output of each child
 
 Learner and actors start at the same time, because either needs half a minute.
 """
 
 import fcntl
+import itertools
 import operator
 import os
 import shutil
@@ -17,18 +19,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common import placement
+from common.causes import last_error
+from common.child import ChildSpec
 from common.config import Config, ConfigError, Device
 from common.loading import save_config
 from common.placement import visible_gpus
-from common.processes import ChildSpec, Outcome, Supervisor, deal_cores, last_error
+from common.processes import Outcome, Supervisor, deal_cores
 from common.processtree import child_setup
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
@@ -38,6 +43,7 @@ RUN_CONTENT = (
     "metrics.jsonl",
     "ledger.jsonl",
     "endpoint",
+    "control",
     "model",
     "tensorboard",
     "logs",
@@ -47,6 +53,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # Models are folders on disk, so nothing has to be fetched or reported.
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENDPOINT_POLL_S = 0.05
+LEAVE_MARGIN_S = 10.0  # beyond actors.drain_s, for an engine to shut down
 
 
 class EarlierRun(StrEnum):
@@ -82,7 +89,14 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
         specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
         places = ", ".join(f"{spec.name} on {','.join(map(str, spec.cores))}" for spec in specs)
         print(f"{config.run_dir}: starting on cores: {places}; this takes about half a minute", flush=True)
-        return Supervisor(specs, config.run_dir / "logs").run()
+        room = Room(config, tuple(cores), tuple(gpu.name for gpu in gpus))
+        return Supervisor(
+            specs,
+            config.run_dir / "logs",
+            stop_timeout_s=config.learner.stop_timeout_s,
+            recruit=room.one_more,
+            run_dir=config.run_dir,
+        ).run()
 
 
 def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> Outcome | None:
@@ -199,6 +213,8 @@ def learner_specs(config: Config, port: int) -> list[ChildSpec]:
             environment=QUIET_ENVIRONMENT | rank_environment(rank, ranks, port),
             is_leader=True,
             is_echoed=rank == 0,
+            restarts=config.learner.restarts,
+            restart_window_s=config.learner.restart_window_s,
         )
         for rank in range(ranks)
     ]
@@ -215,18 +231,65 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 def actor_specs(config: Config) -> list[ChildSpec]:
     """The actors that `train` starts; they read the learner's address from RUN/endpoint."""
-    run_dir, actors = config.run_dir, config.actors
+    return [actor_spec(config, i) for i in range(config.actors.count)]
+
+
+def actor_spec(config: Config, number: int) -> ChildSpec:
+    run_dir, actors, name = config.run_dir, config.actors, f"actor-{number}"
     connect = ("--connect", f"file:{run_dir / 'endpoint'}", "-c", str(run_dir / "config.yaml"))
-    return [
-        ChildSpec(
-            name=f"actor-{i}",
-            command=(sys.executable, str(RUN_PY), "actor", *connect, "--name", f"actor-{i}"),
-            environment=QUIET_ENVIRONMENT,
-            restarts=actors.restarts,
-            start_timeout_s=actors.start_timeout_s,
-        )
-        for i in range(actors.count)
-    ]
+    return ChildSpec(
+        name=name,
+        command=(sys.executable, str(RUN_PY), "actor", *connect, "--name", name),
+        environment=QUIET_ENVIRONMENT,
+        restarts=actors.restarts,
+        restart_window_s=actors.restart_window_s,
+        start_timeout_s=actors.start_timeout_s,
+        leave_timeout_s=actors.drain_s + LEAVE_MARGIN_S,
+    )
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where `run.py actors` finds a place for actors that are added to a live run."""
+
+    config: Config  # settled
+    cores: tuple[int, ...]  # of the run
+    gpus: tuple[str, ...]  # that were visible when it started
+
+    def one_more(self, actors: Sequence[ChildSpec]) -> ChildSpec:
+        """Spec of an actor beside `actors`: the lowest free number, on cores that the fewest of them use, and on GPUs
+        of its own. Raises ConfigError when there is no room for it."""
+        names = {spec.name for spec in actors}
+        number = next(i for i in itertools.count() if f"actor-{i}" not in names)
+        spec = with_gpus(actor_spec(self.config, number), self._free_gpus(actors))
+        users = Counter(spec.cores for spec in actors)
+        return with_cores(spec, min(self._shares(), key=lambda share: users[share]))
+
+    def _shares(self) -> list[tuple[int, ...]]:
+        """What `train` dealt to its actors; all cores of the run when it started none."""
+        ranks, count = self.config.learner.ranks, self.config.actors.count
+        return deal_cores(self.cores, ranks + count)[ranks:] or [self.cores]
+
+    def _free_gpus(self, actors: Sequence[ChildSpec]) -> str:
+        """For CUDA_VISIBLE_DEVICES; empty where there are none."""
+        config, width = self.config, self.config.actors.tensor_parallel_size
+        if config.device is Device.cpu:
+            return ""
+        if config.is_shared:
+            if len(actors) >= config.actors.count:
+                raise ConfigError(
+                    f"the memory of the shared GPU is planned for actors.count={config.actors.count}: to have more, "
+                    "start the run again (train --resume) with a larger one"
+                )
+            return self.gpus[0]
+        taken = {name for spec in actors for name in spec.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")}
+        free = [name for name in self.gpus[config.learner.ranks :] if name not in taken]
+        if len(free) < width:
+            raise ConfigError(
+                f"one more actor needs {width} GPU(s) (actors.tensor_parallel_size), but of the {len(self.gpus)} that "
+                f"were visible when the run started {len(free)} are free"
+            )
+        return ",".join(free[:width])
 
 
 def with_gpus(spec: ChildSpec, names: str) -> ChildSpec:

@@ -1,12 +1,13 @@
 """Nothing is left behind: who is below this process, how to kill all of it, and what if we are killed.
 
 Orphans are adopted (PR_SET_CHILD_SUBREAPER, Linux) so that a dead child's children are still found,
-children die with their parent (PR_SET_PDEATHSIG), and a guardian process ends the sessions of a supervisor
-that was killed with SIGKILL and could not do it itself.
+children die with their parent (PR_SET_PDEATHSIG), and a guardian process ends the sessions of a supervisor, or the
+descendants of a role that was started alone, when that was killed with SIGKILL and could not do it itself.
 """
 
 import ctypes
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -17,6 +18,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+FAMILY = "ASYNC_VAPO_FAMILY"  # environment variable: marks the descendants of a role, whatever sessions they make
 
 # Loaded at import: a child between fork and exec must not load libraries.
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -91,10 +93,10 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 class Guardian:
-    """A small process that outlives a SIGKILL of this one and kills the sessions it was told about.
+    """A small process that outlives a SIGKILL of this one and kills what it was told about.
 
     It blocks on a pipe whose other end only this process holds: end of file without a farewell means that
-    this process is gone. Use as a context manager; a clean exit sends the farewell.
+    this process is gone. Use as a context manager, before there is a second thread; a clean exit sends the farewell.
     """
 
     FAREWELL = b"farewell\n"
@@ -114,7 +116,16 @@ class Guardian:
 
     def protect(self, session: int) -> None:
         """Tell it of one more session (the pid of a child started with start_new_session)."""
-        os.write(self._writer, b"%d\n" % session)
+        os.write(self._writer, b"session %d\n" % session)
+
+    def protect_descendants(self) -> None:
+        """Whatever this process starts from now on, and what that starts, dies with it.
+
+        They are known by a variable in the environment that they begin with: it is inherited where a session, a process
+        group or a parent is not. A process that is forked without exec shows the environment of its parent's own exec.
+        """
+        mark = os.environ[FAMILY] = secrets.token_hex(16)
+        os.write(self._writer, f"mark {mark}\n".encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -138,15 +149,15 @@ def _guard(reader: int) -> None:
         while chunk := os.read(reader, 4096):
             text += chunk
         if not text.endswith(Guardian.FAREWELL):
-            _kill_sessions({int(line) for line in text.split()})
+            _kill_all(set(text.decode().splitlines()))
     finally:
         os._exit(0)
 
 
-def _kill_sessions(sessions: Collection[int], rounds: int = 20) -> None:
-    """SIGKILL every process of these sessions, again until none is found (some may be forking)."""
+def _kill_all(told: set[str], rounds: int = 20) -> None:
+    """SIGKILL every process of a session or with a mark in `told`, again until none is found (some may be forking)."""
     for _ in range(rounds):
-        found = [process for process in psutil.process_iter() if _session(process.pid) in sessions]
+        found = [p for p in psutil.process_iter() if p.pid != os.getpid() and not told.isdisjoint(_labels(p))]
         alive = [process for process in found if _is_alive(process)]
         if not alive:
             return
@@ -154,8 +165,9 @@ def _kill_sessions(sessions: Collection[int], rounds: int = 20) -> None:
         time.sleep(0.05)
 
 
-def _session(pid: int) -> int:
+def _labels(process: psutil.Process) -> set[str]:
+    """Of which session it is, and its mark if it has one and is ours to read."""
     try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return -1
+        return {f"session {os.getsid(process.pid)}", f"mark {process.environ().get(FAMILY)}"}
+    except (ProcessLookupError, PermissionError, psutil.Error):
+        return set()

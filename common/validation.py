@@ -79,6 +79,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "learner.logprob_chunk_tokens": (1, INF, True),
     "learner.activation_checkpointing": (0, INF, True),
     "learner.batch_timeout_s": (0, LONGEST_S, False),
+    "learner.stop_timeout_s": (0, LONGEST_S, False),
+    "learner.restarts": (0, INF, True),
+    "learner.restart_window_s": (0, LONGEST_S, False),
     **{
         f"learner.{role}.{name}": bounds
         for role in ("policy", "critic")
@@ -98,6 +101,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "actors.tensor_parallel_size": (1, 4096, True),
     "actors.start_timeout_s": (0, LONGEST_S, False),
     "actors.restarts": (0, INF, True),
+    "actors.restart_window_s": (0, LONGEST_S, False),
+    "actors.drain_s": (0, LONGEST_S, True),
     "weights.publish_every": (1, INF, True),
     "weights.timeout_s": (0, LONGEST_S, False),
     "weights.probe_tokens": (2, INF, True),

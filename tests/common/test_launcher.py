@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from common import launcher
+from common.child import ChildSpec
 from common.config import Config, ConfigError, Device, TransferBackend
 from common.launcher import (
     EarlierRun,
+    Room,
     actor_specs,
     learner_specs,
     lock_run,
@@ -30,7 +32,6 @@ from common.launcher import (
 from common.loading import RECIPES, load_config, read_config
 from common.memory import GIB
 from common.placement import Gpu
-from common.processes import ChildSpec
 
 
 @pytest.fixture
@@ -79,6 +80,38 @@ def test_gpus_go_to_the_ranks_first_and_then_to_the_actors() -> None:
     assert devices_of(load_config(["demo"], apart), "2", "3", "4", "5", "6") == ["2", "3,4", "5,6"]
 
 
+def test_one_more_actor_has_the_lowest_free_number_and_the_cores_that_the_fewest_use(config: Config) -> None:
+    room = Room(config, cores=(0, 1, 2, 3), gpus=())
+    first, second = (with_cores(spec, (core,)) for spec, core in zip(actor_specs(config), (2, 3), strict=True))
+    added = room.one_more([first, second])
+    assert (added.name, added.cores) == ("actor-2", (2,))
+    assert added.command[-2:] == ("--name", "actor-2") and added.restarts == config.actors.restarts
+    assert room.one_more([second, added]).name == "actor-0"
+    assert room.one_more([first, second, added]).cores == (3,)
+    alone = Room(replace(config, actors=replace(config.actors, count=0)), cores=(0, 1), gpus=())
+    assert alone.one_more([]).cores == (0, 1)
+
+
+def test_one_more_actor_has_gpus_of_its_own_or_is_refused() -> None:
+    settings = ["device=cuda", "actors.placement=separate", "actors.count=1", "actors.tensor_parallel_size=2"]
+    config = load_config(["demo"], settings)
+    room = Room(config, cores=(0,), gpus=("0", "1", "2", "3", "4"))
+    (first,) = [spec for spec in role_specs(config, 1234, room.gpus) if not spec.is_leader]
+    added = room.one_more([first])
+    assert added.environment["CUDA_VISIBLE_DEVICES"] == "3,4"
+    with pytest.raises(ConfigError, match=r"needs 2 GPU.*of the 5 that were visible .* 0 are free"):
+        room.one_more([first, added])
+
+
+def test_one_more_actor_does_not_fit_into_a_gpu_whose_memory_is_planned_for_fewer() -> None:
+    config = load_config(["demo"], ["device=cuda", "actors.placement=shared", "actors.count=1"])
+    room = Room(config, cores=(0,), gpus=("7",))
+    added = room.one_more([])
+    assert added.environment["CUDA_VISIBLE_DEVICES"] == "7"
+    with pytest.raises(ConfigError, match=r"planned for actors\.count=1: to have more, start the run again"):
+        room.one_more([added])
+
+
 def test_one_visible_gpu_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(["demo"], ["device=cuda", "model.dtype=bfloat16", f"runs_dir={tmp_path}"])
     monkeypatch.setattr(launcher, "visible_gpus", lambda: [Gpu(name="7", memory=24 * GIB)])
@@ -87,7 +120,7 @@ def test_one_visible_gpu_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     class Started(Exception):
         pass
 
-    def start(specs: list[ChildSpec], logs: Path) -> None:
+    def start(specs: list[ChildSpec], logs: Path, **_: object) -> None:
         started.extend(specs)
         raise Started
 

@@ -1,0 +1,194 @@
+"""The processes below a supervisor: started, listened to, and none of them left behind.
+
+What a supervisor decides is in common/processes.py; this is how it is done.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from common.child import Child
+from common.control import CONTROL_VARIABLE, ControlSocket, answer, read_request
+from common.processtree import Guardian, adopt_orphans, descendants, family, kill, reap_adopted
+from common.types import JSON
+
+KILL_S = 4.0  # for SIGKILL to take effect
+
+
+class Family:
+    """All processes of one run, as a context manager that leaves none behind.
+
+    One thread, the main one. Signals (SIGCHLD, SIGINT, SIGTERM) arrive as bytes on a pipe that `pump` selects on beside
+    the output of echoed children and RUN/control, so an exit is seen at once and nothing is polled.
+    Invariant: every process below this one that was not there when the family was made belongs to it. While it is open,
+    the process must start no others.
+
+    Args:
+        children: lists all that were made so far.
+        handle: answers a request on RUN/control. Raises ConfigError for one that is not possible.
+        run_dir: where RUN/control will be; None: nobody is listened to.
+    """
+
+    def __init__(
+        self, children: Callable[[], list[Child]], handle: Callable[[JSON], JSON], run_dir: Path | None
+    ) -> None:
+        self._children = children
+        self._handle = handle
+        self._run_dir = run_dir
+        self._foreign = {process.pid for process in descendants()}
+        self._guardian = Guardian()
+        self.interrupts: list[int] = []  # SIGINT and SIGTERM so far, and SIGPIPE for a console that went away
+
+    def __enter__(self) -> Self:
+        adopt_orphans()
+        self._guardian.__enter__()
+        self._foreign.add(self._guardian.pid)
+        self._selector = selectors.DefaultSelector()
+        self._listen_to_signals()
+        self._control = self._listen_to_others()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._kill_everything()
+        finally:
+            if self._control is not None:
+                self._control.close()
+            self._restore_signals()
+            self._selector.close()
+            self._guardian.__exit__(kind, error, trace)
+
+    def start(self, child: Child, **environment: str) -> None:
+        """Start it, for the first time or again, with `environment` on top of its own."""
+        if self._control is not None and self._run_dir is not None:
+            environment[CONTROL_VARIABLE] = str(self._run_dir.absolute())
+        child.start(environment)
+        self._guardian.protect(child.popen.pid)
+        if child.popen.stdout is not None:
+            os.set_blocking(child.popen.stdout.fileno(), False)
+            self._selector.register(child.popen.stdout, selectors.EVENT_READ, child)
+
+    def pump(self, deadline: float | None) -> None:
+        """Wait for a signal, output, a request or the deadline (monotonic); copy output, note interrupts, answer."""
+        timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        for key, _ in self._selector.select(timeout_s):
+            if isinstance(key.data, Child):
+                self._copy_output(key.data)
+            elif isinstance(key.fileobj, socket.socket):
+                self._hear(key.fileobj)
+            else:
+                numbers = os.read(key.fd, 4096)
+                self.interrupts += [number for number in numbers if number != signal.SIGCHLD]
+
+    def drain(self, child: Child) -> None:
+        """What an ended child had still written."""
+        while child.popen.stdout is not None and not child.popen.stdout.closed and self._copy_output(child):
+            pass
+
+    def kill_orphans(self) -> None:
+        """Kill the descendants that no living child of ours accounts for."""
+        reap_adopted(self._foreign | {child.popen.pid for child in self._children() if child.was_started})
+        living = {child.popen.pid for child in self._children() if child.is_running}
+        orphans = descendants(self._foreign | family(living))
+        kill(orphans)
+        psutil.wait_procs(orphans, timeout=KILL_S)
+
+    def _kill_everything(self) -> None:
+        """Kill what is still there, again until nothing is (a process may be forking)."""
+        deadline = time.monotonic() + KILL_S
+        while alive := descendants(self._foreign):
+            kill(alive)
+            for child in self._children():
+                if child.was_started:
+                    child.popen.poll()
+            reap_adopted(self._foreign | {child.popen.pid for child in self._children() if child.was_started})
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"processes {[process.pid for process in alive]} survive SIGKILL")
+            time.sleep(0.01)  # SIGKILL takes effect asynchronously and adopted processes send no event
+        for child in self._children():
+            if child.was_started:
+                child.popen.wait()
+                self.drain(child)
+                child.ready_path.unlink(missing_ok=True)
+        reap_adopted(self._foreign)
+
+    def _copy_output(self, child: Child) -> bool:
+        """One piece of an echoed child's output to console and log; False when there is none now or ever."""
+        stream = child.popen.stdout
+        assert stream is not None
+        try:
+            piece = os.read(stream.fileno(), 65536)
+        except BlockingIOError:
+            return False
+        if not piece:
+            self._selector.unregister(stream)
+            stream.close()
+            return False
+        with child.log_path.open("ab") as log:
+            log.write(piece)
+        self._write_console(piece)
+        return True
+
+    def _write_console(self, piece: bytes) -> None:
+        """A reader that went away (`train | head`) ends the run like an interrupt."""
+        try:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.interrupts.append(signal.SIGPIPE)
+
+    def _listen_to_signals(self) -> None:
+        """SIGCHLD, SIGINT and SIGTERM become bytes on a pipe from now on."""
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        os.set_blocking(self._reader, False)
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        numbers = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
+        self._handlers_before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+        self._selector.register(self._reader, selectors.EVENT_READ)
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _listen_to_others(self) -> ControlSocket | None:
+        if self._run_dir is None:
+            return None
+        try:
+            control = ControlSocket(self._run_dir)
+        except OSError as error:
+            print(
+                f"warning: {self._run_dir}/control cannot be made ({error.strerror}): no command reaches this run",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+        self._selector.register(control.listener, selectors.EVENT_READ)
+        return control
+
+    def _hear(self, end: socket.socket) -> None:
+        """A new connection, or a request on one."""
+        if self._control is not None and end is self._control.listener:
+            self._selector.register(self._control.accept(), selectors.EVENT_READ)
+            return
+        self._selector.unregister(end)
+        try:
+            reply = self._handle(read_request(end))
+        except ValueError as error:  # ConfigError is one
+            reply = {"error": str(error)}
+        answer(end, reply)

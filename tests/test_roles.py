@@ -1,0 +1,115 @@
+"""A role that is started alone: what it leaves behind when it is killed, and what its end says."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+import run
+from common.causes import CRASHED
+from common.config import Config, ConfigError, ModelConfig
+from common.loading import load_config
+from tests.support.runs import ROOT
+
+LIMIT_S = 60.0
+# An engine process in a session of its own, and a daemon below it that has neither session nor parent in common.
+ENGINE = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)", "daemon", sys.argv[1]])
+time.sleep(1000)
+"""
+ROLE = f"""
+import subprocess, sys, time
+import run
+with run._role("actor-7"):
+    subprocess.Popen([sys.executable, "-c", {ENGINE!r}, sys.argv[1]], start_new_session=True)
+    time.sleep(1000)
+"""
+
+
+def family(word: str) -> list[psutil.Process]:
+    found = psutil.process_iter(["cmdline", "status"])
+    return [p for p in found if word in (p.info["cmdline"] or ()) and p.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def wait_for(number: int, word: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while len(family(word)) != number:
+        assert time.monotonic() < deadline, family(word)
+        time.sleep(0.02)
+
+
+def test_nobody_outlives_a_role_that_was_started_alone_and_is_killed(tmp_path: Path) -> None:
+    word = str(tmp_path / "family")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ASYNC_VAPO")}
+    role = subprocess.Popen(
+        [sys.executable, "-c", ROLE, word],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_for(4, word)  # the role, its guardian, the engine, the daemon
+        role.kill()
+        role.wait(LIMIT_S)
+        wait_for(0, word)
+    finally:
+        for process in family(word):
+            process.kill()
+
+
+def outcome_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    def role() -> int:
+        raise error
+
+    code = run._crash_safely(role, Config(name="a", model=ModelConfig(path="m")))
+    return code, capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_a_crash_has_a_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = outcome_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), capsys)
+    assert code == 1
+    assert "error: runs/a cannot be written, no space is left on its file system: free some\n" in text
+    assert outcome_of(RuntimeError("a tensor"), capsys)[0] == CRASHED
+    with pytest.raises(ConfigError):  # `main` says it, with its own code
+        run._crash_safely(lambda: bool(load_config(["demo"], ["nope=1"])), Config(model=ModelConfig(path="m")))
+
+
+def test_a_run_directory_that_is_not_writable_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/a/logs")
+
+    monkeypatch.setattr(run, "_parse", lambda argv: SimpleNamespace(command=refused))
+    assert run.main([]) == 1
+    sentence = "error: runs/a/logs cannot be written, this user may not write there: choose another runs_dir\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_ctrl_c_before_anything_is_started_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_parse", lambda argv: SimpleNamespace(command=interrupted))
+    assert run.main([]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == ""
+
+
+def test_local_actors_of_a_run_that_nobody_trains_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["actors", str(tmp_path), "--count", "2"]) == 2
+    assert "no `train` that runs on this machine answers" in capsys.readouterr().err
+    assert run.main(["actors", str(tmp_path / "nowhere")]) == 2
