@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +31,7 @@ from common.types import (
     Bye,
     Cancel,
     CompletedGroup,
+    Draining,
     Heartbeat,
     Hello,
     Lease,
@@ -54,6 +56,24 @@ class ActorError(RuntimeError):
     """Why this actor has to leave; one sentence."""
 
 
+@dataclass
+class Departure:
+    """How signals end this actor, made on its event loop: the first SIGTERM lets one that takes part finish what it
+    samples; SIGINT, a second SIGTERM, or any before it takes part, ends it at once."""
+
+    task: "asyncio.Task[None]"
+    is_draining: asyncio.Event = field(default_factory=asyncio.Event)
+    takes_part: bool = False
+    number: int | None = None  # of the signal that has ended it at once
+
+    def handle(self, number: int) -> None:
+        if number == signal.SIGTERM and self.takes_part and not self.is_draining.is_set():
+            self.is_draining.set()
+        else:
+            self.number = number
+            self.task.cancel()
+
+
 class Actor:
     """One connected actor.
 
@@ -71,9 +91,11 @@ class Actor:
         self._unacknowledged: dict[int, CompletedGroup] = {}
         self._phases: asyncio.Queue[WeightsCommand] = asyncio.Queue()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_less_to_do = asyncio.Event()  # than before: a lease is done, or a group has arrived
 
-    async def serve(self, welcome: Welcome) -> None:
-        """Takes part until the learner says stop. Raises ActorError, EngineError or TimeoutError."""
+    async def serve(self, welcome: Welcome, is_draining: asyncio.Event) -> None:
+        """Takes part until the learner says stop, or it is asked to drain and has. Raises ActorError, EngineError or
+        TimeoutError."""
         self._probe_token_ids = welcome.probe_token_ids
         ready_at = time.monotonic()
         probe = await self._engine.score(self._probe_token_ids)
@@ -83,6 +105,7 @@ class Actor:
             asyncio.create_task(self._beat(welcome.heartbeat_s, ready_at)),
             asyncio.create_task(self._run_phases()),
             asyncio.create_task(self._listen(welcome.timeout_s)),
+            asyncio.create_task(self._drain(is_draining)),
         ]
         try:
             done, _ = await asyncio.wait([*background, self._failure], return_when=asyncio.FIRST_COMPLETED)
@@ -100,8 +123,10 @@ class Actor:
                     self._begin(lease)
                 case Ack(lease_id=lease_id):
                     self._unacknowledged.pop(lease_id, None)
+                    self._has_less_to_do.set()
                 case Cancel(lease_id=lease_id):
                     self._unacknowledged.pop(lease_id, None)
+                    self._has_less_to_do.set()
                     if (task := self._tasks.get(lease_id)) is not None:
                         task.cancel()
                 case WeightsCommand() as command:
@@ -125,6 +150,7 @@ class Actor:
 
     def _finished(self, lease_id: int, task: asyncio.Task[None]) -> None:
         del self._tasks[lease_id]
+        self._has_less_to_do.set()
         if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
             self._failure.set_exception(error)
 
@@ -137,6 +163,19 @@ class Actor:
             self._unacknowledged.pop(lease.lease_id, None)
             logger.warning("lease %d, prompt %s: %s", lease.lease_id, lease.prompt_uid, error)
             await self._connection.send(LeaseFailed(lease_id=lease.lease_id, reason=str(error)))
+
+    async def _drain(self, is_asked: asyncio.Event) -> None:
+        """Returns when it may leave: all that it was leased has arrived, or actors.drain_s are over."""
+        await is_asked.wait()
+        logger.info("draining: %d groups are being sampled", len(self._tasks))
+        await self._connection.send(Draining())
+        try:
+            async with asyncio.timeout(self._config.actors.drain_s):
+                while self._tasks or self._unacknowledged:
+                    self._has_less_to_do.clear()
+                    await self._has_less_to_do.wait()
+        except TimeoutError:
+            logger.warning("the leases %s go back unfinished", [*self._tasks, *self._unacknowledged])
 
     async def _run_phases(self) -> None:
         while True:
@@ -192,7 +231,7 @@ class Actor:
             await asyncio.sleep(interval_s)
 
 
-async def _take_part(config: Config, endpoint: str, name: str) -> None:
+async def _take_part(config: Config, endpoint: str, name: str, departure: Departure) -> None:
     """What can fail fast comes first: the verifier is loaded, and an actor that does not fit is refused, before the
     engine starts."""
     model, tokenizer = model_fingerprints(config.model.path)
@@ -214,7 +253,8 @@ async def _take_part(config: Config, endpoint: str, name: str) -> None:
         try:
             welcome = await _welcome(connection, config.transport.heartbeat_timeout_s)
             await engine.start()
-            await Actor(config, connection, engine, verifier).serve(welcome)
+            departure.takes_part = True
+            await Actor(config, connection, engine, verifier).serve(welcome, departure.is_draining)
             error = None
         except Exception as problem:
             error = str(problem)
@@ -235,24 +275,28 @@ async def _welcome(connection: ActorConnection, timeout_s: float) -> Welcome:
 
 
 def main(config: Config, endpoint: str, name: str) -> int:
-    """Runs one actor until the learner stops it. Returns the exit code."""
-
+    """Runs one actor until the learner stops it, or it has drained. Returns the exit code: 128 + n when signal n has
+    ended it at once."""
     if config.device is Device.cuda and (learner := urlsplit(endpoint).hostname) is not None:
         prefer_interface_of(address_towards(learner))
 
-    async def run() -> None:
+    async def run() -> int:
         task = asyncio.current_task()
         assert task is not None
+        departure = Departure(task)
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        await _take_part(config, endpoint, name)
+            asyncio.get_running_loop().add_signal_handler(number, departure.handle, number)
+        try:
+            await _take_part(config, endpoint, name, departure)
+        except asyncio.CancelledError:
+            if departure.number is None:
+                raise
+            return 128 + departure.number
+        return 0
 
     try:
-        asyncio.run(run())
-    except asyncio.CancelledError:
-        return 130
+        return asyncio.run(run())
     except (ActorError, EngineError, VerifierError, TimeoutError, ValueError) as error:
         logger.error("actor %s: %s", name, error)
         print(f"error: actor {name}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
-    return 0

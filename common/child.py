@@ -99,6 +99,11 @@ class Child:
         """Takes part in the run, or will again."""
         return self.leave_by is None and (self.is_running or self.start_again_at is not None)
 
+    @property
+    def was_sent_home(self) -> bool:
+        """It ended well and was not asked to by the supervisor."""
+        return self.is_settled and self.leave_by is None and self._returncode == 0
+
     def send_signal(self, number: int) -> None:
         """To the process itself; its own children are its business as long as it lives."""
         if self.is_running:
@@ -119,6 +124,12 @@ class Child:
         """It ended in a way that it has not chosen, so that another life may fare better."""
         asked = (-signal.SIGTERM, -signal.SIGINT)
         return self._returncode == CRASHED or (self._returncode < 0 and self._returncode not in asked)
+
+    @property
+    def has_finished(self) -> bool:
+        """It ended well, or as it was asked to."""
+        asked = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        return self.was_started and not self.is_running and self._returncode in (0, *asked)
 
     @property
     def was_killed(self) -> bool:

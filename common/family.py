@@ -135,8 +135,11 @@ class Family:
             self._selector.unregister(stream)
             stream.close()
             return False
-        with child.log_path.open("ab") as log:
-            log.write(piece)
+        try:
+            with child.log_path.open("ab") as log:
+                log.write(piece)
+        except OSError as error:  # the console has it, and a disk that is full ends the run where it matters
+            _warn(f"{child.log_path} lacks output ({error.strerror})")
         self._write_console(piece)
         return True
 
@@ -172,11 +175,7 @@ class Family:
         try:
             control = ControlSocket(self._run_dir)
         except OSError as error:
-            print(
-                f"warning: {self._run_dir}/control cannot be made ({error.strerror}): no command reaches this run",
-                file=sys.stderr,
-                flush=True,
-            )
+            _warn(f"{self._run_dir}/control cannot be made ({error.strerror}): no command reaches this run")
             return None
         self._selector.register(control.listener, selectors.EVENT_READ)
         return control
@@ -192,3 +191,7 @@ class Family:
         except ValueError as error:  # ConfigError is one
             reply = {"error": str(error)}
         answer(end, reply)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 Children come in two kinds. Leaders (the learner's ranks) decide: the run succeeds when all of them have exited with 0.
 When one crashes or is killed, all are started again, from their newest checkpoint; when one gives up by itself the run
 ends with its code. Followers (actors) serve: one that was ready and dies is started again, one that dies before it
-was ever ready is not, because it would only die again. Both have a budget of restarts (common/restarts.py).
+was ever ready is not, because it would only die again (unless its leaders died meanwhile). Both have a budget of
+restarts (common/restarts.py).
 
 A follower that is given up does not end the run, because others may take part, from other machines as well. The leaders
 know who does; they ask here (common/control.py) whether somebody may still come, and end the run when nobody may.
@@ -35,7 +36,6 @@ FAREWELL_S = 10.0  # for followers to leave by themselves after the leaders have
 STOP_S = 4.0  # from asking a group of children to leave until they are killed
 LEADERS_END_S = 60.0  # between the first and the last leader's end
 SETTLE_S = 2.0  # from a leader's failure: others fail because of it, and who was the first may be seen late
-STOP_MARGIN_S = 5.0  # beyond stop_timeout_s, within which a leader ends itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class Supervisor:
         self._budget = RestartBudget(first.restarts, first.restart_window_s)  # of the leaders
         self._family = Family(lambda: self._children, self._command, run_dir)
         self._interrupts = self._family.interrupts  # so far
+        self._leaders_lost_at = -math.inf  # monotonic, of their last crash
         # Monotonic times: of the first leader's good end, when a failure's culprit is known, when all start again
         self._first_end: float | None = None
         self._culprit_known_at: float | None = None
@@ -137,11 +138,13 @@ class Supervisor:
         self._family.kill_orphans()
         if child.why_given_up is not None:  # killed for that reason
             return
-        if child.exit_code == 0 or child.leave_by is not None:
+        if child.leave_by is not None:
             _say(f"{child.spec.name} has left")
             return
+        if child.exit_code == 0:  # the leaders have sent it home
+            return
         how = child.how_it_ended()
-        if not child.was_ready and not child.is_ready:
+        if not child.was_ready and not child.is_ready and child.started_at > self._leaders_lost_at:
             self._give_up(child, f"{how}, before it was ready")
             return
         backoff_s = child.budget.take(now)
@@ -164,6 +167,9 @@ class Supervisor:
                 self._leaders_start_at = self._culprit_known_at = self._first_end = None
                 for leader in self._leaders:
                     self._family.start(leader, **{RESTARTED: "1"})
+                for child in self._followers:
+                    if child.was_sent_home:  # by leaders that thought that the run was over
+                        self._family.start(child)
             return None
         ended = [leader for leader in self._leaders if not leader.is_running]
         if any(leader.exit_code != 0 for leader in ended):
@@ -195,7 +201,7 @@ class Supervisor:
             used_up = f"; {self._budget} are used up" if self._budget.limit else ""
             return Outcome(exit_code=culprit.exit_code, message=how + used_up)
         self._kill_leaders()
-        self._leaders_start_at = now + backoff_s
+        self._leaders_lost_at, self._leaders_start_at = now, now + backoff_s
         _say(f"{how}; starting the learner again in {backoff_s:g} s, from its newest checkpoint")
         return None
 
@@ -228,7 +234,7 @@ class Supervisor:
         patience = len(self._interrupts)
         if self._interrupts:
             outcome = self._let_leaders_finish(outcome, patience)
-        if outcome.exit_code == 0 or self._interrupts:
+        if all(leader.has_finished for leader in self._leaders):  # and has sent the followers home
             staying = [child for child in self._followers if child.is_ready or not self._interrupts]
             self._wait(staying, FAREWELL_S, patience)
         for group, number in ((self._followers, signal.SIGINT), (self._leaders, signal.SIGTERM)):
@@ -245,7 +251,7 @@ class Supervisor:
         for child in self._followers:
             if not child.is_ready:
                 child.send_signal(signal.SIGINT)
-        self._wait(self._leaders, self._stop_timeout_s + STOP_MARGIN_S, patience)
+        self._wait(self._leaders, self._stop_timeout_s, patience)
         slow = [leader.spec.name for leader in self._leaders if leader.is_running]
         if slow and len(self._interrupts) == patience:
             return Outcome(

@@ -1,7 +1,7 @@
 """The records that cross a process boundary, in flow order.
 
     Prompt -> Lease -> CompletedGroup -> TrajectoryGroup     what is sampled and trained
-    Hello, Ready, Heartbeat, Bye / Welcome, Refused, ...     who takes part
+    Hello, Ready, Heartbeat, Draining, Bye / Welcome, Refused, ...     who takes part
     WeightsCommand -> WeightsReport                          who holds which weights
 
 Axes: n members of a group, L tokens of one completion, T tokens of all n completions laid end to end.
@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
@@ -289,12 +289,17 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Draining:
+    """Actor -> learner: lease me nothing more; I finish what I can, then say bye."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bye:
-    """Actor -> learner: leaving. `error` is None when that was asked for."""
+    """Actor -> learner: leaving; what it held is leased to others. `error` is None when that was asked for."""
 
     error: str | None
 
 
-ActorMessage: TypeAlias = Hello | Ready | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Bye
+ActorMessage: TypeAlias = Hello | Ready | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Draining | Bye
 LearnerMessage: TypeAlias = Welcome | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop
 Message: TypeAlias = ActorMessage | LearnerMessage

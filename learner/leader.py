@@ -2,23 +2,40 @@
 
 import json
 import logging
+import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from common.config import Config
+from common import control
+from common.config import Config, ConfigError
 from common.metrics import RunLog, Value
 from common.types import Prompt, TrajectoryGroup
 from learner.rollouts.evaluation import EvalResult
-from learner.rollouts.service import LearnerService
+from learner.rollouts.service import LearnerService, StillWaiting
 
 logger = logging.getLogger(__name__)
+
+SAY_S = 60.0  # between two lines that say who is waited for
+
+T = TypeVar("T")
+
+
+class NobodyLeft(TimeoutError):
+    """No actor takes part, and none may come."""
 
 
 class Leader:
     """The service and the logs of one run. Calls in the order begin, (next_groups, record)*, finish_evaluation.
 
+    What waits for actors raises StillWaiting between two turns of the wait, and is then to be called again. Such a wait
+    ends with NobodyLeft when no actor takes part and `train`, which has started this learner, has given up its own.
+    Where nobody is started here (actors.count=0, or `run.py actors --count 0`) it waits for actors from elsewhere,
+    without end.
     Rates and idle shares of a step are differences between the service's counters at the ends of two steps.
     """
 
@@ -35,20 +52,21 @@ class Leader:
         self._counters: dict[str, float] = {}
         self._recorded_at = time.monotonic()
         self._trained_tokens = trained_tokens  # before a resume
+        self._say_at = -math.inf
 
     def begin(self) -> None:
         """Waits for the first actor."""
-        self.service.wait_for_members(1, self._config.actors.start_timeout_s)
+        self._patiently(lambda: self.service.wait_for_members(1, self._config.actors.start_timeout_s))
         self._counters, self._recorded_at = self.service.stats(), time.monotonic()
 
     def next_groups(self) -> list[TrajectoryGroup]:
         """The groups of the next step. Raises MembersWaiting when an actor has to be served with weights first."""
-        return self.service.take_batch(self._timeout_s)
+        return self._patiently(lambda: self.service.take_batch(self._timeout_s))
 
     def before_publication(self) -> None:
         """With staleness.exact, lets the actors fill the admission window first. Raises MembersWaiting."""
         if self._config.staleness.exact:
-            self.service.wait_window_sampled(self._timeout_s)
+            self._patiently(lambda: self.service.wait_window_sampled(self._timeout_s))
 
     def state(self) -> bytes:
         """What a checkpoint has to hold of the data side; see `trained_tokens` and LearnerService.load_state_dict."""
@@ -90,9 +108,46 @@ class Leader:
     def finish_evaluation(self, step: int, version: int) -> None:
         """Waits for the evaluation that is running, if one is, and logs it under `step`. Raises MembersWaiting."""
         if self._is_evaluating:
-            values = self._evaluated(self.service.wait_evaluation(self._timeout_s)) | {"version": version}
+            result = self._patiently(lambda: self.service.wait_evaluation(self._timeout_s))
+            values = self._evaluated(result) | {"version": version}
             self._log.log(step, values)
             self._log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="done")
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """One turn of a wait, see the class."""
+        try:
+            return ask()
+        except StillWaiting:
+            self._check_company()
+            raise
+        except TimeoutError as error:
+            if self._check_company():
+                raise
+            raise StillWaiting(str(error)) from None  # for actors from elsewhere, anew
+
+    def _check_company(self) -> bool:
+        """Whether the time-out holds: an actor takes part, or is to be started here. Raises NobodyLeft."""
+        if self.service.has_company():
+            return True
+        local = _local_actors()
+        if (self._config.actors.count if local is None else local.wanted) == 0:
+            self._say_who_is_waited_for()
+            return False
+        if local is not None and local.active == 0:
+            raise NobodyLeft(
+                f"no actor takes part and none is started again: {'; '.join(local.given_up) or 'all left'}"
+            )
+        return True
+
+    def _say_who_is_waited_for(self) -> None:
+        now = time.monotonic()
+        if now >= self._say_at:
+            self._say_at = now + SAY_S
+            print(
+                f"waiting for actors: run.py actor --connect {self.service.endpoint} "
+                f"-c {self._config.run_dir / 'config.yaml'} --name NAME",
+                flush=True,
+            )
 
     def _evaluated(self, result: EvalResult) -> dict[str, Value]:
         self._is_evaluating = False
@@ -136,6 +191,18 @@ class Leader:
         rates |= {name: count for name, count in counters.items() if name.startswith("verdicts/")}
         self._counters, self._recorded_at = counters, now
         return rates
+
+
+def _local_actors() -> control.Status | None:
+    """What the supervisor of this process says of its actors; None when there is none, or it is about to end."""
+    run_dir = os.environ.get(control.CONTROL_VARIABLE)
+    if run_dir is None:
+        return None
+    try:
+        return control.status(Path(run_dir))
+    except (ConfigError, TimeoutError) as error:
+        logger.warning("the supervisor does not say which actors it has: %s", error)
+        return None
 
 
 def version_gaps(groups: Sequence[TrajectoryGroup], version: int) -> dict[int, float]:

@@ -15,19 +15,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from common.addresses import advertised_host, prefer_interface_of
-from common.config import Config, Device
+from common.child import READY_FILE
+from common.config import Config, ConfigError, Device
 from common.metrics import RunLog, Value
 from common.placement import plan_here
+from common.stopping import Interrupted, RunEnds, StopSignals
 from common.tasks.dataset import load_dataset
-from common.tasks.tokenizing import tokenizing
 from common.transport import model_fingerprints
 from common.types import JSON, TrajectoryGroup
 from learner.algorithm.optimised import StateDict
@@ -43,15 +44,25 @@ from learner.publication.probe import probe_token_ids
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
 from learner.publication.sleep import actors_asleep
+from learner.restart import former_port, refuse_loss, write_endpoint
 from learner.resume import WARMUP, settings
-from learner.rollouts.service import LearnerService, MembersWaiting
+from learner.rollouts.service import LearnerService, MembersWaiting, StillWaiting
 from learner.rundir import agreed_standing, settle
-
-__all__ = ["Learner", "main", "tokenizing", "write_endpoint"]
 
 logger = logging.getLogger(__name__)
 
+TURN_S = 1.0  # of a wait for actors, after which all ranks look whether one of them was asked to stop
+
 Answer = TypeVar("Answer")
+
+
+class _Said(IntEnum):
+    """What came of asking the leader; rank 0 decides, the others say ANSWER."""
+
+    ANSWER = 0
+    WAIT = 1  # not yet
+    PUBLISH = 2  # the current version, for a late joiner; then ask again
+    FAILED = 3  # the run cannot go on
 
 
 class Learner:
@@ -69,7 +80,9 @@ class Learner:
         publisher: Publisher,
         checkpointer: Checkpointer,
         leader: Leader | None,
+        asked_to_stop: Callable[[], int | None] = lambda: None,
     ) -> None:
+        self.asked_to_stop = asked_to_stop  # the signal that has reached this rank, if one has
         self.config = config
         self.world = world
         self.trainer = trainer
@@ -78,19 +91,29 @@ class Learner:
         self.leader = leader
         self.step = 0
         self.version = 0
+        self._saved_step = 0  # of the newest checkpoint
+        self._is_mid_step = False  # trained, but not published: no state to go on from
         self.warmup_steps = config.algorithm.critic_warmup_steps
         self.sentinel = DriftSentinel(config.weights.drift_factor, config.model.dtype)
 
     def run(self) -> None:
-        """From where it stands to the end of the run."""
-        self._begin()
-        while self.step < self.num_steps:
-            self._take_step()
-            if self._is_checkpoint_due():
-                self._save()
-            if self.leader is not None and self._is_evaluation_due():
-                self.leader.evaluate(self.version)
-        self._end()
+        """From where it stands to the end of the run.
+
+        Raises RunEnds on all ranks when one was asked to stop, or rank 0 cannot go on; what was trained is saved.
+        """
+        try:
+            self._begin()
+            while self.step < self.num_steps:
+                self._take_step()
+                if self._is_checkpoint_due():
+                    self._save()
+                if self.leader is not None and self._is_evaluation_due():
+                    self.leader.evaluate(self.version)
+                self._end_if_interrupted()
+            self._end()
+        except RunEnds:
+            self._save_what_is_new()
+            raise
 
     @property
     def num_steps(self) -> int:
@@ -100,7 +123,7 @@ class Learner:
     def resume(self, step: int) -> None:
         """Continues after `step`, whose checkpoint must be complete."""
         resumed = self.checkpointer.load(step, self)
-        self.step, self.version = resumed.step, resumed.version
+        self.step, self.version, self._saved_step = resumed.step, resumed.version, resumed.step
         if self.leader is not None:
             self.leader.service.set_warmup(self.warmup_steps)
 
@@ -124,13 +147,14 @@ class Learner:
         self.publisher.hold(self.version)
         if self.leader is not None:
             self.leader.service.judge_ready(self.publisher.probe.at_ready())
-            self.leader.begin()
+        self._led(lambda leader: leader.begin())
         self._publish(self.version)  # finds a broken transfer, or a model that differs, before any work is done
         if self.leader is not None and self.step == 0:
             self.leader.evaluate(self.version)
 
     def _take_step(self) -> None:
         groups, batch, wait_s = self._next_batch()
+        self._is_mid_step = True
         version, is_warmup = self.version, self.step < self.warmup_steps
         is_published = is_warmup or (self.step - self.warmup_steps) % self.config.weights.publish_every == 0
         with actors_asleep(self.config, self.publisher.control, version):
@@ -144,6 +168,7 @@ class Learner:
             if not is_warmup:
                 values["staleness/hist"] = version_gaps(groups, version)
             self.leader.record(self.step, self.version, self.warmup_steps, groups, values)
+        self._is_mid_step = False
 
     def _next_batch(self) -> tuple[Sequence[TrajectoryGroup], Batch, float]:
         """The groups (on rank 0), the batch (on every rank) and the seconds that it took to come."""
@@ -175,11 +200,20 @@ class Learner:
         started = time.monotonic()
         values: dict[str, Value] = {}
         if not is_warmup and (self.step - self.warmup_steps) % self.config.weights.publish_every == 0:
-            self._led(Leader.before_publication)
+            self._wait_before_publication()
             values |= self._publish(self.version + 1).metrics()
         elif self.leader is not None:
             self.leader.service.set_version(self.version, self.step)
         return values | {"time/publish_s": time.monotonic() - started}
+
+    def _wait_before_publication(self) -> None:
+        """An interrupt ends the wait but not the step, which is published all the same: only then can it be saved."""
+        try:
+            self._led(Leader.before_publication)
+        except RunEnds as end:
+            if not isinstance(end.reason, Interrupted):
+                raise
+            logger.warning("version %d is published before its window is sampled: %s", self.version + 1, end)
 
     def _publish(self, version: int) -> Publication:
         publication = self.publisher.publish(version)
@@ -202,6 +236,13 @@ class Learner:
     def _save(self) -> None:
         data = self.leader.state() if self.leader is not None else b""
         self.checkpointer.save(self.step, self.version, self, data)
+        self._saved_step = self.step
+
+    def _save_what_is_new(self) -> None:
+        """Returns when the newest checkpoint is complete."""
+        if self.step > self._saved_step and not self._is_mid_step:
+            self._save()
+        self.checkpointer.wait()
 
     def _end(self) -> None:
         """Saves and exports the model, evaluates it as published, and sends the actors home."""
@@ -217,22 +258,45 @@ class Learner:
             self.leader.service.stop("the run is complete")
 
     def _led(self, ask: Callable[[Leader], Answer]) -> Answer | None:
-        """Rank 0's answer there, None elsewhere; a collective.
+        """Rank 0's answer there, None elsewhere; a collective. Raises RunEnds.
 
         An actor that joined late waits for weights: then all ranks publish the current version again, as it was, and
-        rank 0 asks once more.
+        rank 0 asks once more. An answer counts more than an interrupt, because what it took would be lost.
         """
         while True:
-            answer, is_answered = None, True
-            if self.leader is not None:
-                try:
-                    answer = ask(self.leader)
-                except MembersWaiting as waiting:
-                    logger.info("%s", waiting)
-                    is_answered = False
-            if self._rank_0_says(is_answered):
+            answer, mine, failure = None, _Said.ANSWER, None
+            try:
+                answer = ask(self.leader) if self.leader is not None else None
+            except StillWaiting:
+                mine = _Said.WAIT
+            except MembersWaiting as waiting:
+                logger.info("%s", waiting)
+                mine = _Said.PUBLISH
+            except (ConfigError, TimeoutError) as error:
+                mine, failure = _Said.FAILED, error
+            said, number = self._agreed(mine)
+            if said is _Said.ANSWER:
                 return answer
-            self.publisher.publish(self.version)
+            if said is _Said.FAILED:
+                raise RunEnds(failure)
+            if number:
+                raise RunEnds(Interrupted(number))
+            if said is _Said.PUBLISH:
+                self.publisher.publish(self.version)
+
+    def _end_if_interrupted(self) -> None:
+        _, number = self._agreed(_Said.ANSWER)
+        if number:
+            raise RunEnds(Interrupted(number))
+
+    def _agreed(self, said: _Said) -> tuple[_Said, int]:
+        """What rank 0 says and the signal that has reached any rank (0: none), the same on all; a collective."""
+        number = self.asked_to_stop() or 0
+        if self.world.size == 1:
+            return said, number
+        codes = torch.tensor([said, number])
+        dist.all_reduce(codes, dist.ReduceOp.MAX)
+        return _Said(int(codes[0])), int(codes[1])
 
     def _rank_0_says(self, answer: bool) -> bool:
         if self.world.size == 1:
@@ -245,18 +309,35 @@ class Learner:
 def main(config: Config) -> int:
     """Runs one rank to the end of the run, from the newest complete checkpoint if there is one.
 
-    Returns the exit code; a failure is raised. A run that is complete is left as it is.
+    Returns the exit code, 128 + n when signal n has stopped it; a failure is raised, by rank 0 alone where all agree on
+    it. A run that is complete is left as it is.
     """
     if config.device is Device.cuda and int(os.environ.get("RANK", "0")) == 0:
         prefer_interface_of(advertised_host(config.transport))
+    try:
+        is_supervised = READY_FILE in os.environ  # by `train`, which ends what does not stop in time, and says so
+        with StopSignals(None if is_supervised else config.learner.stop_timeout_s) as signals:
+            _run_rank(config, signals)
+    except Interrupted as interrupt:
+        logger.warning("%s", interrupt)
+        return 128 + interrupt.number
+    except RunEnds as end:
+        if isinstance(end.reason, Interrupted):
+            return 128 + end.reason.number
+        if end.reason is not None:
+            raise end.reason from None
+    return 0
+
+
+def _run_rank(config: Config, signals: StopSignals) -> None:
     with process_group(config.device, config.learner.batch_timeout_s + config.actors.start_timeout_s) as world:
         stands = agreed_standing(tying_settled(config), world)
         if stands is not None and stands.is_complete:
             logger.info("%s is complete: nothing is left to do", config.run_dir)
-            return 0
+            return
+        refuse_loss(config, stands)
         config = settle(config, world)
         resume_step = None if stands is None else stands.step
-        checkpoints = config.run_dir / "checkpoints"
         seed_everything(config.seed)
         _leave_room(config, world)
         mesh = make_mesh(config)
@@ -267,14 +348,33 @@ def main(config: Config) -> int:
             control = leader.service if leader is not None else None
             publisher = Publisher(config, policy, control, world.rank, probe_token_ids(config))
             try:
-                with Checkpointer(checkpoints, config.checkpoint.keep, config.checkpoint.in_background) as checkpointer:
-                    learner = Learner(config, world, trainer, publisher, checkpointer, leader)
+                with _checkpointer(config) as checkpointer:
+                    learner = Learner(config, world, trainer, publisher, checkpointer, leader, lambda: signals.number)
                     if resume_step is not None:
                         learner.resume(resume_step)
-                    learner.run()
+                    signals.defer(_interrupt(leader))
+                    _run_to_its_end(learner)
             finally:
                 publisher.shutdown()
-    return 0
+
+
+def _checkpointer(config: Config) -> Checkpointer:
+    return Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.in_background)
+
+
+def _interrupt(leader: Leader | None) -> Callable[[], None]:
+    return leader.service.interrupt if leader is not None else lambda: None
+
+
+def _run_to_its_end(learner: Learner) -> None:
+    """Says on the console where an interrupted run stands."""
+    try:
+        learner.run()
+    except RunEnds as end:
+        if learner.leader is not None and isinstance(end.reason, Interrupted):
+            run_dir = learner.config.run_dir
+            print(f"{end} after step {learner.step}: go on with run.py train --resume {run_dir}", flush=True)
+        raise
 
 
 def _leave_room(config: Config, world: World) -> None:
@@ -297,7 +397,9 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
         model_fingerprints(config.model.path),
         probe_token_ids(config).tolist(),
         data.task.shares,
+        former_port(config.run_dir),
     )
+    service.turn_s = TURN_S
     state: JSON = None
     if resume_step is not None:
         state = json.loads((step_folder(config.run_dir / "checkpoints", resume_step) / "data.bin").read_bytes())
@@ -305,10 +407,3 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
     with service, RunLog(config.run_dir, keep_through=resume_step or 0) as log:
         write_endpoint(config.run_dir, service.endpoint)
         yield Leader(config, service, log, data.task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
-
-
-def write_endpoint(run_dir: Path, endpoint: str) -> None:
-    """RUN/endpoint, complete or not there at all."""
-    temporary = run_dir / "endpoint.tmp"
-    temporary.write_text(endpoint)
-    temporary.replace(run_dir / "endpoint")

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_ctrl_c_stops_everything_within_ten_seconds(tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_stops_everything(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(tmp_path, "learner.steps=500"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -164,12 +163,13 @@ def test_ctrl_c_stops_everything_within_ten_seconds(tmp_path: Path) -> None:
         for line in process.stdout:
             if line.startswith("step"):
                 break
-        interrupted = time.monotonic()
         process.send_signal(signal.SIGINT)
-        process.wait(15.0)
-        assert time.monotonic() - interrupted < 10.0
+        rest, _ = process.communicate(timeout=75.0)  # learner.stop_timeout_s, and the actors' farewell
         assert process.returncode == 130
         assert processes_of(tmp_path) == []
+        done = max(row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl"))
+        assert f"interrupted by SIGINT after step {done}: go on with run.py train --resume" in rest
+        assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}").is_dir()
     finally:
         process.kill()
 
@@ -178,7 +178,7 @@ def test_ctrl_c_stops_everything_within_ten_seconds(tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_a_killed_learner_resumes_from_its_checkpoint_on_two_ranks(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command(tmp_path, "checkpoint.every=1", "learner.steps=5"),
+        command(tmp_path, "checkpoint.every=1", "learner.steps=5", "learner.restarts=0"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -212,8 +212,9 @@ def test_a_killed_learner_resumes_from_its_checkpoint_on_two_ranks(tmp_path: Pat
 def test_an_actor_that_dies_at_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     done = train(tmp_path, "actors.tensor_parallel_size=3")  # the model has two heads
     assert done.returncode != 0
-    assert "actor-0" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    warning, error = done.stderr.strip().splitlines()
+    assert warning.startswith("warning: actor-0 ended with exit code 1") and "before it was ready" in warning
+    assert error.startswith("error: learner-0 ended with exit code 1: no actor takes part") and "actor-0" in error
     assert processes_of(tmp_path) == []
 
 

@@ -84,6 +84,7 @@ class LearnerProcesses:
 
     config: Config
     ranks: list[ForkServerProcess] = field(default_factory=list)
+    actor: FakeActor = field(init=False)
 
     def start(self, stack: ExitStack) -> None:
         """Returns when the actor is a member, just before the first step."""
@@ -99,13 +100,13 @@ class LearnerProcesses:
         while not (run_dir / "endpoint").is_file():
             assert time.monotonic() < deadline and self.is_running(), self.log()
             time.sleep(0.02)
-        actor = FakeActor(
+        self.actor = FakeActor(
             (run_dir / "endpoint").read_text(),
             "actor",
             fingerprints=model_fingerprints(self.config.model.path),
             complete=replayed,
         )
-        stack.enter_context(actor)
+        stack.enter_context(self.actor)
 
     def wait_for_step(self, step: int) -> None:
         """Until `step` was trained, counted from the start of the run."""

@@ -113,6 +113,10 @@ class Coordinator:
             self._revoke(member)
             self._cancel_void(member)
 
+    def drain(self, name: str) -> None:
+        """It takes no new leases; what it holds may still come."""
+        self._members[name].capacity = 0
+
     def loaded(self, name: str, version: int | None) -> None:
         """The actor holds `version` now, or (None) no whole one."""
         self._members[name].version = version
@@ -156,6 +160,11 @@ class Coordinator:
     def is_member(self, member: MemberId) -> bool:
         """Whether it has not left; it may be lost."""
         return any(present.id == member for present in self._members)
+
+    def has_company(self, now: float) -> bool:
+        """Whether somebody takes part, starts up, or was heard so recently that it may still come back."""
+        recent_s = now - self._config.transport.heartbeat_timeout_s
+        return any(member.presence is not Presence.LOST or member.heard_s > recent_s for member in self._members)
 
     def is_joining(self, name: str) -> bool:
         return self._members[name].presence is Presence.JOINING

@@ -19,6 +19,7 @@ from common.types import (
     ActorMessage,
     Bye,
     CompletedGroup,
+    Draining,
     DropReason,
     Float32Array,
     Heartbeat,
@@ -112,6 +113,9 @@ class Reception:
                 self._report(name, message)
             case Ready():
                 self._ready(identity, name, message)
+            case Draining():
+                logger.info("actor %s finishes what it holds, and leaves", name)
+                self._coordinator.drain(name)
             case Bye(error=error):
                 logger.info("actor %s says bye: %s", name, error or "as asked")
                 self._part(name, f"bye: {error or 'as asked'}")

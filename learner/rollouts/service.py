@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from common.addresses import advertised_host, in_url
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, TransportConfig
+from common.stopping import is_crash
 from common.tasks import Share
 from common.transport import LINGER_MS, LearnerSocket
 from common.types import (
@@ -49,6 +50,10 @@ class BatchTimeout(TimeoutError):
     """No full batch in time; says how many groups are there, which actors, and what each of them holds."""
 
 
+class StillWaiting(Exception):
+    """Not yet, and the time-out is not over: see to other things, then repeat the call, which goes on with the wait."""
+
+
 class MembersWaiting(Exception):
     """Ready actors do not hold the current version: publish it again, then repeat the call."""
 
@@ -63,7 +68,9 @@ class LearnerService:
 
     Any thread may call any method. Every wait takes a time-out whose message says who was waited for.
     `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins; `tokenize`
-    gives a prompt's token ids; `shares` are those of PromptStream.
+    gives a prompt's token ids; `shares` are those of PromptStream; `former_port` is that of the learner before, if any.
+
+    With `turn_s` set, a wait raises StillWaiting after so many seconds, and at once after `interrupt`.
     """
 
     def __init__(
@@ -74,8 +81,13 @@ class LearnerService:
         fingerprints: tuple[str, str],
         probe_token_ids: Sequence[int],
         shares: Sequence[Share] = (),
+        former_port: int = 0,
     ) -> None:
+        self.turn_s = float("inf")
         self._config = config
+        self._former_port = former_port
+        self._waits: dict[str, float] = {}  # for what, and since when: those that StillWaiting has interrupted
+        self._is_interrupted = False
         self._coordinator = Coordinator(config, PromptStream(prompts, config.seed, shares), tokenize)
         self._reception = Reception(config, self._coordinator, fingerprints, probe_token_ids)
         self._changed = threading.Condition()
@@ -88,7 +100,7 @@ class LearnerService:
     def __enter__(self) -> Self:
         transport = self._config.transport
         self._advertised_host = advertised_host(transport)
-        self._socket = LearnerSocket(transport.host, transport.port, transport.max_message_mb)
+        self._socket = self._bound(transport)
         self._thread = threading.Thread(target=self._run, args=(self._socket,), name="service", daemon=True)
         self._thread.start()
         return self
@@ -96,7 +108,20 @@ class LearnerService:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop("the run is over" if error is None else f"the learner ends with {type(error).__name__}")
+        """Actors are sent home, unless the learner crashes: then they wait for the next one."""
+        if not is_crash(error):
+            self.stop("the run is over" if error is None else f"the learner ends with {type(error).__name__}")
+        else:
+            self._close()
+
+    def _bound(self, transport: TransportConfig) -> LearnerSocket:
+        """On the configured port, or, when that is any, on the one where actors of the learner before look for it."""
+        if transport.port == 0 and self._former_port:
+            try:
+                return LearnerSocket(transport.host, self._former_port, transport.max_message_mb)
+            except ConfigError as error:
+                logger.warning("actors of the learner before will not find this one: %s", error)
+        return LearnerSocket(transport.host, transport.port, transport.max_message_mb)
 
     @property
     def endpoint(self) -> str:
@@ -149,6 +174,11 @@ class LearnerService:
         """The same, each as the process that it is."""
         with self._locked():
             return self._coordinator.member_ids()
+
+    def has_company(self) -> bool:
+        """Whether an actor takes part, starts up, or was heard so recently that it may still come back."""
+        with self._locked():
+            return self._coordinator.has_company(time.monotonic())
 
     def needs_weights(self) -> bool:
         """Whether a ready actor does not hold the current version."""
@@ -262,6 +292,18 @@ class LearnerService:
             self._changed.wait_for(lambda: self._failure is not None or not self._reception.names, timeout_s)
             if left := self._reception.names:
                 logger.warning("no bye within %g s from %s", timeout_s, ", ".join(left))
+        self._close()
+
+    def interrupt(self) -> None:
+        """Ends every wait that has turns, now and from now on; any thread may call it."""
+        with self._changed:
+            self._is_interrupted = True
+            self._changed.notify_all()
+
+    def _close(self) -> None:
+        if self._thread is None or self._socket is None:
+            return
+        with self._changed:
             self._is_closing = True
             self._socket.wake()
         limit_s = 2 * LINGER_MS / 1000
@@ -297,9 +339,10 @@ class LearnerService:
             raise MembersWaiting(waiting)
 
     def _wait(self, attempt: Callable[[], T | None], timeout_s: float, what: str, timeout: type[TimeoutError]) -> T:
-        """Repeat `attempt` whenever something changed until its result is not None."""
-        deadline = time.monotonic() + timeout_s
+        """Repeat `attempt` whenever something changed, until its result is not None; StillWaiting between turns."""
         with self._changed:
+            now = time.monotonic()
+            started, turn_ends = self._waits.pop(what, now), now + self.turn_s
             while True:
                 socket = self._open_socket()
                 if (problem := self._coordinator.verdicts.problem) is not None:
@@ -308,11 +351,13 @@ class LearnerService:
                 if result is not None:
                     socket.wake()  # what was taken or dropped makes room for leases
                     return result
-                remaining_s = deadline - time.monotonic()
-                if remaining_s <= 0:
-                    state = self._coordinator.describe(time.monotonic())
-                    raise timeout(f"waited {timeout_s:g} s for {what}: {state}")
-                self._changed.wait(remaining_s)
+                now = time.monotonic()
+                if now >= started + timeout_s:
+                    raise timeout(f"waited {timeout_s:g} s for {what}: {self._coordinator.describe(now)}")
+                if now >= turn_ends or self._is_interrupted:
+                    self._waits[what] = started
+                    raise StillWaiting(what)
+                self._changed.wait(min(started + timeout_s, turn_ends) - now)
 
     # ---- the thread
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 
-from common.config import Config, EvalConfig, ModelConfig
+from common.config import ActorsConfig, Config, EvalConfig, ModelConfig
+from common.control import Status
 from common.metrics import RunLog, read_jsonl
 from common.types import Prompt
-from learner.leader import Leader
+from learner import leader as leader_module
+from learner.leader import Leader, NobodyLeft
 from learner.rollouts.evaluation import EvalResult
+from learner.rollouts.service import BatchTimeout, StillWaiting
 
 HELDOUT = [Prompt(uid=f"h{i}", text=str(i), reference="") for i in range(9)]
 RESULT = EvalResult(
@@ -70,3 +73,70 @@ def test_an_evaluation_is_logged_with_what_is_missing_from_it(
     }
     line = capsys.readouterr().out
     assert "accuracy 0.250  of 8" in line and "PROMPTS FAILED 1" in line and "ERRORS IN EVALUATION 2" in line
+
+
+# ---- nobody there
+
+
+class LonelyService:
+    """Stands for the service while a batch does not come."""
+
+    endpoint = "tcp://127.0.0.1:1"
+
+    def __init__(self, raised: Exception, has_company: bool) -> None:
+        self._raised, self._has_company = raised, has_company
+
+    def take_batch(self, timeout_s: float) -> None:
+        raise self._raised
+
+    def has_company(self) -> bool:
+        return self._has_company
+
+
+def wait(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    raised: Exception,
+    *,
+    has_company: bool = False,
+    local: Status | None = None,
+    count: int = 1,
+) -> None:
+    """One turn of waiting for a batch. `local` is what the supervisor says, `count` what is configured."""
+    monkeypatch.setattr(leader_module, "_local_actors", lambda: local)
+    config = Config(model=ModelConfig(path="none"), actors=ActorsConfig(count=count))
+    service: Any = LonelyService(raised, has_company)
+    Leader(config, service, RunLog(folder), HELDOUT, trained_tokens=0).next_groups()
+
+
+def test_a_run_whose_actors_are_given_up_ends_with_their_reason_unless_somebody_takes_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Status(wanted=1, active=0, given_up=("actor-0 ended with exit code 1: no such model",))
+    with pytest.raises(NobodyLeft, match="none is started again: actor-0 ended with exit code 1: no such model"):
+        wait(monkeypatch, tmp_path, StillWaiting("a batch"), local=gone)
+    with pytest.raises(StillWaiting):
+        wait(monkeypatch, tmp_path, StillWaiting("a batch"), local=gone, has_company=True)
+    with pytest.raises(StillWaiting):
+        wait(monkeypatch, tmp_path, StillWaiting("a batch"), local=Status(wanted=1, active=1))
+
+
+@pytest.mark.parametrize(("local", "count"), [(None, 0), (Status(wanted=0, active=0), 2)])
+def test_actors_from_elsewhere_are_waited_for_without_end_and_that_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local: Status | None,
+    count: int,
+) -> None:
+    with pytest.raises(StillWaiting):
+        wait(monkeypatch, tmp_path, BatchTimeout("waited 600 s"), local=local, count=count)
+    assert "waiting for actors: run.py actor --connect tcp://127.0.0.1:1 -c " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("has_company", "local"), [(True, None), (False, None), (False, Status(wanted=1, active=1))])
+def test_other_waits_end_with_their_time_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_company: bool, local: Status | None
+) -> None:
+    with pytest.raises(BatchTimeout):
+        wait(monkeypatch, tmp_path, BatchTimeout("waited 600 s"), has_company=has_company, local=local)

@@ -1,5 +1,6 @@
 """The loop of one rank: when it saves, evaluates and publishes. Networks, actors and files are stand-ins."""
 
+import signal
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,13 +8,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.config import AlgorithmConfig, CheckpointConfig, Config, EvalConfig, LearnerConfig, ModelConfig
+from common.config import AlgorithmConfig, CheckpointConfig, Config, ConfigError, EvalConfig, LearnerConfig, ModelConfig
+from common.stopping import Interrupted, RunEnds
 from learner import main as learner_main
 from learner.main import Learner
 from learner.networks.parallel import World
 from learner.publication.control import Costs
 from learner.publication.probe import Probe
 from learner.publication.publisher import Publication
+from learner.rollouts.service import StillWaiting
 
 
 @dataclass
@@ -49,6 +52,9 @@ class Stage:
     # the checkpointer
     def save(self, step: int, version: int, state: object, data: bytes) -> None:
         self.calls.append(("save", step))
+
+    def wait(self) -> None:
+        self.calls.append(("saved", 0))
 
     def of(self, name: str) -> list[int]:
         return [number for called, number in self.calls if called == name]
@@ -105,6 +111,82 @@ def test_a_run_without_policy_steps_trains_the_critic_saves_once_and_ends(stage:
 def test_a_run_without_warm_up_does_not_save_before_its_first_policy_step(stage: Stage) -> None:
     run(stage, steps=2, warmup=0)
     assert stage.of("save") == [2]
+
+
+# ---- a run that ends before its last step
+
+
+def leader_of(stage: Stage, *answers: Any) -> Any:
+    """A leader that gives these answers for a batch, or raises them."""
+    waiting = list(answers)
+
+    def next_groups() -> list[Any]:
+        answer = waiting.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        stage.calls.append(("batch", 0))
+        return []
+
+    service = SimpleNamespace(
+        judge_ready=lambda judge: None, set_version=lambda *_: None, set_warmup=lambda *_: None, stop=lambda *_: None
+    )
+    nothing = {name: lambda *_, **__: None for name in ("begin", "evaluate", "record", "before_publication")}
+    return SimpleNamespace(service=service, next_groups=next_groups, state=lambda: b"", **nothing)
+
+
+def run_led(stage: Stage, monkeypatch: pytest.MonkeyPatch, *answers: Any, numbers: list[int | None]) -> RunEnds:
+    """Four steps with these answers for batches; `numbers` are the signals that have come, whenever one looks."""
+    stage.probe = SimpleNamespace(at_ready=lambda: None)
+    monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
+    monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
+    monkeypatch.setattr(learner_main.Leader, "next_groups", lambda leader: leader.next_groups())
+    monkeypatch.setattr(learner_main.Leader, "before_publication", lambda leader: None)
+    config = Config(
+        model=ModelConfig(path="nowhere"),
+        algorithm=AlgorithmConfig(critic_warmup_steps=0),
+        learner=LearnerConfig(steps=4),
+        eval=EvalConfig(every=0),
+    )
+    learner = make_learner(stage, config, leader_of(stage, *answers))
+    learner.asked_to_stop = lambda: numbers.pop(0) if numbers else None
+    with pytest.raises(RunEnds) as caught:
+        learner.run()
+    return caught.value
+
+
+def test_an_interrupt_ends_the_run_after_the_step_and_saves_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    # looked: after begin; step 1: batch, publication, end; step 2: batch, publication, end
+    end = run_led(stage, monkeypatch, None, None, numbers=[None, None, None, None, None, None, signal.SIGTERM])
+    assert isinstance(end.reason, Interrupted) and end.reason.number == signal.SIGTERM
+    assert stage.of("policy") == [0, 1]
+    assert stage.of("save") == [2] and stage.calls[-1] == ("saved", 0)
+
+
+def test_a_batch_that_was_taken_is_trained_when_an_interrupt_comes_with_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_led(stage, monkeypatch, None, numbers=[None, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM])
+    assert stage.of("policy") == [0] and stage.of("publish") == [0, 1] and stage.of("save") == [1]
+
+
+def test_an_interrupt_ends_the_wait_for_a_batch(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = (None, StillWaiting("a batch"), StillWaiting("a batch"))
+    end = run_led(stage, monkeypatch, *answers, numbers=[None, None, None, None, None, signal.SIGINT])
+    assert str(end) == "interrupted by SIGINT"
+    assert stage.of("policy") == [0] and stage.of("save") == [1]
+
+
+def test_what_ends_a_run_early_saves_what_is_new_first(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = ConfigError("the verifier fails on everything")
+    assert run_led(stage, monkeypatch, None, None, verdict, numbers=[]).reason is verdict
+    assert stage.of("save") == [2]
+
+
+def test_a_run_that_ends_before_its_first_step_has_nothing_to_save(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_led(stage, monkeypatch, TimeoutError("nobody came"), numbers=[])
+    assert stage.of("save") == []
 
 
 def test_a_checkpoint_holds_what_the_probe_saw_at_version_0(stage: Stage) -> None:

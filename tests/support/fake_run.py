@@ -30,7 +30,6 @@ def main() -> None:
     stop_s = float(sys.argv[3]) if len(sys.argv) > 3 else None
     if stop_s is not None:
         processes.STOP_S = processes.FAREWELL_S = stop_s
-        processes.STOP_MARGIN_S = 0.0
     specs = [to_spec(row, log_dir) for row in rows]
 
     def recruit(others: Sequence[ChildSpec]) -> ChildSpec:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig
 from common.types import (
     Bye,
+    Draining,
     Heartbeat,
     Lease,
     LeaseFailed,
@@ -48,6 +49,7 @@ sayings: st.SearchStrategy[Any] = st.one_of(
         is_shared=st.booleans(),
         probe_logprobs=st.just(NO_PROBE),
     ),
+    st.builds(Draining),
     st.builds(Bye, error=st.none()),
     st.builds(WireError, st.just("garbage")),
 )

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from common.types import (
     WeightsReport,
     Welcome,
 )
-from learner.rollouts.service import BatchTimeout, LearnerService, MembersWaiting
+from learner.rollouts.service import BatchTimeout, LearnerService, MembersWaiting, StillWaiting
 from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, FakeActor, group, hello
 
 PROMPTS = [Prompt(uid=f"p{i}", text=str(i), reference="") for i in range(100)]
@@ -127,6 +127,53 @@ def test_a_learner_that_binds_every_interface_advertises_an_address_that_actors_
         assert service.endpoint.startswith("tcp://127.0.0.1:")
         with FakeActor(service.endpoint, "a"):
             assert service.wait_for_members(1, 10.0) == ("a",)
+
+
+# ---- turns, interrupts, a learner after a learner
+
+
+def test_a_wait_has_turns_and_its_time_out_runs_on_over_them(service: LearnerService) -> None:
+    service.turn_s = 0.05
+    began = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(StillWaiting):
+            service.take_batch(0.4)
+    with pytest.raises(BatchTimeout, match=r"waited 0\.4 s for a batch"):
+        while True:
+            with suppress(StillWaiting):
+                service.take_batch(0.4)
+    assert 0.4 <= time.monotonic() - began < 5.0
+
+
+def test_an_interrupt_ends_a_wait_at_once(service: LearnerService) -> None:
+    service.turn_s = 60.0
+    threading.Timer(0.1, service.interrupt).start()
+    with pytest.raises(StillWaiting):
+        service.wait_for_members(1, 60.0)
+
+
+def test_actors_stay_when_the_learner_crashes_and_find_the_next_one_at_the_same_port() -> None:
+    config = make_config()
+    with ExitStack() as stack:
+        with pytest.raises(RuntimeError, match="a tensor"), make_service(config) as service:
+            port = int(service.endpoint.rpartition(":")[2])
+            actor = stack.enter_context(FakeActor(service.endpoint, "a"))
+            service.wait_for_members(1, 10.0)
+            raise RuntimeError("a tensor")
+        assert actor.received_any(Stop) is None
+        with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], (), port) as second:
+            assert second.endpoint.endswith(f":{port}")
+            until(lambda: actor.received_any(Refused) is not None)  # it is heard there; a hello would make it a member
+            with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], (), port) as third:
+                assert not third.endpoint.endswith(f":{port}"), "taken: any other one will do"
+
+
+def test_whoever_takes_part_or_was_heard_of_late_is_company(service: LearnerService) -> None:
+    assert not service.has_company()
+    with FakeActor(service.endpoint, "a"):
+        assert service.has_company()
+    until(lambda: not service.members())
+    assert service.has_company(), "it may come back"
 
 
 # ---- a run

@@ -1,0 +1,109 @@
+"""How a role is asked to stop: the first SIGINT or SIGTERM lets it finish, the second ends it at once."""
+
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from common.causes import disk_problem
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """The role was asked to stop by the signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+class RunEnds(Exception):
+    """All ranks have agreed to end before the last step; `reason` is None on ranks that leave saying it to rank 0."""
+
+    def __init__(self, reason: Exception | None) -> None:
+        super().__init__(str(reason or "rank 0 ends the run"))
+        self.reason = reason
+
+
+def is_crash(error: BaseException | None) -> bool:
+    """Whether nobody foresaw this end, so that the role may be started again and others should wait for it."""
+    foreseen = (ValueError, TimeoutError, FloatingPointError, Interrupted, RunEnds)
+    return isinstance(error, Exception) and not isinstance(error, foreseen) and disk_problem(error, ".") is None
+
+
+class StopSignals:
+    """SIGINT and SIGTERM to this process, as a context manager of the main thread.
+
+    At first a signal raises Interrupted in the main thread, wherever that is. After `defer` it is only noted as
+    `number`, for whoever asks between two pieces of work. A thread reads the signals from a pipe, so that the second
+    counts while the main thread is inside a collective, and so does the end of `timeout_s` after the first (None: who
+    has sent it sees to that). Either ends the process on the spot, with exit code 128 + number.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.number: int | None = None  # of the first signal
+        self._timeout_s = timeout_s
+        self._is_deferred = False
+        self._wake: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, self._handle) for number in NUMBERS}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+    def defer(self, wake: Callable[[], None]) -> None:
+        """From now on the first signal is noted; `wake` is called then, in a thread, to end a wait."""
+        self._wake, self._is_deferred = wake, True
+        if self.number is not None:
+            wake()
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._is_deferred:
+            raise Interrupted(number)
+
+    def _watch(self) -> None:
+        """Until the other end of the pipe is closed."""
+        while True:
+            ready, _, _ = select.select([self._reader], [], [], None if self.number is None else self._timeout_s)
+            if not ready:
+                assert self.number is not None
+                self._leave(self.number, f"no stop within {self._timeout_s:g} s of {_name(self.number)}: killed")
+            received = os.read(self._reader, 4096)
+            if not received:
+                return
+            for number in received:
+                if number in NUMBERS:
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        if self.number is not None:
+            self._leave(number, f"ended at once by a second signal, {_name(number)}")
+        self.number = number
+        self._wake()
+
+    def _leave(self, number: int, how: str) -> None:
+        print(f"error: {how}; what was done since the newest checkpoint is lost", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

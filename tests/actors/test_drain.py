@@ -1,0 +1,122 @@
+"""An actor that is asked to leave: what it has begun, what it hands back, what a signal does before it takes part."""
+
+import asyncio
+import signal
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.main import Actor, Departure
+from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig
+from common.transport import ActorConnection
+from common.types import Bye, CompletedGroup, Draining, Lease, Prompt, Welcome
+from learner.rollouts.service import LearnerService
+from tests.support.fake_actors import FINGERPRINTS, FakeActor, group, hello
+
+PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(20)]
+CONFIG = Config(
+    rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_tokens=8),
+    algorithm=AlgorithmConfig(critic_warmup_steps=1),
+    learner=LearnerConfig(steps=100),
+    actors=ActorsConfig(drain_s=0.5),
+)
+ENGINE = SimpleNamespace(version=0, generated_tokens=0, busy_s=0.0)
+
+
+async def scored(_: Any) -> Any:
+    return np.empty(0, np.float32)
+
+
+ENGINE.score = scored
+
+
+def take_part(endpoint: str, draining: list[Any]) -> None:
+    """One real actor whose engine stands still, in this thread, until it has drained."""
+
+    async def conversation() -> None:
+        async with ActorConnection(endpoint, "leaves", 16) as connection:
+            await connection.send(hello("leaves", capacity=4))
+            welcome = await connection.receive(10.0)
+            assert isinstance(welcome, Welcome)
+            event = asyncio.Event()
+            draining.extend([asyncio.get_running_loop(), event])
+            await Actor(CONFIG, connection, ENGINE, None).serve(welcome, event)  # type: ignore[arg-type]
+            await connection.send(Bye(error=None))
+
+    asyncio.run(conversation())
+
+
+def test_a_draining_actor_finishes_what_it_can_and_hands_back_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[Lease] = []
+    draining: list[Any] = []
+
+    async def complete(lease: Lease, *_: Any) -> CompletedGroup:
+        sampled.append(lease)
+        while not draining[1].is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1 if len(sampled) > 2 and lease is sampled[0] else 1000.0)
+        return group(lease.lease_id, [0], lease.num_samples)
+
+    monkeypatch.setattr("actors.main.complete", complete)
+    with LearnerService(CONFIG, PROMPTS, lambda prompt: [1], FINGERPRINTS, []) as service:
+        actor = threading.Thread(target=take_part, args=(service.endpoint, draining))
+        actor.start()
+        until(lambda: len(sampled) == 4)
+        loop, event = draining
+        loop.call_soon_threadsafe(event.set)
+        actor.join(10.0)
+        assert not actor.is_alive()
+        assert len(sampled) == 4, "nothing was leased to it meanwhile, although one group was finished"
+        until(lambda: not service.members())
+        with FakeActor(service.endpoint, "other"):
+            batch = service.take_batch(10.0)
+        first, *others = batch
+        assert (first.actor, first.lease.prompt_uid) == ("leaves", sampled[0].prompt_uid)
+        uids = {lease.prompt_uid for lease in sampled[1:]}
+        assert {item.lease.prompt_uid for item in others} == uids and {item.actor for item in others} == {"other"}
+        stats = service.stats()
+        assert (stats["dropped/actor_lost"], stats["dropped/failed"]) == (3, 0)
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_signals_end_an_actor_at_once_or_let_it_drain() -> None:
+    async def ended_by(*numbers: int, takes_part: bool) -> tuple[bool, int | None]:
+        departure = Departure(asyncio.create_task(asyncio.sleep(1000)), takes_part=takes_part)
+        for number in numbers:
+            departure.handle(number)
+        departure.task.cancel()
+        return departure.is_draining.is_set(), departure.number
+
+    def run(*numbers: int, takes_part: bool = True) -> tuple[bool, int | None]:
+        return asyncio.run(ended_by(*numbers, takes_part=takes_part))
+
+    assert run(signal.SIGTERM) == (True, None)
+    assert run(signal.SIGTERM, signal.SIGTERM) == (True, signal.SIGTERM)
+    assert run(signal.SIGINT) == (False, signal.SIGINT)
+    assert run(signal.SIGTERM, takes_part=False) == (False, signal.SIGTERM)
+
+
+def test_the_learner_is_told_that_nothing_more_is_wanted() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def drained() -> None:
+        actor = Actor(CONFIG, SimpleNamespace(send=send), ENGINE, None)  # type: ignore[arg-type]
+        event = asyncio.Event()
+        event.set()
+        await asyncio.wait_for(actor._drain(event), 10.0)
+
+    asyncio.run(drained())
+    assert sent == [Draining()]
