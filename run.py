@@ -65,9 +65,26 @@ def _train(arguments: argparse.Namespace) -> int:
         if arguments.config or arguments.overwrite:
             raise ConfigError("--resume takes the configuration of its run: leave out -c and --overwrite")
         return _resume(Path(arguments.resume), arguments.overrides)
-    config = load_config(arguments.config, arguments.overrides)
     earlier = EarlierRun.OVERWRITE if arguments.overwrite else EarlierRun.REFUSE
+    if arguments.replay is not None:
+        if arguments.config:
+            raise ConfigError("--replay takes the configuration of its run: leave out -c")
+        config = _replayed(Path(arguments.replay), arguments.overrides)
+        return _report(config, train(config, earlier, _settle))
+    config = load_config(arguments.config, arguments.overrides)
     return _report(config, train(config, earlier, _settle))
+
+
+def _replayed(run: Path, overrides: list[str]) -> Config:
+    """The configuration of a run that trains on the record of `run`: the same, in another folder, without actors."""
+    from learner.rollouts.record import Record
+
+    own = [f"name={run.resolve().name}-replay", "actors.count=0", "learner.record=false", f"learner.replay={run}"]
+    config = load_config([str(run / "config.yaml")], [*own, *overrides])
+    if config.run_dir.resolve() == run.resolve():
+        raise ConfigError(f"name={config.name} is the run that is replayed: choose another name=...")
+    Record(run)  # refuses a run that has recorded nothing, or not from its start
+    return config
 
 
 def _resume(run: Path, overrides: list[str]) -> int:
@@ -297,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     _add_config(train)
     train.add_argument("--resume", metavar="RUN", help="continue an interrupted run from its newest checkpoint")
+    train.add_argument("--replay", metavar="RUN", help="train on what a run with learner.record=true consumed")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
 
     check = commands.add_parser("check", help="look for mistakes in configuration and data; starts nothing")

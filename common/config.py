@@ -262,6 +262,10 @@ class LearnerConfig:
     stop_timeout_s: float = 60.0  # from SIGINT or SIGTERM: to finish the step, save and send the actors home
     restarts: int = 3  # times within restart_window_s that `train` restarts a learner that crashed or was killed
     restart_window_s: float = 3600.0
+    record: bool = (
+        False  # keep what every step consumed in RUN/record, about 12 bytes a token, for `train --replay RUN`
+    )
+    replay: str | None = None  # a run whose record is trained on, without actors; set by `train --replay RUN`
     policy: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))
 

@@ -9,7 +9,6 @@
 Learner and actors start at the same time, because either needs half a minute.
 """
 
-import fcntl
 import itertools
 import operator
 import os
@@ -35,6 +34,7 @@ from common.loading import save_config
 from common.placement import visible_gpus
 from common.processes import Outcome, Supervisor, deal_cores
 from common.processtree import child_setup
+from common.runlock import ENDING_S, LEARNER_LOCK, held
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
 RUN_CONTENT = (
@@ -48,6 +48,8 @@ RUN_CONTENT = (
     "tensorboard",
     "logs",
     "checkpoints",
+    "incarnation.json",
+    "record",
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # Models are folders on disk, so nothing has to be fetched or reported.
@@ -77,11 +79,12 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
         specs = role_specs(config, port, [gpu.name for gpu in gpus])
         with TemporaryDirectory(prefix=f".{config.name}.", dir=config.runs_dir) as staging:
             is_resumed = earlier is EarlierRun.RESUME
+            needs_data = config.learner.replay is None
             data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
-            if (refusal := check(config, Path(staging), data, cores)) is not None:
+            if needs_data and (refusal := check(config, Path(staging), data, cores)) is not None:
                 return refusal  # and nothing has been made or deleted
             prepare_run_dir(config, earlier)
-            if not is_resumed:
+            if needs_data and not is_resumed:
                 data.replace(config.run_dir / "data")
         config = settle(config)
         save_config(config, config.run_dir / "config.yaml")
@@ -140,7 +143,7 @@ def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
 def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
     """Raises ConfigError when RUN holds what must stay."""
     run_dir = config.run_dir
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not run_dir.exists() or not any(path.name != LEARNER_LOCK for path in run_dir.iterdir()):
         return
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} exists but is not a run directory: choose another name=...")
@@ -165,20 +168,12 @@ def _refuse_own_source(config: Config) -> None:
 
 @contextmanager
 def lock_run(config: Config) -> Iterator[None]:
-    """One `train` per run directory at a time; the kernel releases the lock however this process ends."""
-    runs_dir = Path(config.runs_dir)
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        file = (runs_dir / f".{config.name}.lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"{config.run_dir} cannot be made ({error.strerror}): choose another runs_dir={config.runs_dir} or name"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{config.run_dir} is being trained now: choose another name=...") from None
+    """One `train` per run directory at a time, and none beside a learner that was started alone."""
+    with held(Path(config.runs_dir) / f".{config.name}.lock", config.run_dir):
+        learner = config.run_dir / LEARNER_LOCK
+        if learner.is_file():
+            with held(learner, config.run_dir, ENDING_S):
+                """Free; rank 0 takes it when it is started."""
         yield
 
 

@@ -124,7 +124,8 @@ def render(summary: Summary) -> str:
 def _accuracy_text(summary: Summary) -> str:
     points = summary.evaluations
     if not points:
-        return "not evaluated yet"
+        replayed = summary.config.learner.replay
+        return "not evaluated yet" if replayed is None else f"not evaluated: it trains on the record of {replayed}"
     settings = summary.config.eval
     k = f"avg@{settings.samples_per_prompt}" if settings.temperature > 0 else "greedy"
     of = f", {points[-1].num_prompts} prompts" if points[-1].num_prompts is not None else ""

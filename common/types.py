@@ -78,6 +78,7 @@ class DropReason(StrEnum):
     MALFORMED = "malformed"  # failed validation on arrival
     UNINFORMATIVE = "uninformative"  # dynamic sampling: all of its completions right, or all wrong
     FAILED = "failed"  # its actor could not sample it
+    CHANGED = "changed"  # it waited in a checkpoint, and the resume asks for something else: back to pending
     VERIFIER_ERROR = "verifier_error"  # the verifier failed on one of its completions
 
 

@@ -138,6 +138,7 @@ def validate(config: Config) -> None:
     _check_sizes(config)
     _check_sampling(config)
     _check_rewards(config)
+    _check_replay(config)
     check_algorithm(config)
 
 
@@ -178,6 +179,19 @@ def _check_models(config: Config) -> None:
     for key, value in (("model.path", config.model.path), ("model.critic_path", config.model.critic_path)):
         if value is not None:
             check_model_folder(key, value, config.model.max_model_len)
+
+
+def _check_replay(config: Config) -> None:
+    replay, count = config.learner.replay, config.actors.count
+    refuse_if(
+        replay is not None and count > 0,
+        f"learner.replay={replay} trains on a record, for which actors.count={count} actors have nothing to do: set "
+        "actors.count=0",
+    )
+    refuse_if(
+        replay is not None and config.learner.record,
+        f"learner.record=true would only copy the record of learner.replay={replay}: leave it out",
+    )
 
 
 def _check_temperatures(config: Config) -> None:

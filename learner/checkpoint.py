@@ -2,10 +2,13 @@
 
     RUN/checkpoints/step_00000030/     complete: the name appears when everything is written (one rename)
         .metadata, __0_0.distcp, ...   tensors, by torch.distributed.checkpoint, each rank its own shards
-        state.json                     step, version, the numbers of the state dict, and which files the tensors are in
-        data.bin                       what rank 0 knows besides (coordinator), opaque here
+        state.json                     step, version, and the numbers of the state dict
+        rollouts.bin                   what rank 0 knows besides; written by the caller of `save`
+        checksums.json                 size and CRC-32 of each of these files (learner/checksums.py)
     RUN/checkpoints/incomplete_...     being written, or left by a killed process; never read, removed by
     the next save
+    RUN/checkpoints/damaged_...        was complete once, but is not what was written; never read, removed when the
+    next save is complete
 
 What is saved is any object with `state_dict()` and `load_state_dict()` whose state is a nested dict of
 tensors, DTensors and JSON values. Tensors are read back INTO those of `state_dict()`, in place, whatever
@@ -14,11 +17,10 @@ their sharding.
 
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,10 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.types import JSON
+from learner.agreement import all_or_none, gather
 from learner.algorithm.optimised import StateDict
+from learner.checksums import absent, changed, file_names, manifest_of, write_manifest
+from learner.files import write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 RNG_KEY = "rng_state"
+DAMAGED = "damaged_"  # begins the names of checkpoints that are not what was written
 
 
 class Saveable(Protocol):
@@ -54,7 +60,9 @@ class Resumed:
 
     step: int
     version: int
-    data: bytes
+
+
+WriteExtra = Callable[[Path], None]  # writes files of rank 0's into the folder of a checkpoint
 
 
 class Checkpointer:
@@ -63,7 +71,7 @@ class Checkpointer:
     States: idle, or one save under way in the background. `save` first waits for the one before, so there
     is never more than one; `wait` (and leaving the context) returns when none is. Background saves
     communicate over a process group of their own, so they cannot be mixed up with the training step's
-    collectives. A failed save raises at the next `save` or `wait`.
+    collectives. A save that fails on one rank raises ConfigError on all, at the next `save` or `wait`.
     """
 
     def __init__(self, directory: Path, keep: int, in_background: bool = False) -> None:
@@ -87,34 +95,31 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.shutdown(wait=kind is None)
 
-    def save(self, step: int, version: int, state: Saveable, data: bytes = b"") -> None:
-        """Saves `state` as of now under `step`; `data` is rank 0's."""
+    def save(self, step: int, version: int, state: Saveable, write_extra: WriteExtra | None = None) -> None:
+        """Saves `state` as of now under `step`. Rank 0's `write_extra` adds its files when the tensors are written."""
         self.wait()
         temporary = self.directory / f"incomplete_{step:08d}"
-        if self._is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("incomplete_*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
-        self._barrier()
+        with all_or_none(f"the checkpoint of step {step} cannot be written", self._group):
+            if self._is_main:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for leftover in self.directory.glob("incomplete_*"):
+                    shutil.rmtree(leftover)
+                temporary.mkdir()
         tensors, values = _split(state.state_dict())
         tensors[RNG_KEY] = torch.get_rng_state()
         info = {"step": step, "version": version, "values": values}
         if self._writer is None:
-            dcp.save(tensors, **self._where(temporary))
-            self._complete(temporary, step, info, data)
-            self._barrier()
+            self._finish(lambda: dcp.save(tensors, **self._where(temporary)), temporary, info, write_extra)
         else:
             staged = dcp.async_save(tensors, **self._where(temporary))
             assert isinstance(staged, Future)
-            self._pending = self._writer.submit(self._finish, staged, temporary, step, info, data)
+            self._pending = self._writer.submit(self._finish, staged.result, temporary, info, write_extra)
 
     def wait(self) -> None:
         """Returns when no save is under way; raises what the last one raised."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
-            self._barrier()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -132,25 +137,40 @@ class Checkpointer:
             raise ValueError(f"checkpoint {folder} lacks {missing}, it was made by another version or setup")
         torch.set_rng_state(tensors.pop(RNG_KEY))
         state.load_state_dict(_join({**tensors, **{key: info["values"][key] for key in values}}))
-        data = (folder / "data.bin").read_bytes()
-        return Resumed(step=info["step"], version=info["version"], data=data)
+        return Resumed(step=info["step"], version=info["version"])
 
-    def _finish(self, staged: Future[Any], temporary: Path, step: int, info: dict[str, JSON], data: bytes) -> None:
-        staged.result()
-        self._complete(temporary, step, info, data)
+    def _finish(
+        self, write: Callable[[], Any], temporary: Path, info: dict[str, JSON], write_extra: WriteExtra | None
+    ) -> None:
+        """Writes what is left, the manifest last, and publishes by renaming. On every rank, perhaps in a thread."""
+        what = f"the checkpoint of step {info['step']} cannot be written"
+        manifest: dict[str, list[int]] = {}
+        with all_or_none(what, self._group):
+            write()
+            if self._is_main:
+                write_synced(temporary / "state.json", json.dumps(info).encode())
+                if write_extra is not None:
+                    write_extra(temporary)
+            manifest = manifest_of(self._own_files(temporary))
+        manifests = gather(manifest, self._group)
+        with all_or_none(what, self._group):
+            if self._is_main:
+                self._complete(temporary, info["step"], {name: m[name] for m in manifests for name in m})
 
-    def _complete(self, temporary: Path, step: int, info: dict[str, JSON], data: bytes) -> None:
-        """Rank 0, once every rank has written (its metadata file is written last): publishes by renaming."""
-        if not self._is_main:
-            return
-        pieces = _pieces(temporary)
-        if missing := _missing(temporary, pieces):
+    def _own_files(self, folder: Path) -> list[Path]:
+        """What this rank has written: its tensors, and on rank 0 all that is no rank's tensors."""
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        own = list(folder.glob(f"__{rank}_*.distcp"))
+        return own + [file for file in folder.iterdir() if file.suffix != ".distcp"] if self._is_main else own
+
+    def _complete(self, temporary: Path, step: int, manifest: dict[str, list[int]]) -> None:
+        """Rank 0, once every rank has written."""
+        write_manifest(temporary, manifest)
+        if missing := absent(temporary):
             raise ConfigError(
                 f"checkpoint {temporary} of step {step} lacks {', '.join(missing)}, which other ranks have written: "
                 "runs_dir is not shared between hosts, so put it on a file system of all"
             )
-        _write_synced(temporary / "state.json", json.dumps(info | {"pieces": pieces}).encode())
-        _write_synced(temporary / "data.bin", data)
         saves = [save for saved, save in _saves(self.directory) if saved == step]
         folder = _save_folder(self.directory, step, saves[-1] + 1 if saves else 0)
         temporary.rename(folder)
@@ -160,13 +180,11 @@ class Checkpointer:
             old = _save_folder(self.directory, saved, save)
             if saved not in kept or (saved == step and old != folder):
                 shutil.rmtree(old)
+        for damaged in self.directory.glob(f"{DAMAGED}*"):
+            shutil.rmtree(damaged)
 
     def _where(self, folder: Path) -> dict[str, Any]:
         return {"checkpoint_id": folder, "process_group": self._group, "no_dist": self._group is None}
-
-    def _barrier(self) -> None:
-        if self._group is not None:
-            dist.barrier(self._group)
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -183,11 +201,45 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def torn(directory: Path) -> dict[str, list[str]]:
-    """What is missing or too short of checkpoints that were complete once, by name."""
-    missing = {
-        _save_folder(directory, *save): _missing_of(_save_folder(directory, *save)) for save in _saves(directory)
-    }
+    """What is missing or of another size of checkpoints that were complete once, by name."""
+    missing = {_save_folder(directory, *save): absent(_save_folder(directory, *save)) for save in _saves(directory)}
     return {folder.name: names for folder, names in missing.items() if names}
+
+
+def damage(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Files of a checkpoint that are missing or do not hold what was written; every rank of `group` reads its share."""
+    if missing := next(iter(gather(absent(folder), group))):
+        return list(missing)
+    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    return [name for found in gather(changed(folder, file_names(folder)[rank::size]), group) for name in found]
+
+
+def set_damaged_aside(directory: Path, group: dist.ProcessGroup | None = None) -> str | None:
+    """Makes the newest intact checkpoint the newest one of all; the sentence that says what that costs, if anything.
+
+    A collective before a resume. Damaged ones are renamed, so that no later save is measured by them. Raises
+    ConfigError when there are checkpoints and none is intact: then nothing is renamed.
+    """
+    found: dict[Path, list[str]] = {}
+    saves = next(iter(gather(_saves(directory), group)))
+    for step, save in reversed(saves):
+        folder = _save_folder(directory, step, save)
+        if not (names := damage(folder, group)):
+            break
+        found[folder] = names
+    if not found:
+        return None
+    words = "; ".join(f"{folder.name} lacks or has other bytes in {', '.join(found[folder])}" for folder in found)
+    if len(found) == len(saves):
+        raise ConfigError(
+            f"no checkpoint in {directory} is what was written ({words}): bring these files there from a copy, or "
+            "begin anew with another name=..."
+        )
+    if group is None or dist.get_rank(group) == 0:
+        for folder in found:
+            folder.rename(directory / f"{DAMAGED}{folder.name}")
+    lost = saves[-1][0] - step
+    return f"{directory} is damaged ({words}): the run goes on from step {step}, {lost} step(s) are done again"
 
 
 def _save_folder(directory: Path, step: int, save: int) -> Path:
@@ -197,34 +249,13 @@ def _save_folder(directory: Path, step: int, save: int) -> Path:
 
 def _complete_saves(directory: Path) -> list[tuple[int, int]]:
     """Those of `_saves` that have all their pieces."""
-    return [save for save in _saves(directory) if not _missing_of(_save_folder(directory, *save))]
+    return [save for save in _saves(directory) if not absent(_save_folder(directory, *save))]
 
 
 def _saves(directory: Path) -> list[tuple[int, int]]:
     """(step, how many times it had been saved before), in that order."""
     matches = (re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name) for path in directory.glob("step_*"))
     return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
-
-
-def _pieces(folder: Path) -> dict[str, int]:
-    """The files that hold the tensors, and how many bytes of each are used: what all ranks say that they wrote."""
-    pieces: dict[str, int] = {}
-    for place in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
-        pieces[place.relative_path] = max(pieces.get(place.relative_path, 0), place.offset + place.length)
-    return pieces
-
-
-def _missing_of(folder: Path) -> list[str]:
-    """Names of the pieces that a checkpoint lacks."""
-    state = folder / "state.json"
-    if not state.is_file():
-        return ["state.json"]
-    return _missing(folder, json.loads(state.read_text()).get("pieces", {".metadata": 0}))
-
-
-def _missing(folder: Path, pieces: Mapping[str, int]) -> list[str]:
-    files = {name: folder / name for name in pieces}
-    return [name for name, file in files.items() if not file.is_file() or file.stat().st_size < pieces[name]]
 
 
 def load_parameters(folder: Path, prefix: str, network: nn.Module) -> None:
@@ -274,11 +305,3 @@ def _read_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
                 f"checkpoint {folder} is of another model: tensor {name} {found}, expected {tuple(tensor.shape)}"
             )
     dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    """To the disk, not only the page cache: the rename that follows must not overtake it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,7 +7,7 @@ import torch
 
 from common.config import AdvantageEstimator, Config, ConfigError, DType, LoraConfig
 from common.loading import read_config
-from learner.checkpoint import complete_steps, load_parameters, step_folder
+from learner.checkpoint import complete_steps, damage, load_parameters, step_folder
 from learner.networks.export import export_adapter, export_critic, export_policy
 from learner.networks.model import Critic, load_critic, load_policy
 
@@ -57,7 +57,13 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, int]:
     if step is not None and step not in steps:
         raise ConfigError(f"{run} has no checkpoint of step {step}: choose --step among {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
-    return step_folder(run / "checkpoints", chosen), chosen
+    folder = step_folder(run / "checkpoints", chosen)
+    if names := damage(folder):
+        raise ConfigError(
+            f"{folder} is damaged, it has other bytes than were written in {', '.join(names)}: choose another --step "
+            f"among {', '.join(map(str, steps))}"
+        )
+    return folder, chosen
 
 
 def with_tying(config: Config) -> Config:

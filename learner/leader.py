@@ -1,11 +1,11 @@
 """What only rank 0 does: it speaks to actors through the service, evaluates, and writes the run's logs."""
 
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +14,16 @@ import numpy as np
 from common import control
 from common.config import Config, ConfigError
 from common.metrics import RunLog, Value
-from common.types import Prompt, TrajectoryGroup
-from learner.rollouts.evaluation import EvalResult
+from common.types import JSON, Prompt, TrajectoryGroup
+from learner.rollouts.evaluation import Begun, EvalResult
+from learner.rollouts.record import Recorder
 from learner.rollouts.service import LearnerService, StillWaiting
+from learner.rollouts.snapshot import Snapshot, write_snapshot
 
 logger = logging.getLogger(__name__)
 
 SAY_S = 60.0  # between two lines that say who is waited for
+ROLLOUTS = "rollouts.bin"  # in a checkpoint: the data side (learner/rollouts/snapshot.py) and what the leader knows
 
 T = TypeVar("T")
 
@@ -40,18 +43,24 @@ class Leader:
     """
 
     def __init__(
-        self, config: Config, service: LearnerService, log: RunLog, heldout: Sequence[Prompt], trained_tokens: int
+        self,
+        config: Config,
+        service: LearnerService,
+        log: RunLog,
+        heldout: Sequence[Prompt],
+        recorder: Recorder | None = None,
     ) -> None:
         self._config = config
         self.service = service
         self._log = log
+        self._recorder = recorder
         self._heldout = list(heldout[: config.eval.num_prompts])
         self._timeout_s = config.learner.batch_timeout_s
         self._is_evaluating = False
         self._evaluated_version: int | None = None  # the last that was started
         self._counters: dict[str, float] = {}
         self._recorded_at = time.monotonic()
-        self._trained_tokens = trained_tokens  # before a resume
+        self._trained_tokens = 0
         self._say_at = -math.inf
 
     def begin(self) -> None:
@@ -59,18 +68,30 @@ class Leader:
         self._patiently(lambda: self.service.wait_for_members(1, self._config.actors.start_timeout_s))
         self._counters, self._recorded_at = self.service.stats(), time.monotonic()
 
-    def next_groups(self) -> list[TrajectoryGroup]:
-        """The groups of the next step. Raises MembersWaiting when an actor has to be served with weights first."""
-        return self._patiently(lambda: self.service.take_batch(self._timeout_s))
+    def next_groups(self, step: int) -> list[TrajectoryGroup]:
+        """The groups of `step`, counted from 1. Raises MembersWaiting when an actor has to be served with weights
+        first."""
+        groups = self._patiently(lambda: self.service.take_batch(self._timeout_s))
+        if self._recorder is not None:
+            self._recorder.write(step, groups)
+        return groups
 
     def before_publication(self) -> None:
         """With staleness.exact, lets the actors fill the admission window first. Raises MembersWaiting."""
         if self._config.staleness.exact:
             self._patiently(lambda: self.service.wait_window_sampled(self._timeout_s))
 
-    def state(self) -> bytes:
-        """What a checkpoint has to hold of the data side; see `trained_tokens` and LearnerService.load_state_dict."""
-        return json.dumps({"service": self.service.state_dict(), "trained_tokens": self._trained_tokens}).encode()
+    def state(self) -> Callable[[Path], None]:
+        """What a checkpoint has to hold of now, as a function that writes it into the folder."""
+        about = {"trained_tokens": self._trained_tokens, "evaluated_version": self._evaluated_version}
+        return partial(_write, self.service.snapshot(), about)
+
+    def resume(self, snapshot: Snapshot, about: JSON) -> None:
+        """Goes on with the counters and the evaluation of a checkpoint, which the service has restored."""
+        self._trained_tokens = about["trained_tokens"]
+        if snapshot.evaluation is not None:
+            self._start_evaluation(about["evaluated_version"], snapshot.evaluation)
+        self._evaluated_version = about["evaluated_version"]
 
     def evaluate(self, version: int) -> None:
         """Starts a held-out evaluation, unless one is still running or was of this version. Training goes on."""
@@ -79,9 +100,12 @@ class Leader:
         if self._is_evaluating:
             logger.info("version %d is not evaluated: the evaluation before it is still running", version)
             return
+        self._start_evaluation(version)
+
+    def _start_evaluation(self, version: int, begun: Begun | None = None) -> None:
         settings = self._config.eval
         num_samples = settings.samples_per_prompt if settings.temperature > 0 else 1  # greedy ones are all alike
-        self.service.evaluate(self._heldout, num_samples, settings.temperature, version)
+        self.service.evaluate(self._heldout, num_samples, settings.temperature, version, begun)
         self._is_evaluating, self._evaluated_version = True, version
 
     def record(
@@ -203,6 +227,10 @@ def _local_actors() -> control.Status | None:
     except (ConfigError, TimeoutError) as error:
         logger.warning("the supervisor does not say which actors it has: %s", error)
         return None
+
+
+def _write(snapshot: Snapshot, about: JSON, folder: Path) -> None:
+    write_snapshot(folder / ROLLOUTS, snapshot, about)
 
 
 def version_gaps(groups: Sequence[TrajectoryGroup], version: int) -> dict[int, float]:

@@ -9,14 +9,13 @@ Rank 0 has the Leader (actors, logs); the other ranks follow its decisions. One 
 Step s counts from 0, warm-up of the critic included; it trains at version max(0, s - warm-up) // publish_every.
 """
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -30,24 +29,28 @@ from common.placement import plan_here
 from common.stopping import Interrupted, RunEnds, StopSignals
 from common.tasks.dataset import load_dataset
 from common.transport import model_fingerprints
-from common.types import JSON, TrajectoryGroup
+from common.types import TrajectoryGroup
+from learner.agreement import gather
 from learner.algorithm.optimised import StateDict
 from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer, step_folder
 from learner.export import tying_settled
-from learner.leader import Leader, version_gaps
+from learner.leader import ROLLOUTS, Leader, version_gaps
 from learner.networks.export import export_policy
 from learner.networks.model import load_networks
-from learner.networks.parallel import World, make_mesh, process_group, seed_everything
+from learner.networks.parallel import World, make_mesh, process_group, refusals_of_any_rank, seed_everything
 from learner.publication.probe import probe_token_ids
 from learner.publication.publisher import Publication, Publisher
 from learner.publication.sentinel import DriftSentinel
 from learner.publication.sleep import actors_asleep
+from learner.replay import Replay, replayed_settings
 from learner.restart import former_port, refuse_loss, write_endpoint
 from learner.resume import WARMUP, settings
+from learner.rollouts.record import Record, Recorder, forget_after
 from learner.rollouts.service import LearnerService, MembersWaiting, StillWaiting
-from learner.rundir import agreed_standing, settle
+from learner.rollouts.snapshot import read_snapshot
+from learner.rundir import agreed_standing, next_incarnation, only_learner, settle
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,8 @@ class _Said(IntEnum):
 
 
 class Learner:
-    """The training loop of one rank; saveable. `leader` is None on all ranks but the first.
+    """The training loop of one rank; saveable. `leader` is None on all ranks but the first. A replay ends after
+    `last_step` at the latest.
 
     `step` counts the steps done, the critic's warm-up included; `version` is the published one. Both, like every
     branch of the loop, are the same on all ranks.
@@ -79,8 +83,9 @@ class Learner:
         trainer: Trainer,
         publisher: Publisher,
         checkpointer: Checkpointer,
-        leader: Leader | None,
+        leader: Leader | Replay | None,
         asked_to_stop: Callable[[], int | None] = lambda: None,
+        last_step: int | None = None,
     ) -> None:
         self.asked_to_stop = asked_to_stop  # the signal that has reached this rank, if one has
         self.config = config
@@ -89,6 +94,7 @@ class Learner:
         self.publisher = publisher
         self.checkpointer = checkpointer
         self.leader = leader
+        self.last_step = last_step
         self.step = 0
         self.version = 0
         self._saved_step = 0  # of the newest checkpoint
@@ -105,10 +111,10 @@ class Learner:
             self._begin()
             while self.step < self.num_steps:
                 self._take_step()
-                if self._is_checkpoint_due():
-                    self._save()
                 if self.leader is not None and self._is_evaluation_due():
                     self.leader.evaluate(self.version)
+                if self._is_checkpoint_due():
+                    self._save()
                 self._end_if_interrupted()
             self._end()
         except RunEnds:
@@ -118,7 +124,8 @@ class Learner:
     @property
     def num_steps(self) -> int:
         """Of the whole run, warm-up included."""
-        return self.warmup_steps + self.config.learner.steps
+        steps = self.warmup_steps + self.config.learner.steps
+        return steps if self.last_step is None else min(steps, self.last_step)
 
     def resume(self, step: int) -> None:
         """Continues after `step`, whose checkpoint must be complete."""
@@ -173,7 +180,7 @@ class Learner:
     def _next_batch(self) -> tuple[Sequence[TrajectoryGroup], Batch, float]:
         """The groups (on rank 0), the batch (on every rank) and the seconds that it took to come."""
         started = time.monotonic()
-        groups = self._led(Leader.next_groups)
+        groups = self._led(lambda leader: leader.next_groups(self.step + 1))
         batch = broadcast_batch(Batch.from_groups(groups) if groups is not None else None)
         return groups or (), batch, time.monotonic() - started
 
@@ -209,7 +216,7 @@ class Learner:
     def _wait_before_publication(self) -> None:
         """An interrupt ends the wait but not the step, which is published all the same: only then can it be saved."""
         try:
-            self._led(Leader.before_publication)
+            self._led(lambda leader: leader.before_publication())
         except RunEnds as end:
             if not isinstance(end.reason, Interrupted):
                 raise
@@ -234,8 +241,8 @@ class Learner:
         return every > 0 and 0 < done < self.config.learner.steps and done % every == 0
 
     def _save(self) -> None:
-        data = self.leader.state() if self.leader is not None else b""
-        self.checkpointer.save(self.step, self.version, self, data)
+        write_extra = self.leader.state() if self.leader is not None else None
+        self.checkpointer.save(self.step, self.version, self, write_extra)
         self._saved_step = self.step
 
     def _save_what_is_new(self) -> None:
@@ -249,15 +256,17 @@ class Learner:
         self._save()
         final = self.config.run_dir / "checkpoints" / "final"
         export_policy(self.trainer.policy.network, self.config.model.path, final)
-        finish = partial(Leader.finish_evaluation, step=self.step, version=self.version)
-        self._led(finish)  # the one that may still be running
+        self._finish_evaluation()  # the one that may still be running
         if self.leader is not None:
             self.leader.evaluate(self.version)
-        self._led(finish)
+        self._finish_evaluation()
         if self.leader is not None:
             self.leader.service.stop("the run is complete")
 
-    def _led(self, ask: Callable[[Leader], Answer]) -> Answer | None:
+    def _finish_evaluation(self) -> None:
+        self._led(lambda leader: leader.finish_evaluation(step=self.step, version=self.version))
+
+    def _led(self, ask: Callable[[Leader | Replay], Answer]) -> Answer | None:
         """Rank 0's answer there, None elsewhere; a collective. Raises RunEnds.
 
         An actor that joined late waits for weights: then all ranks publish the current version again, as it was, and
@@ -330,7 +339,8 @@ def main(config: Config) -> int:
 
 
 def _run_rank(config: Config, signals: StopSignals) -> None:
-    with process_group(config.device, config.learner.batch_timeout_s + config.actors.start_timeout_s) as world:
+    timeout_s = config.learner.batch_timeout_s + config.actors.start_timeout_s
+    with process_group(config.device, timeout_s) as world, only_learner(config, world):
         stands = agreed_standing(tying_settled(config), world)
         if stands is not None and stands.is_complete:
             logger.info("%s is complete: nothing is left to do", config.run_dir)
@@ -341,15 +351,18 @@ def _run_rank(config: Config, signals: StopSignals) -> None:
         seed_everything(config.seed)
         _leave_room(config, world)
         mesh = make_mesh(config)
+        last_step = _replay_threads_and_last_step(config, world)
         with _leader(config, world, resume_step) as leader:
             networks = load_networks(config, world.device, mesh)
             policy, critic, reference = networks.policy, networks.critic, networks.reference
             trainer = Trainer(config, policy, critic, world.rank, world.size, reference=reference)
-            control = leader.service if leader is not None else None
+            control = leader.service if isinstance(leader, Leader) else None
             publisher = Publisher(config, policy, control, world.rank, probe_token_ids(config))
             try:
                 with _checkpointer(config) as checkpointer:
-                    learner = Learner(config, world, trainer, publisher, checkpointer, leader, lambda: signals.number)
+                    learner = Learner(
+                        config, world, trainer, publisher, checkpointer, leader, lambda: signals.number, last_step
+                    )
                     if resume_step is not None:
                         learner.resume(resume_step)
                     signals.defer(_interrupt(leader))
@@ -362,8 +375,8 @@ def _checkpointer(config: Config) -> Checkpointer:
     return Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.in_background)
 
 
-def _interrupt(leader: Leader | None) -> Callable[[], None]:
-    return leader.service.interrupt if leader is not None else lambda: None
+def _interrupt(leader: Leader | Replay | None) -> Callable[[], None]:
+    return leader.service.interrupt if isinstance(leader, Leader) else lambda: None
 
 
 def _run_to_its_end(learner: Learner) -> None:
@@ -383,12 +396,40 @@ def _leave_room(config: Config, world: World) -> None:
         torch.cuda.set_per_process_memory_fraction(plan.learner_fraction, world.device)
 
 
+def _replay_threads_and_last_step(config: Config, world: World) -> int | None:
+    """Of a replay, the last step that is recorded; its ranks compute with as many threads as those of the record."""
+    if config.learner.replay is None:
+        return None
+    found = [0, 0]
+    with refusals_of_any_rank(world.size == 1):
+        if world.is_main:
+            record = Record(Path(config.learner.replay))
+            found = [record.last_step, record.settings(1)["threads"]]
+    last_step, threads = gather(found, None if world.size == 1 else dist.group.WORLD)[0]
+    torch.set_num_threads(threads)
+    return int(last_step)
+
+
 @contextmanager
-def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[Leader | None]:
-    """Opens the socket first, so that actors can connect while the model loads; writes RUN/endpoint for them."""
+def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[Leader | Replay | None]:
+    """What rank 0 has beside the others: the actors, or a record in their place."""
     if not world.is_main:
         yield None
         return
+    run_id, incarnation = next_incarnation(config.run_dir)
+    logger.info("learner %d of run %s", incarnation, run_id)
+    forget_after(config.run_dir, resume_step or 0)
+    if config.learner.replay is not None:
+        with RunLog(config.run_dir, keep_through=resume_step or 0) as log:
+            yield Replay(config, Record(Path(config.learner.replay)), log)
+        return
+    with _leader_of_actors(config, resume_step) as leader:
+        yield leader
+
+
+@contextmanager
+def _leader_of_actors(config: Config, resume_step: int | None) -> Iterator[Leader]:
+    """Opens the socket first, so that actors can connect while the model loads; writes RUN/endpoint for them."""
     data = load_dataset(config, config.run_dir / "data")
     service = LearnerService(
         config,
@@ -400,10 +441,15 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
         former_port(config.run_dir),
     )
     service.turn_s = TURN_S
-    state: JSON = None
+    kept = None
     if resume_step is not None:
-        state = json.loads((step_folder(config.run_dir / "checkpoints", resume_step) / "data.bin").read_bytes())
-        service.load_state_dict(state["service"])
+        folder = step_folder(config.run_dir / "checkpoints", resume_step)
+        kept = read_snapshot(folder / ROLLOUTS, time.monotonic())
+        service.restore(kept[0])
+    recorder = Recorder(config.run_dir, replayed_settings(config)) if config.learner.record else None
     with service, RunLog(config.run_dir, keep_through=resume_step or 0) as log:
         write_endpoint(config.run_dir, service.endpoint)
-        yield Leader(config, service, log, data.task.heldout, trained_tokens=state["trained_tokens"] if state else 0)
+        leader = Leader(config, service, log, data.task.heldout, recorder)
+        if kept is not None:
+            leader.resume(*kept)
+        yield leader

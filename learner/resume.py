@@ -51,7 +51,8 @@ def settings(config: Config) -> dict[str, JSON]:
 
 
 def standing(config: Config) -> Standing | None:
-    """Where the run of `config` stands; None when it has no complete checkpoint and so begins anew.
+    """Where the run of `config` stands; None when it has no complete checkpoint and so begins anew. Looks only whether
+    all files are there: what they hold is checked by the learner (learner/rundir.py).
 
     Raises ConfigError when it cannot go on with these settings.
     """

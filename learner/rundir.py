@@ -1,12 +1,15 @@
 """RUN before a learner trains in it: one folder that all ranks see, with the configuration that all roles read.
 
-`run.py train` has made it; a learner that is started alone makes it itself. Both functions are collectives.
+`run.py train` has made it; a learner that is started alone makes it itself. All but `next_incarnation` are collectives.
 """
 
+import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +18,11 @@ import torch.distributed as dist
 
 from common.config import Config, ConfigError
 from common.loading import read_config, save_config
+from common.runlock import ENDING_S, LEARNER_LOCK, held
+from common.types import JSON
+from learner.checkpoint import set_damaged_aside
 from learner.export import tying_settled, with_tying
+from learner.files import replace_synced
 from learner.networks.parallel import World, refusals_of_any_rank
 from learner.resume import Standing, standing
 
@@ -23,16 +30,50 @@ SHARED_S = 10.0  # a network file system may show a new file on other hosts a li
 POLL_S = 0.05
 
 
+@contextmanager
+def only_learner(config: Config, world: World) -> Iterator[None]:
+    """Rank 0 holds RUN against other learners; before anything in it is touched. Raises ConfigError on all ranks."""
+    with ExitStack() as stack:
+        with refusals_of_any_rank(world.size == 1):
+            if world.is_main:
+                stack.enter_context(held(config.run_dir / LEARNER_LOCK, config.run_dir, ENDING_S))
+        yield
+
+
+def next_incarnation(run_dir: Path) -> tuple[str, int]:
+    """(id of the run, which of its learners this is, from 1); counted in RUN/incarnation.json.
+
+    The id is random and made once per run directory. Called once by every learner's rank 0, which holds RUN. Raises
+    ConfigError when the file is damaged.
+    """
+    path = run_dir / "incarnation.json"
+    run_id, count = secrets.token_hex(8), 0
+    if path.is_file():
+        try:
+            there: JSON = json.loads(path.read_bytes())
+            run_id, count = str(there["run_id"]), int(there["incarnation"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is damaged: delete it when no actor of an earlier learner of this run is left"
+            ) from error
+    replace_synced(path, json.dumps({"run_id": run_id, "incarnation": count + 1}).encode())
+    return run_id, count + 1
+
+
 def agreed_standing(config: Config, world: World) -> Standing | None:
-    """What `standing` says on rank 0, on all ranks.
+    """What `standing` says on rank 0, on all ranks, when damaged checkpoints have been set aside.
 
     Raises ConfigError, on all ranks, when rank 0 cannot go on, or when a rank does not see rank 0's RUN: it would find
     other checkpoints there, and leave its pieces of new ones where nobody looks for them.
     """
-    if world.size == 1:
+    group = None if world.size == 1 else dist.group.WORLD
+    if group is not None:
+        with refusals_of_any_rank(False):
+            _check_shared(config, world)
+    if (sentence := set_damaged_aside(config.run_dir / "checkpoints", group)) is not None and world.is_main:
+        print(sentence, flush=True)
+    if group is None:
         return standing(config)
-    with refusals_of_any_rank(False):
-        _check_shared(config, world)
     found = None
     with refusals_of_any_rank(False):
         if world.is_main:

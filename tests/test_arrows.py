@@ -19,7 +19,7 @@ IN_LEARNER = {
     "networks": {"networks", "algorithm"},
     "publication": {"publication", "networks", "algorithm"},
     "rollouts": {"rollouts"},
-    "checkpoint": {"algorithm"},
+    "checkpoint": {"algorithm", "agreement", "checksums", "files"},
     "leader": {"rollouts"},
 }
 HEAVY = {"torch", "vllm", "transformers", "tensorboard", "sympy"}

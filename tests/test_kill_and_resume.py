@@ -8,7 +8,7 @@ import json
 import random
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
@@ -23,7 +23,7 @@ from common.config import Config
 from common.launcher import rank_environment, reserve_port
 from common.loading import load_config, save_config
 from common.transport import model_fingerprints
-from common.types import CompletedGroup, FinishReason, Lease, Verdict
+from common.types import CompletedGroup, FinishReason, Lease, Purpose, Verdict
 from learner.checkpoint import complete_steps
 from tests.support import learner_without_transfer
 from tests.support.fake_actors import FakeActor
@@ -85,6 +85,7 @@ class LearnerProcesses:
     config: Config
     ranks: list[ForkServerProcess] = field(default_factory=list)
     actor: FakeActor = field(init=False)
+    delay_s: Callable[[Lease], float] = lambda lease: 0.0  # of the actor
 
     def start(self, stack: ExitStack) -> None:
         """Returns when the actor is a member, just before the first step."""
@@ -105,6 +106,7 @@ class LearnerProcesses:
             "actor",
             fingerprints=model_fingerprints(self.config.model.path),
             complete=replayed,
+            delay_s=self.delay_s,
         )
         stack.enter_context(self.actor)
 
@@ -140,14 +142,20 @@ class LearnerProcesses:
 
 
 @contextmanager
-def learner(tmp_path: Path, name: str, num_ranks: int = 1, *others: str) -> Iterator[LearnerProcesses]:
+def learner(
+    tmp_path: Path,
+    name: str,
+    num_ranks: int = 1,
+    *others: str,
+    delay_s: Callable[[Lease], float] = lambda lease: 0.0,
+) -> Iterator[LearnerProcesses]:
     overrides = [*SETTINGS, f"runs_dir={tmp_path}", f"name={name}", f"learner.ranks={num_ranks}", *others]
     config = load_config([], overrides)
     config = replace(config, model=replace(config.model, path=str(ROOT / config.model.path)))
     config.run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, config.run_dir / "config.yaml")
     with ExitStack() as stack:
-        processes = LearnerProcesses(config)
+        processes = LearnerProcesses(config, delay_s=delay_s)
         processes.start(stack)
         yield processes
 
@@ -221,6 +229,30 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_batch_size_staleness
     assert max(row["staleness/token_max"] for row in found[6:]) <= 2
     assert [sum(row["step"] == step for row in ledger) for step in range(1, 13)] == [4] * 6 + [6] * 6
     assert len({row["prompt_uid"] for row in ledger}) == len(ledger) == 60, "within the epoch no prompt comes twice"
+
+
+@pytest.mark.slow
+def test_an_evaluation_under_way_when_the_learner_is_killed_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    """The actor answers two of the four held-out prompts, and the others not before it is gone itself."""
+    prompts: list[str] = []
+
+    def slow_from_the_third_on(lease: Lease) -> float:
+        if lease.purpose is Purpose.TRAIN:
+            return 0.0
+        prompts.append(lease.prompt_uid)
+        return 0.0 if len(prompts) <= 2 else 1000.0
+
+    settings = ("eval.num_prompts=4", "learner.steps=4")
+    with learner(tmp_path, "run", 1, *settings, delay_s=slow_from_the_third_on) as processes:
+        processes.wait_for_step(4)
+        processes.kill(0)
+    with learner(tmp_path, "run", 1, *settings) as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+        asked = [lease.prompt_uid for lease in processes.actor.leases() if lease.purpose is Purpose.EVAL]
+    assert sorted(asked[:2]) == sorted(prompts[2:]) and len(asked) == 2 + 4, "the rest of one, and the last evaluation"
+    found = [row for row in rows(tmp_path / "run" / "metrics.jsonl") if "accuracy/heldout" in row]
+    assert [(row["accuracy/version"], row["eval/num_prompts"]) for row in found] == [(0, 4), (4, 4)]
+    assert found[0]["accuracy/version_newest"] > 0, "and says that the rest was sampled by a later version"
 
 
 @pytest.mark.slow

@@ -18,9 +18,8 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from common.config import Config, ConfigError
+from common.config import Config
 from common.types import (
-    JSON,
     Ack,
     Cancel,
     CompletedGroup,
@@ -37,9 +36,10 @@ from common.types import (
     Refused,
     TrajectoryGroup,
 )
+from learner.rollouts.archive import renumbered
 from learner.rollouts.counts import Counts
-from learner.rollouts.evaluation import EvalResult, Evaluation
-from learner.rollouts.leases import Slot, Slots, eval_lease, is_over_age, problem_with, train_lease
+from learner.rollouts.evaluation import Begun, EvalResult, Evaluation, asked
+from learner.rollouts.leases import Pending, Slot, Slots, eval_lease, is_over_age, problem_with, train_lease
 from learner.rollouts.members import Member, Members, Presence
 from learner.rollouts.pace import Pace
 from learner.rollouts.prompts import PromptStream
@@ -65,7 +65,7 @@ class Coordinator:
         self._tokenize = tokenize
         self._members = Members(config)
         self.pace = Pace(config)
-        self._pending: deque[Prompt] = deque()
+        self._pending: deque[Pending] = deque()
         self._slots = Slots()
         self._evaluation: Evaluation | None = None
         self._counts = Counts()
@@ -203,6 +203,7 @@ class Coordinator:
 
     def dispatch(self, now: float) -> None:
         """Grant leases while a current actor has room and there is something to sample."""
+        self._buffer_finished(now)
         members = [member for member in self._members if member.is_current(self.version)]
         while members:
             member = min(members, key=lambda m: (len(m.held) - m.capacity, m.name))  # the one with most room
@@ -213,6 +214,14 @@ class Coordinator:
                 return
             member.held[slot.lease.lease_id] = None
             self._send(member.name, slot.lease)
+            self._buffer_finished(now)
+
+    def _buffer_finished(self, now: float) -> None:
+        """What a checkpoint held of finished groups takes its place in the order when all before it have theirs."""
+        while self._pending and self.admitted < self.pace.window and (group := self._pending[0].group) is not None:
+            group = renumbered(group, self._slots.next_lease_id)
+            prompt = self._pending.popleft().prompt
+            self._slots.add(Slot(group.lease, prompt, group.actor, granted_s=now, group=group))
 
     def _next_slot(self, member: Member, now: float) -> Slot | None:
         lease_id, evaluation = self._slots.next_lease_id, self._evaluation
@@ -221,7 +230,7 @@ class Coordinator:
             lease = eval_lease(self._config, lease_id, prompt, self._tokenize(prompt), evaluation)
             member.leases_since_eval = 0
         elif self.admitted < self.pace.window:
-            prompt = self._pending.popleft() if self._pending else self._stream.next()
+            prompt = self._pending.popleft().prompt if self._pending else self._stream.next()
             lease = train_lease(self._config, lease_id, prompt, self._tokenize(prompt))
             member.leases_since_eval += 1
         else:
@@ -291,7 +300,11 @@ class Coordinator:
         if reason is not None:
             self._counts.drop(reason, slot.lease.lease_id, slot.actor)
         self._slots.remove(slot)
-        self._queue_of(slot).appendleft(slot.prompt)
+        if slot.lease.purpose is Purpose.TRAIN:
+            self._pending.appendleft(Pending(slot.prompt))
+        else:
+            assert self._evaluation is not None
+            self._evaluation.pending.appendleft(slot.prompt)
 
     def _forget(self, slot: Slot, reason: DropReason) -> None:
         """The prompt is done with for this epoch; the stream's next takes its place."""
@@ -300,12 +313,6 @@ class Coordinator:
         if slot.lease.purpose is Purpose.EVAL:
             assert self._evaluation is not None
             self._evaluation.fail()
-
-    def _queue_of(self, slot: Slot) -> deque[Prompt]:
-        if slot.lease.purpose is Purpose.TRAIN:
-            return self._pending
-        assert self._evaluation is not None
-        return self._evaluation.pending
 
     def _send(self, name: str, message: LearnerMessage) -> None:
         self.outbox.append((name, message))
@@ -347,10 +354,16 @@ class Coordinator:
 
     # ---- evaluation
 
-    def evaluate(self, evaluation: Evaluation) -> None:
-        """Raises RuntimeError while another evaluation runs."""
+    def evaluate(self, evaluation: Evaluation, begun: Begun | None = None) -> None:
+        """Starts it, or goes on from what a checkpoint held of it, unless something else is asked for now: then it
+        starts again, of the present version. Raises RuntimeError while another evaluation runs."""
         if self._evaluation is not None:
             raise RuntimeError(f"the evaluation of version {self._evaluation.version} is still running")
+        if begun is not None and begun.asked == asked(self._config, evaluation):
+            evaluation.go_on(begun, now=evaluation.started_s)
+        elif begun is not None:
+            logger.warning("the evaluation of version %d starts again: its settings changed", evaluation.version)
+            evaluation.version = self.version
         self._evaluation = evaluation
 
     def poll_evaluation(self) -> EvalResult | None:
@@ -364,7 +377,7 @@ class Coordinator:
     def is_evaluating(self) -> bool:
         return self._evaluation is not None
 
-    # ---- reports and checkpoints
+    # ---- reports
 
     def stats(self) -> dict[str, float]:
         """Counters since the start of the run and gauges of now; the one place where they are kept."""
@@ -388,30 +401,3 @@ class Coordinator:
         parts = [f"{num_buffered} groups are buffered, {self.admitted} of {self.pace.window} admitted"]
         parts += [*self.verdicts.describe(), *(self._members.describe(member, now) for member in self._members)]
         return "; ".join(parts if len(self._members) else [*parts, "no actor is connected"])
-
-    def state_dict(self) -> dict[str, JSON]:
-        """For a checkpoint between two steps: the stream's position and all prompts drawn but not trained."""
-        untrained = [slot.prompt.uid for slot in self._slots.train.values()]
-        return {
-            "stream": self._stream.state_dict(),
-            "untrained": untrained + [prompt.uid for prompt in self._pending],
-            "version": self.version,
-            "pace": self.pace.state_dict(),
-            "next_lease_id": self._slots.next_lease_id,
-            "counts": self._counts.state_dict(),
-            "verdicts": self.verdicts.state_dict(),
-            "work": self._members.work(),
-        }
-
-    def load_state_dict(self, state: dict[str, JSON]) -> None:
-        """Before any actor has joined. Raises ConfigError when the training set is another one."""
-        if len(self._members):
-            raise ConfigError("a checkpoint must be loaded before the first actor connects")
-        self._stream.load_state_dict(state["stream"])
-        self._pending = deque(self._stream.find(uid) for uid in state["untrained"])
-        self.version = state["version"]
-        self.pace.load_state_dict(state["pace"])
-        self._slots.next_lease_id = state["next_lease_id"]
-        self._counts.load_state_dict(state["counts"])
-        self.verdicts.load_state_dict(state["verdicts"])
-        self._members.departed = dict(state["work"])

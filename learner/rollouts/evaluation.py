@@ -1,10 +1,12 @@
 """One held-out evaluation: which prompts are still to be sampled, and what came back."""
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from common.types import CompletedGroup, FinishReason, Prompt, Verdict
+from common.config import Config
+from common.types import JSON, CompletedGroup, FinishReason, Prompt, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,17 @@ class EvalResult:
     num_failed: int  # prompts that no actor could sample
     num_errors: int  # responses on which the verifier failed
     seconds: float  # from its start to the arrival of its last group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """An evaluation that a checkpoint found under way."""
+
+    asked: JSON  # see `asked`
+    pending: tuple[str, ...]  # uids of prompts without a result, those that were leased included
+    groups: tuple[CompletedGroup, ...]
+    num_failed: int
+    seconds: float  # since its start
 
 
 @dataclass
@@ -53,6 +66,23 @@ class Evaluation:
     def fail(self) -> None:
         self._num_failed += 1
 
+    def under_way(self, config: Config, leased: Sequence[Prompt], now: float) -> Begun:
+        """For a checkpoint; `leased` are the prompts that are out."""
+        return Begun(
+            asked=asked(config, self),
+            pending=tuple(prompt.uid for prompt in [*leased, *self.pending]),
+            groups=tuple(self._groups),
+            num_failed=self._num_failed,
+            seconds=now - self.started_s,
+        )
+
+    def go_on(self, begun: Begun, now: float) -> None:
+        """From where it was, with what it had; the time in between does not count."""
+        prompts = {prompt.uid: prompt for prompt in self.prompts}
+        self.pending = deque(prompts[uid] for uid in begun.pending)
+        self._groups, self._num_failed = list(begun.groups), begun.num_failed
+        self.started_s, self._ended_s = now - begun.seconds, now
+
     def result(self) -> EvalResult | None:
         """None until every prompt is done or failed."""
         if len(self._groups) + self._num_failed < len(self.prompts):
@@ -74,3 +104,20 @@ class Evaluation:
             num_errors=verdicts.count(Verdict.ERROR),
             seconds=self._ended_s - self.started_s,
         )
+
+
+def asked(config: Config, evaluation: Evaluation) -> JSON:
+    """All that two parts of one evaluation must have in common besides the weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in evaluation.prompts:
+        digest.update(repr(prompt).encode("utf-8", "surrogatepass"))
+    return {
+        "prompts": digest.hexdigest(),
+        "samples_per_prompt": evaluation.samples_per_prompt,
+        "temperature": evaluation.temperature,
+        "top_p": config.eval.top_p,
+        "top_k": config.eval.top_k,
+        "max_tokens": config.rollout.max_tokens,
+        "stop": list(config.rollout.stop),
+        "verifier": [config.verifier.function, str(config.verifier.answer_form)],
+    }

@@ -11,6 +11,14 @@ from common.types import CompletedGroup, Int32Array, Lease, Prompt, Purpose, Tra
 from learner.rollouts.evaluation import Evaluation
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A training prompt that waits to be leased, or, after a resume, to be buffered with what was sampled for it."""
+
+    prompt: Prompt
+    group: TrajectoryGroup | None = None
+
+
 @dataclass
 class Slot:
     """A lease that is out (group is None) or buffered."""

@@ -33,10 +33,12 @@ from common.types import (
     WeightsReport,
 )
 from common.wire import WireError
+from learner.rollouts import snapshot
 from learner.rollouts.coordinator import Coordinator
-from learner.rollouts.evaluation import EvalResult, Evaluation
+from learner.rollouts.evaluation import Begun, EvalResult, Evaluation
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.reception import Reception
+from learner.rollouts.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +242,19 @@ class LearnerService:
 
     # ---- evaluation
 
-    def evaluate(self, prompts: Sequence[Prompt], samples_per_prompt: int, temperature: float, version: int) -> None:
-        """Start an evaluation, which shares the actors with training. RuntimeError while another one runs."""
+    def evaluate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        temperature: float,
+        version: int,
+        begun: Begun | None = None,
+    ) -> None:
+        """Start an evaluation, which shares the actors with training, or go on with what a checkpoint held of it.
+        RuntimeError while another one runs."""
         with self._locked():
             evaluation = Evaluation(prompts, samples_per_prompt, temperature, version, started_s=time.monotonic())
-            self._coordinator.evaluate(evaluation)
+            self._coordinator.evaluate(evaluation, begun)
 
     def poll_evaluation(self) -> EvalResult | None:
         """The finished evaluation's result, once; else None."""
@@ -269,15 +279,15 @@ class LearnerService:
         with self._changed:
             return self._coordinator.stats()
 
-    def state_dict(self) -> dict[str, JSON]:
-        """Between two steps: the stream's position and all prompts that were drawn but not trained."""
+    def snapshot(self) -> Snapshot:
+        """Between two steps: what a checkpoint has to hold of the data side."""
         with self._changed:
-            return self._coordinator.state_dict()
+            return snapshot.take(self._coordinator, time.monotonic())
 
-    def load_state_dict(self, state: dict[str, JSON]) -> None:
+    def restore(self, state: Snapshot) -> None:
         """Before the first actor connects. Raises ConfigError when the checkpoint belongs to other data."""
         with self._changed:
-            self._coordinator.load_state_dict(state)
+            snapshot.restore(self._coordinator, state)
 
     # ---- the end
 

@@ -1,6 +1,8 @@
 """Checkpoints: what is restored, on how many ranks, and what a killed save leaves behind."""
 
+import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,14 +14,17 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from common.config import Config, Device
+from common.config import Config, ConfigError, Device
 from learner.algorithm.optimised import load_network_state, network_state
 from learner.checkpoint import (
     Checkpointer,
     complete_steps,
+    damage,
     load_parameters,
+    set_damaged_aside,
     step_folder,
 )
+from learner.files import write_synced
 from learner.networks.model import load_policy
 from learner.networks.parallel import make_mesh, process_group
 from tests.support.ranks import run_two_ranks
@@ -68,14 +73,15 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, config: Config,
     run = Run(config)
     run.train(3)
     with Checkpointer(tmp_path / "c", keep=2, in_background=in_background) as checkpointer:
-        checkpointer.save(3, 2, run, b"leases")
+        checkpointer.save(3, 2, run, lambda folder: write_synced(folder / "leases", b"leases"))
         run.train(4)  # a save in the background must hold the weights of its step, not these
     undisturbed, draw = run.weights(), torch.rand(1)
 
     torch.manual_seed(99)
     again = Run(config)
     resumed = Checkpointer(tmp_path / "c", keep=2).load(3, again)
-    assert (resumed.step, resumed.version, resumed.data) == (3, 2, b"leases")
+    assert (resumed.step, resumed.version) == (3, 2)
+    assert (step_folder(tmp_path / "c", 3) / "leases").read_bytes() == b"leases"
     assert again.scheduler.last_epoch == 3
     again.train(4)
     assert all(torch.equal(a, b) for a, b in zip(undisturbed, again.weights(), strict=True))
@@ -162,7 +168,7 @@ def die(*_args, **_kwargs):
 if where == "tensors":
     checkpoint.dcp.save = die
 elif where == "json":
-    checkpoint._write_synced = die
+    checkpoint.write_synced = die
 elif where == "rename":
     Path.rename = die
 else:
@@ -196,18 +202,18 @@ def _two_ranks(rank: int, config: Config, folder: Path, expected: list[torch.Ten
     with process_group(Device.cpu, timeout_s=60):
         run = Run(config)
         with Checkpointer(folder, keep=5, in_background=True) as checkpointer:
-            assert checkpointer.load(2, run).data == b"one rank"
+            assert checkpointer.load(2, run).step == 2
             run.train(1)
             # both ranks saw the same sequences and gradients are summed: AdamW is invariant to the scale
             for found, tensor in zip(run.weights(), expected, strict=True):
                 assert torch.allclose(found, tensor, rtol=1e-3, atol=1e-5)
-            checkpointer.save(3, 3, run, b"two ranks" if rank == 0 else b"")
+            checkpointer.save(3, 3, run)
 
 
 def test_resuming_on_two_ranks_and_back_on_one(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run, checkpointer = Run(config), Checkpointer(tmp_path / "c", keep=5)
     run.train(2)
-    checkpointer.save(2, 2, run, b"one rank")
+    checkpointer.save(2, 2, run)
     expected = Run(config)
     checkpointer.load(2, expected)
     with socket.socket() as probe:
@@ -219,7 +225,7 @@ def test_resuming_on_two_ranks_and_back_on_one(tmp_path: Path, config: Config, m
 
     back = Run(config)
     resumed = checkpointer.load(3, back)
-    assert (resumed.step, resumed.data) == (3, b"two ranks")
+    assert (resumed.step, resumed.version) == (3, 3)
     for found, tensor in zip(back.weights(), expected.weights(), strict=True):
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6)
     pairs = zip(back.policy.parameters(), expected.policy.parameters(), strict=True)
@@ -235,3 +241,127 @@ def gradients_doubled(run: Run) -> None:
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
+
+
+# ---- damage
+
+
+def saved(folder: Path, *steps: int) -> Counter:
+    run = Counter()
+    for step in steps:
+        Checkpointer(folder, keep=9).save(
+            step, step, run, lambda where: write_synced(where / "rollouts.bin", b"groups")
+        )
+    return run
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "rollouts.bin", "checksums.json"])
+@pytest.mark.parametrize("harm", ["flipped", "cut off", "gone"])
+def test_damage_of_any_file_is_found_and_the_run_goes_on_from_the_checkpoint_before(
+    tmp_path: Path, name: str, harm: str
+) -> None:
+    saved(tmp_path, 3, 5, 9)
+    file = tmp_path / "step_00000009" / name
+    if harm == "flipped":
+        flip(file)
+    elif harm == "cut off":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        file.unlink()
+    assert damage(tmp_path / "step_00000005") == []
+    found = damage(tmp_path / "step_00000009")
+    assert found == [name] or (found and (name, harm) == ("checksums.json", "flipped")), "that one speaks of others"
+    sentence = set_damaged_aside(tmp_path)
+    assert sentence is not None and sentence.count("\n") == 0
+    assert f"step_00000009 lacks or has other bytes in {', '.join(found)}" in sentence
+    assert "the run goes on from step 5, 4 step(s) are done again" in sentence
+    assert complete_steps(tmp_path) == [3, 5] and (tmp_path / "damaged_step_00000009").is_dir()
+    assert set_damaged_aside(tmp_path) is None, "it is said once"
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_outlive_those_that_are_saved_after_it(tmp_path: Path) -> None:
+    run = saved(tmp_path, 5, 9)
+    flip(tmp_path / "step_00000009" / "__0_0.distcp")
+    set_damaged_aside(tmp_path)
+    Checkpointer(tmp_path, keep=1).save(6, 6, run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000006"]
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_renamed_and_one_sentence_names_them(tmp_path: Path) -> None:
+    saved(tmp_path, 5, 9)
+    flip(tmp_path / "step_00000005" / "state.json")
+    (tmp_path / "step_00000009" / ".metadata").unlink()
+    with pytest.raises(ConfigError) as refused:
+        set_damaged_aside(tmp_path)
+    assert "step_00000005 lacks or has other bytes in state.json" in str(refused.value)
+    assert "step_00000009 lacks or has other bytes in .metadata" in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000005", "step_00000009"]
+
+
+# ---- saves that fail
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    run = saved(tmp_path, 5)
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "rollouts.bin"))
+
+    with pytest.raises(ConfigError) as refused, Checkpointer(tmp_path, keep=1, in_background=True) as checkpointer:
+        checkpointer.save(6, 6, run, full)
+    assert "the checkpoint of step 6 cannot be written on " in str(refused.value)
+    assert "No space left on device" in str(refused.value)
+    assert complete_steps(tmp_path) == [5]
+
+
+def _where_one_rank_cannot_write(rank: int, folder: Path, out: Path) -> None:
+    """Rank 1 has a limit on the size of its files, which stands for a disk that is full; then rank 0 has it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    said = []
+    with process_group(Device.cpu, timeout_s=60):
+        for unlucky, in_background in ((1, True), (0, True), (0, False)):
+            limit = 1000 if rank == unlucky else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            checkpointer = Checkpointer(folder, keep=1, in_background=in_background)
+            with pytest.raises(ConfigError) as refused, checkpointer:
+                checkpointer.save(6, 6, Shares(rank))
+            said.append(str(refused.value))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with Checkpointer(folder, keep=1) as checkpointer:
+            checkpointer.save(7, 7, Shares(rank))
+    (out / f"said {rank}").write_text("\n".join(said))
+
+
+class Shares:
+    """Something of which each rank has a piece."""
+
+    def __init__(self, rank: int) -> None:
+        self.tensors = {f"of rank {rank}": torch.ones(5000)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.tensors
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("nothing is loaded here")
+
+
+def test_when_one_rank_cannot_write_all_leave_together_with_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    run_two_ranks(_where_one_rank_cannot_write, tmp_path / "c", tmp_path)
+    said = [(tmp_path / f"said {rank}").read_text().splitlines() for rank in (0, 1)]
+    assert said[0] == said[1] and len(said[0]) == 3
+    assert all("the checkpoint of step 6 cannot be written on" in line for line in said[0]), said[0]
+    assert all("File too large" in line or "when the disk is full" in line for line in said[0]), said[0]
+    assert complete_steps(tmp_path / "c") == [7]

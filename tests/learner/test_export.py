@@ -1,6 +1,7 @@
 """`run.py export`: from a checkpoint of a trained policy to a folder that transformers and vLLM load."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -283,6 +284,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_an_unknown_step_is_one_sentence(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, str(trained.run_dir), "--step", "1", "--out", str(tmp_path / "out"))
     assert "step 1" in message and "2, 3" in message  # the first was not kept
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(trained.run_dir, tmp_path / "run")
+    piece = run_dir / "checkpoints" / "step_00000003" / "__0_0.distcp"
+    content = bytearray(piece.read_bytes())
+    content[-1] ^= 1
+    piece.write_bytes(content)
+    message = refused(capsys, str(run_dir), "--out", str(tmp_path / "out"))
+    assert "step_00000003 is damaged, it has other bytes than were written in __0_0.distcp: choose another" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from common.metrics import RunLog, read_jsonl
 from common.types import Prompt
 from learner import leader as leader_module
 from learner.leader import Leader, NobodyLeft
-from learner.rollouts.evaluation import EvalResult
+from learner.rollouts.evaluation import Begun, EvalResult
 from learner.rollouts.service import BatchTimeout, StillWaiting
 
 HELDOUT = [Prompt(uid=f"h{i}", text=str(i), reference="") for i in range(9)]
@@ -36,7 +36,9 @@ class AskedService:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int, float]] = []
 
-    def evaluate(self, prompts: list[Prompt], samples_per_prompt: int, temperature: float, version: int) -> None:
+    def evaluate(
+        self, prompts: list[Prompt], samples_per_prompt: int, temperature: float, version: int, begun: Begun | None
+    ) -> None:
         self.asked.append((len(prompts), samples_per_prompt, temperature))
 
     def wait_evaluation(self, timeout_s: float) -> EvalResult:
@@ -45,7 +47,7 @@ class AskedService:
 
 def make(folder: Path, service: Any, **settings: Any) -> Leader:
     config = Config(model=ModelConfig(path="none"), eval=EvalConfig(num_prompts=8, **settings))
-    return Leader(config, service, RunLog(folder), HELDOUT, trained_tokens=0)
+    return Leader(config, service, RunLog(folder), HELDOUT)
 
 
 @pytest.mark.parametrize(("temperature", "num_samples"), [(1.0, 4), (0.01, 4), (0.0, 1)])

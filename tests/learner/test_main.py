@@ -50,7 +50,7 @@ class Stage:
         return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=0.0)
 
     # the checkpointer
-    def save(self, step: int, version: int, state: object, data: bytes) -> None:
+    def save(self, step: int, version: int, state: object, write_extra: object) -> None:
         self.calls.append(("save", step))
 
     def wait(self) -> None:
@@ -113,6 +113,34 @@ def test_a_run_without_warm_up_does_not_save_before_its_first_policy_step(stage:
     assert stage.of("save") == [2]
 
 
+def test_an_evaluation_that_is_due_with_a_checkpoint_is_in_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a resume from there would never start it."""
+    order: list[str] = []
+    monkeypatch.setattr(stage, "save", lambda step, *_: order.append(f"save {step}"))
+    stage.probe = SimpleNamespace(at_ready=lambda: None)
+    leader = SimpleNamespace(
+        service=SimpleNamespace(set_version=lambda *_: None, judge_ready=lambda _: None, stop=lambda _: None),
+        begin=lambda: None,
+        next_groups=lambda step: [],
+        before_publication=lambda: None,
+        record=lambda *_: None,
+        state=lambda: None,
+        evaluate=lambda version: order.append(f"evaluate {version}"),
+        finish_evaluation=lambda **_: None,
+    )
+    monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
+    monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
+    config = Config(
+        model=ModelConfig(path="nowhere"),
+        algorithm=AlgorithmConfig(critic_warmup_steps=0),
+        learner=LearnerConfig(steps=4),
+        checkpoint=CheckpointConfig(every=2),
+        eval=EvalConfig(every=2),
+    )
+    make_learner(stage, config, leader).run()
+    assert order == ["evaluate 0", "evaluate 2", "save 2", "save 4", "evaluate 4"]
+
+
 # ---- a run that ends before its last step
 
 
@@ -120,7 +148,7 @@ def leader_of(stage: Stage, *answers: Any) -> Any:
     """A leader that gives these answers for a batch, or raises them."""
     waiting = list(answers)
 
-    def next_groups() -> list[Any]:
+    def next_groups(step: int) -> list[Any]:
         answer = waiting.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -131,7 +159,7 @@ def leader_of(stage: Stage, *answers: Any) -> Any:
         judge_ready=lambda judge: None, set_version=lambda *_: None, set_warmup=lambda *_: None, stop=lambda *_: None
     )
     nothing = {name: lambda *_, **__: None for name in ("begin", "evaluate", "record", "before_publication")}
-    return SimpleNamespace(service=service, next_groups=next_groups, state=lambda: b"", **nothing)
+    return SimpleNamespace(service=service, next_groups=next_groups, state=lambda: None, **nothing)
 
 
 def run_led(stage: Stage, monkeypatch: pytest.MonkeyPatch, *answers: Any, numbers: list[int | None]) -> RunEnds:
@@ -139,8 +167,6 @@ def run_led(stage: Stage, monkeypatch: pytest.MonkeyPatch, *answers: Any, number
     stage.probe = SimpleNamespace(at_ready=lambda: None)
     monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
     monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
-    monkeypatch.setattr(learner_main.Leader, "next_groups", lambda leader: leader.next_groups())
-    monkeypatch.setattr(learner_main.Leader, "before_publication", lambda leader: None)
     config = Config(
         model=ModelConfig(path="nowhere"),
         algorithm=AlgorithmConfig(critic_warmup_steps=0),

@@ -13,6 +13,7 @@ import run
 from common.config import Config, ConfigError
 from common.loading import load_config, save_config
 from learner.checkpoint import Checkpointer
+from learner.checksums import MANIFEST, manifest_of, write_manifest
 from learner.resume import Standing, settings, standing
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -174,5 +175,6 @@ def test_a_checkpoint_that_says_nothing_of_its_settings_is_refused(tmp_path: Pat
     content = json.loads(state.read_text())
     del content["values"]["settings/seed"]
     state.write_text(json.dumps(content))
+    write_manifest(state.parent, manifest_of(file for file in state.parent.iterdir() if file.name != MANIFEST))
     with pytest.raises(ConfigError, match=r"lacks settings/seed, it was made by another version"):
         standing(configured(tmp_path))

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import run
+from common import launcher
 from common.config import Config, ConfigError, Device
-from common.loading import load_config, read_config, save_config
+from common.loading import load_config, read_config
 from learner import rundir
 from learner.checkpoint import Checkpointer
 from learner.networks.parallel import World, process_group, refusals_of_any_rank
-from learner.resume import Standing
-from learner.rundir import agreed_standing, settle
-from tests.learner.test_resume import begun, configured
+from learner.resume import Standing, standing
+from learner.rundir import agreed_standing, next_incarnation, only_learner, settle
+from tests.learner.test_resume import State, begun, configured
 from tests.support.ranks import run_two_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -118,26 +122,72 @@ def test_a_folder_that_was_moved_gets_a_configuration_that_says_so(tmp_path: Pat
     assert read_config(moved / "config.yaml") == config
 
 
-@pytest.mark.parametrize("loss", ["no file", "half a file"])
-def test_a_checkpoint_that_lacks_pieces_is_not_complete(
-    tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    run_dir = begun(tmp_path, step=7)
-    save_config(configured(tmp_path), run_dir / "config.yaml")
-    older = run_dir / "checkpoints" / "step_00000005"
-    newest = run_dir / "checkpoints" / "step_00000007"
-    older.mkdir()
-    for file in newest.iterdir():
-        content = file.read_bytes()
-        (older / file.name).write_bytes(content.replace(b'"step": 7', b'"step": 5'))
-    (piece,) = newest.glob("*.distcp")
-    if loss == "no file":
-        piece.unlink()
-    else:
-        os.truncate(piece, piece.stat().st_size // 2)
+def test_a_damaged_checkpoint_is_left_out_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = begun(tmp_path, step=5)
+    Checkpointer(run_dir / "checkpoints", keep=2).save(7, 0, State(configured(tmp_path), warmup_steps=4))
+    piece = run_dir / "checkpoints" / "step_00000007" / "__0_0.distcp"
+    piece.write_bytes(bytes(piece.stat().st_size))
     found = agreed_standing(configured(tmp_path), ALONE)
     assert found is not None and found.step == 5
-    assert f"{newest} lacks {piece.name}" in caplog.text
-    (older / piece.name).unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is complete, step_00000005 lacks __0_0\.distcp"):
+    assert "has other bytes in __0_0.distcp): the run goes on from step 5, 2 step(s) are" in capsys.readouterr().out
+    (run_dir / "checkpoints" / "step_00000005" / "__0_0.distcp").unlink()
+    with pytest.raises(ConfigError, match=r"step_00000005 lacks or has other bytes in __0_0\.distcp"):
         agreed_standing(configured(tmp_path), ALONE)
+
+
+def test_before_the_learner_is_started_a_checkpoint_that_lacks_a_file_is_found_too(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path, step=5)
+    (run_dir / "checkpoints" / "step_00000005" / "__0_0.distcp").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is complete, step_00000005 lacks __0_0\.distcp"):
+        standing(configured(tmp_path))
+
+
+# ---- one learner a run
+
+
+def test_learners_are_counted_and_the_run_keeps_its_id(tmp_path: Path) -> None:
+    first = next_incarnation(tmp_path)
+    assert [next_incarnation(tmp_path) for _ in range(2)] == [(first[0], 2), (first[0], 3)]
+    (tmp_path / "other").mkdir()
+    other = next_incarnation(tmp_path / "other")
+    assert other[1] == 1 and other[0] != first[0] and len(first[0]) == 16
+    (tmp_path / "incarnation.json").write_text('{"run_id": "x"')
+    with pytest.raises(ConfigError, match=r"incarnation\.json is damaged: delete it when"):
+        next_incarnation(tmp_path)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+import torch
+from common.loading import read_config
+from learner.networks.parallel import World
+from learner.rundir import only_learner
+
+with only_learner(read_config(Path(sys.argv[1]) / "config.yaml"), World(rank=0, size=1, device=torch.device("cpu"))):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_learner_is_refused_with_the_holder_s_name_and_touches_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = begun(tmp_path, step=7)
+    (run_dir / "metrics.jsonl").write_text('{"step": 9}\n')
+    monkeypatch.setattr(rundir, "ENDING_S", 0.3)
+    monkeypatch.setattr(launcher, "ENDING_S", 0.3)
+    command = [sys.executable, "-c", HOLDER, str(run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+        for command in (["learner", "--config", str(run_dir / "config.yaml")], ["train", "--resume", str(run_dir)]):
+            assert run.main(command) == 2
+            message = capsys.readouterr().err
+            line = f"{run_dir} is being trained now by process {holder.pid} on {socket.gethostname()}: stop that one"
+            assert line in message and message.splitlines()[-1].startswith("error: ")
+        assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+        holder.kill()
+        monkeypatch.setattr(rundir, "ENDING_S", 30.0)
+        with only_learner(configured(tmp_path), ALONE):
+            """Right after the crash, the kernel may still be at it."""

@@ -607,9 +607,9 @@ def test_a_checkpoint_goes_on_in_another_service() -> None:
     with make_service(make_config()) as service, FakeActor(service.endpoint, "a"):
         first = [item.lease.prompt_uid for item in service.take_batch(10.0)]
         service.set_version(0, 1)
-        state = service.state_dict()
+        kept = service.snapshot()
     service = make_service(make_config())
-    service.load_state_dict(state)
+    service.restore(kept)
     with service, FakeActor(service.endpoint, "a"):
         rest = [item.lease.prompt_uid for _ in range(2) for item in service.take_batch(10.0)]
     assert len(set(first + rest)) == 12

@@ -1,0 +1,134 @@
+"""The data side of a checkpoint: everything that makes each prompt be trained as often as in an undisturbed run.
+
+Of the prompts that were drawn but not trained, those whose group has come are kept with it, the others are sampled
+again; their order is kept in any case. Of an evaluation under way, what has come is kept. Taken between two steps,
+under the lock of the service, which costs next to nothing: groups do not change, so they can be written later.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.config import Config, ConfigError
+from common.types import JSON, CompletedGroup, DropReason, Lease, TrajectoryGroup
+from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_about, read_archive, write_archive
+from learner.rollouts.coordinator import Coordinator
+from learner.rollouts.evaluation import Begun
+from learner.rollouts.leases import Pending, train_lease
+
+logger = logging.getLogger(__name__)
+
+_BEGUN = ("asked", "pending", "num_failed", "seconds")  # of Begun, besides its groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What `take` takes and `restore` restores."""
+
+    state: dict[str, JSON]
+    groups: tuple[TrajectoryGroup, ...]  # of the entries of state["untrained"] that are finished, in order
+    evaluation: Begun | None
+
+
+def take(coordinator: Coordinator, now: float) -> Snapshot:
+    slots, evaluation = coordinator._slots, coordinator._evaluation
+    waiting = [Pending(slot.prompt, slot.group) for slot in slots.train.values()] + list(coordinator._pending)
+    groups = tuple(pending.group for pending in waiting if pending.group is not None)
+    leased = [slot.prompt for slot in slots.evaluation.values()]
+    state = {
+        "stream": coordinator._stream.state_dict(),
+        "untrained": [_entry(pending) for pending in waiting],
+        "judged_with": _judged_with(coordinator._config),
+        "version": coordinator.version,
+        "pace": coordinator.pace.state_dict(),
+        "next_lease_id": slots.next_lease_id,
+        "counts": coordinator._counts.state_dict(),
+        "verdicts": coordinator.verdicts.state_dict(),
+        "work": coordinator._members.work(),
+    }
+    begun = evaluation.under_way(coordinator._config, leased, now) if evaluation is not None else None
+    return Snapshot(state=state, groups=groups, evaluation=begun)
+
+
+def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
+    """Before any actor has joined. The evaluation is for Coordinator.evaluate. Raises ConfigError when the training set
+    is another one."""
+    if len(coordinator._members):
+        raise ConfigError("a checkpoint must be loaded before the first actor connects")
+    state = snapshot.state
+    coordinator._stream.load_state_dict(state["stream"])
+    coordinator.version = state["version"]
+    coordinator.pace.load_state_dict(state["pace"])
+    coordinator._slots.next_lease_id = state["next_lease_id"]
+    coordinator._counts.load_state_dict(state["counts"])
+    coordinator.verdicts.load_state_dict(state["verdicts"])
+    coordinator._members.departed = dict(state["work"])
+    coordinator._pending = deque(_untrained(coordinator, snapshot))
+
+
+def write_snapshot(path: Path, snapshot: Snapshot, about: JSON) -> None:
+    """With `about`, the caller's own."""
+    begun, messages = snapshot.evaluation, list(as_messages(snapshot.groups))
+    evaluation = None
+    if begun is not None:
+        evaluation = {name: getattr(begun, name) for name in _BEGUN}
+        messages += begun.groups
+    write_archive(path, {"about": about, "state": snapshot.state, "evaluation": evaluation}, messages)
+
+
+def read_snapshot(path: Path, now: float) -> tuple[Snapshot, JSON]:
+    """The snapshot and the caller's own. Groups of another version of the program are left out, and sampled again."""
+    try:
+        content, messages = read_archive(path)
+    except ArchiveError as error:
+        logger.warning("what had been sampled is sampled again: %s", error)
+        content = read_about(path)
+        return Snapshot(state=content["state"], groups=(), evaluation=None), content["about"]
+    actors = [entry["finished"]["actor"] for entry in content["state"]["untrained"] if entry["finished"] is not None]
+    num_messages, begun = 2 * len(actors), None
+    if content["evaluation"] is not None:
+        groups = [message for message in messages[num_messages:] if isinstance(message, CompletedGroup)]
+        begun = Begun(groups=tuple(groups), **content["evaluation"])
+    trained = tuple(as_groups(messages[:num_messages], actors, now))
+    return Snapshot(state=content["state"], groups=trained, evaluation=begun), content["about"]
+
+
+def _entry(pending: Pending) -> JSON:
+    group = pending.group
+    finished = {"lease_id": group.lease.lease_id, "actor": group.actor} if group is not None else None
+    return {"uid": pending.prompt.uid, "finished": finished}
+
+
+def _untrained(coordinator: Coordinator, snapshot: Snapshot) -> Iterator[Pending]:
+    """In order; a group that is not what would be asked for now is dropped, and its prompt sampled again."""
+    config = coordinator._config
+    is_judged_alike = snapshot.state["judged_with"] == _judged_with(config)
+    groups = {group.lease.lease_id: group for group in snapshot.groups}
+    for entry in snapshot.state["untrained"]:
+        prompt, finished = coordinator._stream.find(entry["uid"]), entry["finished"]
+        if finished is None:
+            yield Pending(prompt)
+            continue
+        group = groups.get(finished["lease_id"])  # none of them is there when they are of another version
+        lease = train_lease(config, finished["lease_id"], prompt, coordinator._tokenize(prompt))
+        if group is None or not is_judged_alike or not _is_same_request(group.lease, lease):
+            coordinator._counts.drop(DropReason.CHANGED, finished["lease_id"], finished["actor"])
+            group = None
+        yield Pending(prompt, group)
+
+
+def _judged_with(config: Config) -> JSON:
+    """What rewards follow from besides the responses."""
+    verifier = [config.verifier.function, str(config.verifier.answer_form)]
+    return {"verifier": verifier, "reward": asdict(config.reward)}
+
+
+def _is_same_request(before: Lease, now: Lease) -> bool:
+    """Whether `now` asks for what `before` asked for, but for the random numbers."""
+    names = ("prompt_uid", "reference", "row", "num_samples", "temperature", "max_tokens", "stop", "top_p", "top_k")
+    same = all(getattr(before, name) == getattr(now, name) for name in names)
+    return same and np.array_equal(before.prompt_token_ids, now.prompt_token_ids)
