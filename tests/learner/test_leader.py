@@ -108,7 +108,7 @@ def wait(
     monkeypatch.setattr(leader_module, "_local_actors", lambda: local)
     config = Config(model=ModelConfig(path="none"), actors=ActorsConfig(count=count))
     service: Any = LonelyService(raised, has_company)
-    Leader(config, service, RunLog(folder), HELDOUT, trained_tokens=0).next_groups()
+    Leader(config, service, RunLog(folder), HELDOUT).next_groups(1)
 
 
 def test_a_run_whose_actors_are_given_up_ends_with_their_reason_unless_somebody_takes_part(
