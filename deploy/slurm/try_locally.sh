@@ -5,7 +5,7 @@
 #   sudo deploy/slurm/try_locally.sh [FOLDER]
 #
 # As root, because slurmd is. Everything that it writes is in FOLDER (default: a new one under /tmp); ports are free
-# ones; the daemons are its own and end with it. About ten minutes on two cores.
+# ones; the daemons are its own and end with it. It took 26 minutes on two busy cores.
 set -euo pipefail
 
 project=$(cd "$(dirname "$0")/../.." && pwd)
@@ -21,15 +21,16 @@ main() {
     cd "$folder"
     local learner first second
     learner=$(submit --cpus-per-task=1 "$project/deploy/slurm/learner.sbatch" "$run" demo \
-        learner.steps=100 algorithm.critic_warmup_steps=8 eval.every=0 eval.num_prompts=16 checkpoint.every=2)
+        learner.steps=100 algorithm.critic_warmup_steps=8 eval.every=0 eval.num_prompts=16 checkpoint.every=2 \
+        actors.start_timeout_s=1200)
     first=$(submit --array=0-1 "$project/deploy/slurm/actors.sbatch" "$run")
     say "learner: job $learner; two actors: jobs ${first}_0 and ${first}_1"
-    wait_for 600 trained_by "actor-$first-0"
-    wait_for 600 trained_by "actor-$first-1"
+    wait_for 1500 trained_by "actor-$first-0"
+    wait_for 1500 trained_by "actor-$first-1"
     say "step $(steps): both actors have sampled groups that were trained"
 
     second=$(submit "$project/deploy/slurm/actors.sbatch" "$run")
-    wait_for 600 trained_by "actor-$second-0"
+    wait_for 1500 trained_by "actor-$second-0"
     say "step $(steps): so has the actor of job $second, added now"
 
     scancel "${first}_0"
@@ -44,7 +45,7 @@ main() {
     wait_for 120 is_pending "$learner"
     before=$(steps)
     say "step $before: the learner's time is up; it was asked to stop and is queued again"
-    wait_for 600 steps_above "$before"
+    wait_for 1500 steps_above "$before"
     say "step $(steps): it goes on, and so do the actors"
 
     wait_for 1800 is_gone "$learner" "$first" "$second"
