@@ -179,16 +179,18 @@ def _learn(path: str, config: Config) -> int:
 def _actor(arguments: argparse.Namespace) -> int:
     config = _placed(load_config(arguments.config, arguments.overrides))
     with _role(arguments.name):
-        return _act(config, arguments.connect, arguments.name)
+        return _act(config, arguments)
 
 
-def _act(config: Config, connect: str, name: str) -> int:
+def _act(config: Config, arguments: argparse.Namespace) -> int:
     # Imported before the wait: the actor's libraries load while the learner still starts.
     from actors.main import main as run_actor
+    from common.keys import actor_keys
     from common.launcher import wait_for_endpoint
 
-    endpoint = wait_for_endpoint(connect, config.actors.start_timeout_s)
-    return run_actor(config, endpoint, name)
+    endpoint = wait_for_endpoint(arguments.connect, config.actors.start_timeout_s)
+    keys = actor_keys(config, arguments.name, _keys_beside(arguments))
+    return run_actor(config, endpoint, arguments.name, keys)
 
 
 def _actors(arguments: argparse.Namespace) -> int:
@@ -206,6 +208,27 @@ def _actors(arguments: argparse.Namespace) -> int:
 
 def _describe(actors: Status) -> str:
     return "\n".join([f"{actors.active} of {actors.wanted} local actor(s) take part", *actors.given_up])
+
+
+def _keys_beside(arguments: argparse.Namespace) -> Path | None:
+    """The folder that --keys names, or RUN/keys of --connect file:RUN/endpoint if they are there; None: neither."""
+    if arguments.keys is not None:
+        return Path(arguments.keys)
+    kind, _, path = arguments.connect.partition(":")
+    beside = Path(path).parent / "keys"
+    return beside if kind == "file" and beside.is_dir() else None
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    from common.keys import SHARED_ACTOR, make_keys
+
+    folder = Path(arguments.folder)
+    made = make_keys(folder, arguments.actor or [SHARED_ACTOR])
+    for path in made:
+        print(path)
+    if not made:
+        print(f"{folder} has these keys already: nothing is made")
+    return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -330,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     actor = commands.add_parser("actor", help="start one actor alone and connect it to a learner")
     actor.set_defaults(command=_actor)
     actor.add_argument("--connect", required=True, help="tcp://HOST:PORT of the learner, or file:RUN/endpoint")
+    actor.add_argument("--keys", metavar="FOLDER", help="its keys (default: transport.keys, or RUN/keys)")
     actor.add_argument("--name", required=True, help="unique among the actors of a run")
     _add_config(actor)
 
@@ -337,6 +361,15 @@ def _parser() -> argparse.ArgumentParser:
     actors.set_defaults(command=_actors)
     actors.add_argument("run", help="run directory of a `train` that runs on this machine")
     actors.add_argument("--count", type=int, help="how many there shall be (default: only say how many there are)")
+    keygen = commands.add_parser("keygen", help="make the keys of a learner and its actors")
+    keygen.set_defaults(command=_keygen)
+    keygen.add_argument("folder", help="for transport.keys and --keys; what it holds already is kept")
+    keygen.add_argument(
+        "--actor",
+        action="append",
+        metavar="NAME",
+        help="a pair for this actor alone; repeatable (default: one for all)",
+    )
 
     prepare = commands.add_parser("prepare", help="make a small base model of a built-in task")
     prepare.set_defaults(command=_prepare)

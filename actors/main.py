@@ -24,6 +24,7 @@ from common.addresses import address_towards, prefer_interface_of
 from common.broadcast import BrokenTransfer
 from common.child import announce_ready
 from common.config import Config, ConfigError, Device
+from common.keys import ActorKeys
 from common.transport import ActorConnection, model_fingerprints
 from common.types import (
     PROTOCOL_VERSION,
@@ -231,14 +232,14 @@ class Actor:
             await asyncio.sleep(interval_s)
 
 
-async def _take_part(config: Config, endpoint: str, name: str, departure: Departure) -> None:
+async def _take_part(config: Config, endpoint: str, name: str, keys: ActorKeys | None, departure: Departure) -> None:
     """What can fail fast comes first: the verifier is loaded, and an actor that does not fit is refused, before the
     engine starts."""
     model, tokenizer = model_fingerprints(config.model.path)
     engine = Engine(config)
     async with (
         pool_of(config) as verifier,
-        ActorConnection(endpoint, name, config.transport.max_message_mb) as connection,
+        ActorConnection(endpoint, name, config.transport.max_message_mb, keys) as connection,
     ):
         await connection.send(
             Hello(
@@ -274,7 +275,7 @@ async def _welcome(connection: ActorConnection, timeout_s: float) -> Welcome:
             raise ActorError(f"the learner answered the greeting with {type(other).__name__}")
 
 
-def main(config: Config, endpoint: str, name: str) -> int:
+def main(config: Config, endpoint: str, name: str, keys: ActorKeys | None = None) -> int:
     """Runs one actor until the learner stops it, or it has drained. Returns the exit code: 128 + n when signal n has
     ended it at once."""
     if config.device is Device.cuda and (learner := urlsplit(endpoint).hostname) is not None:
@@ -287,7 +288,7 @@ def main(config: Config, endpoint: str, name: str) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, departure.handle, number)
         try:
-            await _take_part(config, endpoint, name, departure)
+            await _take_part(config, endpoint, name, keys, departure)
         except asyncio.CancelledError:
             if departure.number is None:
                 raise

@@ -126,6 +126,15 @@ def is_wildcard(host: str) -> bool:
         return host == "*"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a socket that binds `host` is reached from this machine alone."""
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+
+
 def in_url(host: str) -> str:
     """IPv6 addresses stand in brackets before a port."""
     return f"[{host}]" if ":" in host else host

@@ -310,7 +310,9 @@ class TransportConfig:
     port: int = 0  # 0: any free port
     heartbeat_s: float = 0.5
     heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost
-    max_message_mb: int = 256  # larger frames are refused
+    max_message_mb: int = 64  # larger messages are refused
+    curve: bool = True  # encryption, and keys that say who may take part; off: anybody who reaches the port may
+    keys: str | None = None  # folder made by `run.py keygen`; None: RUN/keys, made by the learner
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     RUN/data             what `run.py check` made of the data, before anything else starts
     RUN/endpoint         address of the learner's socket, written by rank 0; actors wait for it
     RUN/control          socket of the supervisor (common/control.py), while it lives
+    RUN/keys             the run's own keys, made by rank 0 (without transport.keys)
     RUN/logs/ROLE.log    output of each child
 
 Learner and actors start at the same time, because either needs half a minute.
@@ -30,6 +31,7 @@ from common import placement
 from common.causes import last_error
 from common.child import ChildSpec
 from common.config import Config, ConfigError, Device
+from common.keys import check_keys
 from common.loading import save_config
 from common.placement import visible_gpus
 from common.processes import Outcome, Supervisor, deal_cores
@@ -44,6 +46,7 @@ RUN_CONTENT = (
     "ledger.jsonl",
     "endpoint",
     "control",
+    "keys",
     "model",
     "tensorboard",
     "logs",
@@ -74,6 +77,7 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
     with lock_run(config), reserve_port() as port:
         cores = _allowed_cores(config)
         refuse_earlier(config, earlier)
+        check_keys(config)
         gpus = visible_gpus() if config.device is Device.cuda else []
         config = placement.settle(config, gpus)  # refuses what has no room, before anything is deleted
         specs = role_specs(config, port, [gpu.name for gpu in gpus])
@@ -158,7 +162,7 @@ def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
 def _refuse_own_source(config: Config) -> None:
     """Raises ConfigError when the new run starts from something that goes with the earlier one."""
     goes = [(config.run_dir / name).resolve() for name in RUN_CONTENT]
-    for key in ("model.path", "model.critic_path", "task.train_file", "task.heldout_file"):
+    for key in ("model.path", "model.critic_path", "task.train_file", "task.heldout_file", "transport.keys"):
         path = operator.attrgetter(key)(config)
         if path is not None and any(Path(path).resolve().is_relative_to(folder) for folder in goes):
             raise ConfigError(

@@ -1,7 +1,8 @@
 """The sockets: a ROUTER in the learner's service thread, a DEALER in each actor; both speak common/wire.py.
 
-An actor's ZeroMQ identity is its name and a random suffix: two processes of one name never share a mailbox.
-Nothing is dropped at a high-water mark (there is none): what is in flight is bounded by leases.
+An actor's ZeroMQ identity is its name and a random suffix: two processes of one name never share a mailbox, and nobody
+can guess the identity of another. Nothing is dropped: where the learner's queue of an actor is full, the actor's own grows,
+and that is bounded by its leases.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ import hashlib
 import json
 import secrets
 import socket
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,16 +20,34 @@ from typing import Any, Self, cast, get_args
 
 import zmq
 import zmq.asyncio
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from common.addresses import in_url
 from common.config import ConfigError
+from common.connections import Connections, Refusal
+from common.keys import ActorKeys, LearnerKeys
 from common.types import ActorMessage, LearnerMessage
-from common.wire import WireError, decode, encode
+from common.wire import WireError, decode, encode, pack, unpack
 
 LINGER_MS = 3000  # how long a closed socket may still deliver what was sent: Stop, Bye, the last group
 MESSAGES_PER_TURN = 1000  # read at once, so that a flood does not keep the learner from sending
+BYTES_PER_TURN = 64 << 20  # the same
+FRAMES_PER_TURN = 10_000  # of a message that has too many of them, skipped at once
+CHECK_S = 0.25  # between two looks at what the connections have brought
+RCV_QUEUE = 64  # messages of one actor that wait to be read; then its TCP connection waits
+SND_QUEUE = 100_000  # messages that an actor has not read: it is given up
+HANDSHAKE_MS = 10_000  # longest handshake
+MAX_HANDSHAKES = 3  # that fail one after another, before an actor gives up
 RECONNECT_MS = (100, 2000)  # first and longest pause before an actor connects again
 
+_DOMAIN = "async-vapo"  # of ZAP, the protocol by which libzmq asks whether a key is allowed
+_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -61,32 +82,51 @@ def model_fingerprints(path: str | Path) -> tuple[str, str]:
     return hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest(), tokenizer.hexdigest()
 
 
+class HandshakeError(ConfigError):
+    """Learner and actor do not accept each other; what to do about it."""
+
+
 class LearnerSocket:
     """The ROUTER. One thread binds, polls, receives, sends and closes; any thread may call `wake`.
 
+    With `keys` only actors whose keys they hold get through a handshake; what others send is never decoded. What a peer
+    can make this process keep is bounded: RCV_QUEUE messages of max_message_mb, and see common/connections.py.
     `wake` ends a `poll` at once: what another thread has put down to be sent leaves without a polling delay.
     """
 
-    def __init__(self, host: str, port: int, max_message_mb: int) -> None:
+    def __init__(self, host: str, port: int, max_message_mb: int, keys: LearnerKeys | None = None) -> None:
         self._max_bytes = max_message_mb << 20
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = None if keys is None else _start_authenticator(self._context, keys)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to nobody is an error, not a silent drop
-        _limit(self._socket, self._max_bytes)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who connects again does not wait for a dead connection's end
+        _limit(self._socket, self._max_bytes, RCV_QUEUE, SND_QUEUE)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        if keys is not None:
+            _require_keys(self._socket, keys)
+        self._connections = Connections(self._socket, self._max_bytes)
         try:
             self._socket.bind(f"tcp://{in_url(host)}:{port or '*'}")
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            self._release(linger_ms=0)
             raise ConfigError(_bind_sentence(host, port, error)) from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # as bound; a wildcard stays one
-        self.port = int(self.endpoint.rpartition(":")[2])
+        self.port = self._connections.port = int(self.endpoint.rpartition(":")[2])
+        self._is_skipping = False  # the rest of a message of many frames
+        self._next_check_s = 0.0
         self._awake, self._waker = socket.socketpair()
         for end in (self._awake, self._waker):
             end.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._connections.monitor, zmq.POLLIN)
         self._poller.register(self._awake.fileno(), zmq.POLLIN)
+
+    @property
+    def refusals(self) -> Counter[Refusal]:
+        """Connections that were refused or cut off, by reason."""
+        return self._connections.refusals
 
     def wake(self) -> None:
         try:
@@ -104,91 +144,180 @@ class LearnerSocket:
             self._awake.recv(1 << 16)
 
     def receive(self) -> Iterator[tuple[bytes, ActorMessage | WireError]]:
-        """What has arrived, with its sender; a WireError stands for what is no message."""
+        """What has arrived, with its sender; a WireError stands for what is no message.
+
+        At most MESSAGES_PER_TURN, and of BYTES_PER_TURN, taken from the senders in turn.
+        """
+        self._connections.follow()
+        num_bytes = 0
         for _ in range(MESSAGES_PER_TURN):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                identity, frame = self._next_frame()
             except zmq.Again:
+                self._check_connections()
                 return
-            identity = frames[0].bytes
-            try:
-                message = decode([frame.buffer for frame in frames[1:]], self._max_bytes)
-                if not isinstance(message, get_args(ActorMessage)):
-                    raise WireError(f"{type(message).__name__} is a message of the learner, not of an actor")
-                yield identity, cast(ActorMessage, message)
-            except WireError as error:
-                yield identity, error
+            num_bytes += len(frame)
+            yield identity, self._decoded(frame)
+            if num_bytes > BYTES_PER_TURN:
+                return
+
+    def _next_frame(self) -> tuple[bytes, zmq.Frame]:
+        """Sender and first frame of the next message. Raises zmq.Again when there is none yet."""
+        for _ in range(FRAMES_PER_TURN if self._is_skipping else 0):
+            self._is_skipping = bool(self._socket.recv(zmq.NOBLOCK, copy=False).more)
+            if not self._is_skipping:
+                break
+        if self._is_skipping:
+            raise zmq.Again
+        identity = self._socket.recv(zmq.NOBLOCK)
+        if not self._socket.getsockopt(zmq.RCVMORE):
+            return identity, zmq.Frame()  # a message without a frame
+        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+        self._is_skipping = bool(frame.more)
+        return identity, frame
+
+    def _decoded(self, frame: zmq.Frame) -> ActorMessage | WireError:
+        descriptor = frame.get(zmq.SRCFD) if len(frame) else -1
+        self._connections.delivered(descriptor)
+        try:
+            if frame.more:
+                raise WireError("a message of more than one frame")
+            message = decode(unpack(frame.buffer), self._max_bytes)
+            if not isinstance(message, get_args(ActorMessage)):
+                raise WireError(f"{type(message).__name__} is a message of the learner, not of an actor")
+            return cast(ActorMessage, message)
+        except WireError as error:
+            self._connections.strike(descriptor)
+            return error
+
+    def _check_connections(self) -> None:
+        """Nothing is left to be read: what a connection has brought beyond its messages is a part of one."""
+        now = time.monotonic()
+        if now >= self._next_check_s:
+            self._connections.check()
+            self._next_check_s = now + CHECK_S
 
     def send(self, identity: bytes, message: LearnerMessage) -> bool:
-        """False when no peer of that identity is connected."""
-        frames = encode(message)
+        """False when no peer of that identity is connected, or when it has stopped reading."""
         try:
-            self._socket.send_multipart([identity, *frames], copy=False)
+            self._socket.send_multipart([identity, pack(encode(message))], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
             raise
         return True
 
     def close(self) -> None:
         """Close; what was sent still gets LINGER_MS to leave."""
-        self._socket.close(linger=LINGER_MS)
-        self._context.term()
+        self._release(LINGER_MS)
         self._awake.close()
         self._waker.close()
 
+    def _release(self, linger_ms: int) -> None:
+        self._socket.disable_monitor()
+        self._connections.monitor.close(linger=0)
+        self._socket.close(linger=linger_ms)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.term()
+
 
 class ActorConnection:
-    """The DEALER, an async context manager. It reconnects by itself and delivers what was sent meanwhile."""
+    """The DEALER, an async context manager. It reconnects by itself and delivers what was sent meanwhile.
 
-    def __init__(self, endpoint: str, name: str, max_message_mb: int) -> None:
+    With `keys` it speaks to the learner of that key and to nobody else.
+    """
+
+    def __init__(self, endpoint: str, name: str, max_message_mb: int, keys: ActorKeys | None = None) -> None:
         self.endpoint = endpoint
         self.name = name
         self._max_bytes = max_message_mb << 20
+        self._keys = keys
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
+        self._was_connected = False
+        self._failures = 0  # handshakes, one after another
 
     async def __aenter__(self) -> Self:
         channel = self._context.socket(zmq.DEALER)
-        channel.setsockopt(zmq.IDENTITY, f"{self.name[:200]}#{secrets.token_hex(6)}".encode()[-255:])
+        channel.setsockopt(zmq.IDENTITY, f"{self.name[:200]}#{secrets.token_hex(12)}".encode()[-255:])
         channel.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
         channel.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
-        _limit(channel, self._max_bytes)
+        _limit(channel, self._max_bytes, 0, 0)
         channel.setsockopt(zmq.IPV6, int("[" in self.endpoint))
+        if self._keys is not None:
+            channel.setsockopt(zmq.CURVE_SERVERKEY, self._keys.learner)
+            channel.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.own.public)
+            channel.setsockopt(zmq.CURVE_SECRETKEY, self._keys.own.secret)
+        self._monitor = channel.get_monitor_socket(_HANDSHAKES)
         try:
             channel.connect(self.endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(f"cannot connect to {self.endpoint!r} ({error}); give tcp://HOST:PORT") from None
         self._socket = channel
+        self._poller = zmq.asyncio.Poller()
+        self._poller.register(channel, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._socket is not None:
-            self._socket.close(linger=LINGER_MS)
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._socket.close(linger=0 if isinstance(error, HandshakeError) else LINGER_MS)
             self._socket = None
         await asyncio.to_thread(self._context.term)  # blocks while it lingers: not on the event loop
 
     async def send(self, message: ActorMessage) -> None:
         """Queue the message. Raises WireError when it is larger than the learner takes."""
-        frames = encode(message)
-        size = sum(len(frame) for frame in frames)
-        if size > self._max_bytes:  # the learner would cut the connection, again after every reconnect
-            raise WireError(f"{type(message).__name__} of {size} bytes: limit {self._max_bytes}")
-        await self._channel.send_multipart(frames, copy=False)
+        packed = pack(encode(message))
+        if len(packed) > self._max_bytes:  # the learner would cut the connection, again after every reconnect
+            raise WireError(f"{type(message).__name__} of {len(packed)} bytes: limit {self._max_bytes}")
+        await self._channel.send(packed, copy=False)
 
     async def receive(self, timeout_s: float) -> LearnerMessage:
-        """The next message. Raises TimeoutError naming the learner's endpoint, or WireError."""
-        # poll before recv: cancelling a poll loses nothing, cancelling a recv may lose a message
-        if not await self._channel.poll(max(0, round(timeout_s * 1000))):
-            raise TimeoutError(f"{self.name!r} heard nothing from the learner at {self.endpoint} for {timeout_s} s")
-        frames = await self._channel.recv_multipart(copy=False)
-        message = decode([frame.buffer for frame in frames], self._max_bytes)
+        """The next message. Raises TimeoutError naming the learner's endpoint, HandshakeError, or WireError."""
+        deadline = time.monotonic() + timeout_s
+        channel = self._channel
+        while True:
+            # poll before recv: cancelling a poll loses nothing, cancelling a recv may lose a message
+            ready = dict(await self._poller.poll(max(0, round((deadline - time.monotonic()) * 1000))))
+            if self._monitor in ready:
+                self._note_handshake(await recv_monitor_message(self._monitor))
+            elif channel in ready:
+                break
+            elif time.monotonic() >= deadline:
+                raise TimeoutError(f"{self.name!r} heard nothing from the learner at {self.endpoint} for {timeout_s} s")
+        frames = await channel.recv_multipart(copy=False)
+        message = decode(unpack(frames[0].buffer), self._max_bytes)
         if not isinstance(message, get_args(LearnerMessage)):
             raise WireError(f"{type(message).__name__} is a message of an actor, not of the learner")
         return cast(LearnerMessage, message)
+
+    def _note_handshake(self, event: dict[str, Any]) -> None:
+        """Raises HandshakeError when connecting again is of no use."""
+        if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._was_connected, self._failures = True, 0
+            return
+        self._failures += 1
+        place = f"the learner at {self.endpoint}"
+        if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
+            raise HandshakeError(
+                f"{place} does not know the key of actor {self.name}: put the public key {self._keys.own.public.decode()}"
+                f" (of {self._keys.folder}) as a *.key file into the folder actors of the learner's keys"
+            )
+        is_final = event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # libzmq does not try again
+        if not is_final and (self._was_connected or self._failures < MAX_HANDSHAKES):
+            return  # a learner that just ends looks alike
+        if self._keys is None:
+            raise HandshakeError(f"{place} wants keys, and actor {self.name} has none: give --keys, a copy of RUN/keys")
+        raise HandshakeError(
+            f"{place} does not have the secret key of {self._keys.folder / 'learner.key'}, or does not encrypt: give "
+            "--keys a copy of its own keys, or set transport.curve on both sides alike"
+        )
 
     @property
     def _channel(self) -> zmq.asyncio.Socket:
@@ -196,11 +325,30 @@ class ActorConnection:
         return self._socket
 
 
-def _limit(channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int) -> None:
+def _start_authenticator(context: zmq.Context[zmq.Socket[bytes]], keys: LearnerKeys) -> ThreadAuthenticator:
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback(_DOMAIN, credentials_provider=keys)
+    return authenticator
+
+
+def _require_keys(router: zmq.Socket[bytes], keys: LearnerKeys) -> None:
+    router.setsockopt(zmq.CURVE_SERVER, 1)
+    router.setsockopt(zmq.CURVE_PUBLICKEY, keys.own.public)
+    router.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret)
+    router.setsockopt_string(zmq.ZAP_DOMAIN, _DOMAIN)
+    router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without its authenticator it accepts nobody, instead of everybody
+
+
+def _limit(channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int, receive: int, send: int) -> None:
     channel.setsockopt(zmq.MAXMSGSIZE, max_bytes)
-    channel.setsockopt(zmq.SNDHWM, 0)
-    channel.setsockopt(zmq.RCVHWM, 0)
-    channel.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    channel.setsockopt(zmq.RCVHWM, receive)
+    channel.setsockopt(zmq.SNDHWM, send)
+    channel.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    channel.setsockopt(zmq.TCP_KEEPALIVE, 1)  # a dead connection is found, and its memory freed, in two minutes
+    channel.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
+    channel.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 15)
+    channel.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
 
 
 def _bind_sentence(host: str, port: int, error: zmq.ZMQError) -> str:

@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 PROTOCOL_VERSION = 4
 
+BYTES_PER_TOKEN = 12  # of a group on its way: id, log-prob and version of each token
+
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
 

@@ -19,6 +19,7 @@ from common.config import (
     TransferBackend,
 )
 from common.model_folder import check_model_folder
+from common.types import BYTES_PER_TOKEN
 
 INF = float("inf")
 LARGEST_INTEGER = 2**32 - 1  # of any setting: numpy's and vLLM's seeds end there, counts and lengths earlier
@@ -240,10 +241,25 @@ def _check_device(config: Config) -> None:
         f"learner.offload={config.learner.offload} has no effect with device=cpu, where everything is in host memory: "
         "leave it out",
     )
-    beat, silence = config.transport.heartbeat_s, config.transport.heartbeat_timeout_s
+    _check_transport(config)
+
+
+def _check_transport(config: Config) -> None:
+    transport, rollout = config.transport, config.rollout
+    beat, silence = transport.heartbeat_s, transport.heartbeat_timeout_s
     refuse_if(
         silence < 2 * beat,
         f"transport.heartbeat_timeout_s={silence:g} must be at least twice transport.heartbeat_s={beat:g}",
+    )
+    refuse_if(
+        transport.keys is not None and not transport.curve,
+        f"transport.keys={transport.keys} has no effect with transport.curve=off: leave out one of them",
+    )
+    largest_mb = 1 + (rollout.group_size * rollout.max_tokens * BYTES_PER_TOKEN >> 20)
+    refuse_if(
+        transport.max_message_mb < largest_mb,
+        f"transport.max_message_mb={transport.max_message_mb} does not hold a group of rollout.group_size="
+        f"{rollout.group_size} responses of rollout.max_tokens={rollout.max_tokens}: set it to {largest_mb} or more",
     )
 
 

@@ -1,5 +1,8 @@
 """Messages to frames and back: how the records of common/types.py travel.
 
+A message travels as one ZeroMQ frame, so that the library's limit on frames (MAXMSGSIZE) bounds it. In it lie our own
+frames: their number and lengths as little-endian uint32, then each of them, filled up to a multiple of 8 bytes.
+
 Frame 0 is a MessagePack header, the others are the message's arrays in little-endian byte order, not copied:
 
     [kind, protocol version, {field: value}, [[array field, dtype, shape], ...]], array bytes, ...
@@ -25,11 +28,42 @@ Frame: TypeAlias = bytes | memoryview
 
 MAX_HEADER_BYTES = 4 << 20  # a row with its test cases, or the names and shapes of a large model's tensors
 MAX_JSON_DEPTH = 16
+MAX_FRAMES = 64
+ALIGNMENT = 8  # bytes
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 class WireError(ValueError):
     """Bytes that are no message of this protocol, or a message that cannot travel: which field, and why."""
+
+
+def pack(frames: Sequence[Frame]) -> bytes:
+    """The frames as one."""
+    lengths = np.array([len(frames), *map(len, frames)], "<u4").tobytes()
+    parts: list[Frame] = []
+    for part in (lengths, *frames):
+        parts += (part, bytes(-len(part) % ALIGNMENT))
+    return b"".join(parts)
+
+
+def unpack(packed: Frame) -> list[memoryview]:
+    """Views on the frames in it. Raises WireError when they do not fill it."""
+    view = memoryview(packed)
+    num_frames = int.from_bytes(view[:4], "little")
+    if len(view) < 4 or num_frames > MAX_FRAMES or len(view) < 4 + 4 * num_frames:
+        raise WireError(f"{len(view)} bytes that begin with the number {num_frames} are no frames")
+    start, frames = _aligned(4 + 4 * num_frames), []
+    for i in range(num_frames):
+        end = start + int.from_bytes(view[4 + 4 * i : 8 + 4 * i], "little")
+        frames.append(view[start:end])
+        start = _aligned(end)
+    if start != len(view):
+        raise WireError(f"{num_frames} frames that take {start} bytes in {len(view)}")
+    return frames
+
+
+def _aligned(length: int) -> int:
+    return length + -length % ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class Leader:
             for name, count in counters.items()
             if name.startswith("dropped/")
         }
-        rates |= {name: count for name, count in counters.items() if name.startswith("verdicts/")}
+        rates |= {name: count for name, count in counters.items() if name.startswith(("verdicts/", "transport/"))}
         self._counters, self._recorded_at = counters, now
         return rates
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from common.addresses import advertised_host, prefer_interface_of
 from common.child import READY_FILE
 from common.config import Config, ConfigError, Device
+from common.keys import learner_keys
 from common.metrics import RunLog, Value
 from common.placement import plan_here
 from common.stopping import Interrupted, RunEnds, StopSignals
@@ -438,7 +439,8 @@ def _leader_of_actors(config: Config, resume_step: int | None) -> Iterator[Leade
         model_fingerprints(config.model.path),
         probe_token_ids(config).tolist(),
         data.task.shares,
-        former_port(config.run_dir),
+        keys=learner_keys(config),
+        former_port=former_port(config.run_dir),
     )
     service.turn_s = TURN_S
     kept = None

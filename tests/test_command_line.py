@@ -1,8 +1,10 @@
 """What the command line takes, and how mistakes in it end."""
 
+from pathlib import Path
+
 import pytest
 
-from run import _parse, main
+from run import _keys_beside, _parse, main
 
 RECIPE = ["-c", "demo"]
 ENDPOINT = ["--connect", "tcp://127.0.0.1:1", "--name", "extra"]
@@ -43,3 +45,23 @@ def test_unknown_options_and_settings_without_a_use_are_named(
         main(words)
     assert ended.value.code == 2
     assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
+def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "keys"
+    assert main(["keygen", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}/learner.key_secret\n{folder}/actors/actor.key_secret\n"
+    assert main(["keygen", str(folder), "--actor", "a", "--actor", "b"]) == 0
+    assert capsys.readouterr().out == f"{folder}/actors/a.key_secret\n{folder}/actors/b.key_secret\n"
+    assert main(["keygen", str(folder)]) == 0
+    assert "nothing is made" in capsys.readouterr().out
+
+
+def test_an_actor_looks_for_its_keys_beside_the_endpoint(tmp_path: Path) -> None:
+    connect = f"file:{tmp_path}/endpoint"
+    words = ["actor", "--name", "a", "--connect"]
+    assert _keys_beside(_parse([*words, connect])) is None
+    (tmp_path / "keys").mkdir()
+    assert _keys_beside(_parse([*words, connect])) == tmp_path / "keys"
+    assert _keys_beside(_parse([*words, connect, "--keys", "other"])) == Path("other")
+    assert _keys_beside(_parse([*words, "tcp://127.0.0.1:1"])) is None

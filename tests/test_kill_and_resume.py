@@ -20,6 +20,7 @@ import pytest
 
 import run
 from common.config import Config
+from common.keys import actor_keys
 from common.launcher import rank_environment, reserve_port
 from common.loading import load_config, save_config
 from common.transport import model_fingerprints
@@ -107,6 +108,7 @@ class LearnerProcesses:
             fingerprints=model_fingerprints(self.config.model.path),
             complete=replayed,
             delay_s=self.delay_s,
+            keys=actor_keys(self.config, "actor"),
         )
         stack.enter_context(self.actor)
 

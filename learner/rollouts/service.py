@@ -12,6 +12,7 @@ waiting. An exception in the thread is raised by the API calls that are waiting 
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,6 +20,8 @@ from typing import Self, TypeVar
 
 from common.addresses import advertised_host, in_url
 from common.config import Config, ConfigError, TransportConfig
+from common.connections import Refusal
+from common.keys import LearnerKeys, refuse_open
 from common.stopping import is_crash
 from common.tasks import Share
 from common.transport import LINGER_MS, LearnerSocket
@@ -71,6 +74,8 @@ class LearnerService:
     Any thread may call any method. Every wait takes a time-out whose message says who was waited for.
     `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins; `tokenize`
     gives a prompt's token ids; `shares` are those of PromptStream; `former_port` is that of the learner before, if any.
+    Without `keys` (common/keys.py) anybody who reaches the socket may take part, so it must be bound to loopback unless
+    transport.curve=off.
 
     With `turn_s` set, a wait raises StillWaiting after so many seconds, and at once after `interrupt`.
     """
@@ -83,10 +88,12 @@ class LearnerService:
         fingerprints: tuple[str, str],
         probe_token_ids: Sequence[int],
         shares: Sequence[Share] = (),
+        keys: LearnerKeys | None = None,
         former_port: int = 0,
     ) -> None:
         self.turn_s = float("inf")
         self._config = config
+        self._keys = keys
         self._former_port = former_port
         self._waits: dict[str, float] = {}  # for what, and since when: those that StillWaiting has interrupted
         self._is_interrupted = False
@@ -102,6 +109,7 @@ class LearnerService:
     def __enter__(self) -> Self:
         transport = self._config.transport
         self._advertised_host = advertised_host(transport)
+        refuse_open(transport, self._keys)
         self._socket = self._bound(transport)
         self._thread = threading.Thread(target=self._run, args=(self._socket,), name="service", daemon=True)
         self._thread.start()
@@ -120,10 +128,10 @@ class LearnerService:
         """On the configured port, or, when that is any, on the one where actors of the learner before look for it."""
         if transport.port == 0 and self._former_port:
             try:
-                return LearnerSocket(transport.host, self._former_port, transport.max_message_mb)
+                return LearnerSocket(transport.host, self._former_port, transport.max_message_mb, self._keys)
             except ConfigError as error:
                 logger.warning("actors of the learner before will not find this one: %s", error)
-        return LearnerSocket(transport.host, transport.port, transport.max_message_mb)
+        return LearnerSocket(transport.host, transport.port, transport.max_message_mb, self._keys)
 
     @property
     def endpoint(self) -> str:
@@ -275,9 +283,11 @@ class LearnerService:
     # ---- reports and checkpoints; these work after stop() as well
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start of the run and gauges of now (Coordinator.stats)."""
+        """Counters since the start of the run and gauges of now (Coordinator.stats), and refused connections."""
         with self._changed:
-            return self._coordinator.stats()
+            refusals = self._socket.refusals if self._socket is not None else Counter[Refusal]()
+            counts = {f"transport/{reason}": float(refusals[reason]) for reason in Refusal}
+            return self._coordinator.stats() | counts
 
     def snapshot(self) -> Snapshot:
         """Between two steps: what a checkpoint has to hold of the data side."""
@@ -388,8 +398,9 @@ class LearnerService:
 
     def _turn(self, socket: LearnerSocket, now: float) -> None:
         """Handle what arrived, then what time brings, then send: a peer is never lost while its message waits."""
+        arrived = list(socket.receive())  # decoded before the lock is taken
         with self._changed:
-            for identity, message in socket.receive():
+            for identity, message in arrived:
                 self._reception.handle(identity, message, now)
             self._coordinator.tick(now)
             if not self._is_stopping:

@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from common.keys import ActorKeys
 from common.transport import ActorConnection
 from common.types import (
     PROTOCOL_VERSION,
@@ -86,6 +87,7 @@ class FakeActor:
     deaf_to: frozenset[WeightsPhase] = frozenset()  # phases it does not answer
     fails: dict[WeightsPhase, str] = field(default_factory=dict)
     heartbeat_s: float = 0.1
+    keys: ActorKeys | None = None
     received: list[LearnerMessage] = field(default_factory=list)
     sent: list[ActorMessage] = field(default_factory=list)
     failure: BaseException | None = None
@@ -135,7 +137,7 @@ class FakeActor:
     async def _take_part(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         self._held: dict[int, asyncio.Task[None]] = {}
-        async with ActorConnection(self.endpoint, self.name, 16) as self._connection:
+        async with ActorConnection(self.endpoint, self.name, 16, self.keys) as self._connection:
             await self._send(hello(self.name, self.capacity, self.fingerprints))
             welcome = await self._receive()
             if not isinstance(welcome, Welcome):

@@ -56,7 +56,7 @@ def publish_twice(folder: str, host: str, num_actors: int, run_dir: Path) -> Non
         rollout=RolloutConfig(prompts_per_step=1, group_size=2, max_tokens=8),
         actors=ActorsConfig(start_timeout_s=120.0),
         weights=WeightsConfig(timeout_s=60.0),
-        transport=TransportConfig(host=host, heartbeat_s=0.2, heartbeat_timeout_s=20.0),
+        transport=TransportConfig(host=host, heartbeat_s=0.2, heartbeat_timeout_s=20.0, curve=False),
     )
     policy = load_policy(config, torch.device("cpu"), None)
     prompts = [Prompt(uid="p", text="", reference="")]

@@ -120,7 +120,7 @@ def talk(service: LearnerService, *messages: ActorMessage, num_answers: int = 1)
 
 
 def test_a_learner_that_binds_every_interface_advertises_an_address_that_actors_can_reach() -> None:
-    everywhere = replace(make_config().transport, host="0.0.0.0")
+    everywhere = replace(make_config().transport, host="0.0.0.0", curve=False)
     with make_service(replace(make_config(), transport=everywhere)) as service:
         assert "0.0.0.0" not in service.endpoint
     with make_service(replace(make_config(), transport=replace(everywhere, advertise_host="127.0.0.1"))) as service:
@@ -161,10 +161,10 @@ def test_actors_stay_when_the_learner_crashes_and_find_the_next_one_at_the_same_
             service.wait_for_members(1, 10.0)
             raise RuntimeError("a tensor")
         assert actor.received_any(Stop) is None
-        with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], (), port) as second:
+        with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], former_port=port) as second:
             assert second.endpoint.endswith(f":{port}")
             until(lambda: actor.received_any(Refused) is not None)  # it is heard there; a hello would make it a member
-            with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], (), port) as third:
+            with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], former_port=port) as third:
                 assert not third.endpoint.endswith(f":{port}"), "taken: any other one will do"
 
 

@@ -1,0 +1,148 @@
+"""The TCP connections of the learner's ROUTER, as libzmq's monitor and the kernel tell of them.
+
+libzmq bounds a frame (MAXMSGSIZE) and the number of whole messages that wait (RCVHWM). It bounds neither what it keeps of
+a message whose last frame never comes, nor how many strangers are in the handshake at once. The kernel knows how much
+each connection has brought; whoever exceeds what an honest peer can need is cut off, and may connect again.
+"""
+
+import errno
+import logging
+import socket
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+logger = logging.getLogger(__name__)
+
+MAX_STRANGERS = 1024  # connections in the handshake; the oldest go first
+STRANGER_BYTES = 16 << 10  # a handshake takes below 1 KiB
+IN_FLIGHT_BYTES = 16 << 20  # may lie in the kernel and in libzmq, as whole messages that nobody has seen yet
+MAX_STRIKES = 10  # malformed messages of one connection
+
+# What a server sends before it accepts a client (ZMTP 3.1): greeting 64, with CURVE WELCOME 170, and one for SYN.
+_NULL_REPLY_BYTES = 64 + 1
+_CURVE_REPLY_BYTES = 64 + 170 + 1
+_TCP_INFO_BYTES = struct.Struct("@120xQQ")  # struct tcp_info, linux/tcp.h: bytes_acked, bytes_received
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | _FAILED
+
+
+class Refusal(StrEnum):
+    """Why a connection was not made, or cut off."""
+
+    KEY = "refused_keys"  # no key of an actor that may take part
+    HANDSHAKE = "failed_handshakes"  # another learner's key, no encryption, another protocol, or too slow
+    STRANGER = "cut_strangers"  # too many of them, or too much sent before the handshake
+    ENDLESS = "cut_endless"  # more bytes than the largest message takes, and no message
+    MALFORMED = "cut_malformed"  # MAX_STRIKES messages that are none
+
+
+class _Traffic(NamedTuple):
+    sent: int  # bytes that the peer has acknowledged
+    received: int  # bytes
+
+
+@dataclass
+class _Peer:
+    """`base`: bytes received by the check after its last message; None: that check is still to come."""
+
+    base: int | None = None
+    strikes: int = 0
+    is_known: bool = False  # the handshake is over
+
+
+class Connections:
+    """By file descriptor. Used by the thread that owns the socket.
+
+    A descriptor can be closed and used again at any time: it is looked at anew each time, and touched only while it is a
+    connection to our port. The worst that a mix-up does is to cut off a connection that connects again.
+    """
+
+    def __init__(self, router: zmq.Socket[bytes], max_bytes: int) -> None:
+        """`router` must have its options, but not be bound yet; then `port` has to be set."""
+        self.port = 0
+        self.monitor = router.get_monitor_socket(_EVENTS)
+        self._reply_bytes = _CURVE_REPLY_BYTES if router.getsockopt(zmq.CURVE_SERVER) else _NULL_REPLY_BYTES
+        self.refusals: Counter[Refusal] = Counter()
+        self._max_bytes = max_bytes + IN_FLIGHT_BYTES
+        self._peers: dict[int, _Peer] = {}  # oldest first
+
+    def follow(self) -> None:
+        """Read what the monitor has told since the last call."""
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)
+            kind, value = event["event"], event["value"]
+            if kind == zmq.EVENT_ACCEPTED:
+                self._peers.pop(value, None)
+                self._peers[value] = _Peer()
+            elif kind == zmq.EVENT_DISCONNECTED:
+                self._peers.pop(value, None)
+            elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.refusals[Refusal.KEY] += 1
+            elif kind & _FAILED:
+                self.refusals[Refusal.HANDSHAKE] += 1
+
+    def delivered(self, descriptor: int) -> None:
+        """A whole message has come over this connection, which may still be to be told of."""
+        peer = self._peers.setdefault(descriptor, _Peer())
+        peer.base, peer.is_known = None, True
+
+    def strike(self, descriptor: int) -> None:
+        """What has come was no message."""
+        if (peer := self._peers.get(descriptor)) is not None:
+            peer.strikes += 1
+            if peer.strikes == MAX_STRIKES:
+                self.cut(descriptor, Refusal.MALFORMED)
+
+    def check(self) -> None:
+        """Cut off who sends too much. To be called when all messages that have come are read."""
+        strangers = []
+        for descriptor, peer in list(self._peers.items()):
+            if (traffic := self._traffic(descriptor)) is None:
+                del self._peers[descriptor]  # closed
+                continue
+            peer.is_known = peer.is_known or traffic.sent > self._reply_bytes
+            if peer.base is None:
+                peer.base = traffic.received
+            if not peer.is_known and traffic.received > STRANGER_BYTES:
+                self.cut(descriptor, Refusal.STRANGER)
+            elif traffic.received - peer.base > self._max_bytes:
+                self.cut(descriptor, Refusal.ENDLESS)
+            elif not peer.is_known:
+                strangers.append(descriptor)
+        for descriptor in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
+            self.cut(descriptor, Refusal.STRANGER)
+
+    def cut(self, descriptor: int, reason: Refusal) -> None:
+        """End the connection; libzmq frees what it kept of it."""
+        if self._peers.pop(descriptor, None) is None:
+            return
+        self.refusals[reason] += 1
+        with suppress(OSError), self._borrowed(descriptor) as connection:
+            logger.warning("the connection from %s is cut off: %s", connection.getpeername()[:2], reason)
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def _traffic(self, descriptor: int) -> _Traffic | None:
+        """None when it is no connection to our port (any more)."""
+        with suppress(OSError), self._borrowed(descriptor) as connection:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES.size)
+            return _Traffic(*_TCP_INFO_BYTES.unpack(info))
+        return None
+
+    @contextmanager
+    def _borrowed(self, descriptor: int) -> Iterator[socket.socket]:
+        """libzmq's descriptor as a socket; it stays libzmq's to close. Raises OSError when it is closed or another's."""
+        connection = socket.socket(fileno=descriptor)
+        try:
+            if connection.type != socket.SOCK_STREAM or connection.getsockname()[1:2] != (self.port,):
+                raise OSError(errno.EBADF, "no connection to the learner's port")
+            yield connection
+        finally:
+            connection.detach()

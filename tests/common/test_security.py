@@ -1,0 +1,254 @@
+"""What strangers, wrong keys and hostile peers get: nothing decoded, a sentence, a bound; and the others are served."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import zmq
+
+from common import connections, transport
+from common.config import Config, TransportConfig
+from common.connections import MAX_STRIKES, Refusal
+from common.keys import ActorKeys, LearnerKeys, actor_keys, make_keys
+from common.transport import ActorConnection, HandshakeError, LearnerSocket
+from common.types import Ack, ActorMessage, Bye, Ready, WeightsCommand, WeightsPhase
+from common.wire import WireError, encode, pack
+from tests.support import strangers
+
+
+class Served:
+    """A learner's socket with a thread that reads it, and answers each message with an Ack of its number."""
+
+    def __init__(self, socket: LearnerSocket) -> None:
+        self.socket = socket
+        self.arrived: list[tuple[bytes, ActorMessage | WireError]] = []
+        self._is_over = False
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._is_over:
+            self.socket.poll(0.05)
+            for identity, message in self.socket.receive():
+                self.arrived.append((identity, message))
+                self.socket.send(identity, Ack(lease_id=len(self.arrived)))
+
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: {self.socket.refusals}, {len(self.arrived)} messages"
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        self._is_over = True
+        self._thread.join()
+        self.socket.close()
+
+
+@contextmanager
+def serving(keys: LearnerKeys | None, max_message_mb: int = 1) -> Iterator[Served]:
+    served = Served(LearnerSocket("127.0.0.1", 0, max_message_mb, keys))
+    try:
+        yield served
+    finally:
+        served.end()
+
+
+def keys_in(folder: Path) -> tuple[LearnerKeys, ActorKeys]:
+    make_keys(folder)
+    config = Config(transport=TransportConfig(keys=str(folder)))
+    actor = actor_keys(config, "a")
+    assert actor is not None
+    return LearnerKeys(folder), actor
+
+
+def greet(served: Served, keys: ActorKeys | None, timeout_s: float = 10.0) -> None:
+    """One message and its answer. Raises what the connection raises."""
+
+    async def talk() -> None:
+        async with ActorConnection(served.socket.endpoint, "a", 1, keys) as connection:
+            await connection.send(Bye(error=None))
+            assert isinstance(await connection.receive(timeout_s), Ack)
+
+    asyncio.run(talk())
+
+
+def test_with_its_key_an_actor_is_served(tmp_path: Path) -> None:
+    learner, actor = keys_in(tmp_path)
+    with serving(learner) as served:
+        greet(served, actor)
+        assert [message for _, message in served.arrived] == [Bye(error=None)]
+        assert not served.socket.refusals
+
+
+def test_an_actor_whose_key_is_unknown_is_told_at_once_and_nothing_of_it_is_decoded(tmp_path: Path) -> None:
+    learner, _ = keys_in(tmp_path / "learner")
+    _, stranger = keys_in(tmp_path / "other")
+    stranger = ActorKeys(own=stranger.own, learner=learner.own.public, folder=stranger.folder)
+    with serving(learner) as served:
+        started = time.monotonic()
+        with pytest.raises(HandshakeError, match=f"the learner at {served.socket.endpoint} does not know the key of "):
+            greet(served, stranger)
+        assert time.monotonic() - started < 5.0
+        served.until(lambda: served.socket.refusals[Refusal.KEY] == 1, "the refusal is counted")
+        assert not served.arrived
+
+
+def test_an_actor_that_knows_another_learner_or_no_keys_is_told_so(tmp_path: Path) -> None:
+    learner, _ = keys_in(tmp_path / "learner")
+    _, other = keys_in(tmp_path / "other")
+    with serving(learner) as served:
+        with pytest.raises(HandshakeError, match=r"does not have the secret key of .*other/learner\.key.*--keys"):
+            greet(served, other)
+        with pytest.raises(HandshakeError, match="wants keys, and actor a has none: give --keys"):
+            greet(served, None)
+        served.until(lambda: served.socket.refusals[Refusal.HANDSHAKE] >= 4, "the refusals are counted")
+        assert not served.arrived
+    with serving(None) as served, pytest.raises(HandshakeError, match=r"or does not encrypt.*transport\.curve"):
+        greet(served, other)
+
+
+def test_without_its_authenticator_a_learner_accepts_nobody(tmp_path: Path) -> None:
+    learner, actor = keys_in(tmp_path)
+    with serving(learner) as served:
+        greet(served, actor)
+        assert served.socket._authenticator is not None
+        served.socket._authenticator.stop()
+        with pytest.raises((HandshakeError, TimeoutError)):
+            greet(served, actor, timeout_s=3.0)
+        served.socket._authenticator = None
+        assert len(served.arrived) == 1
+
+
+def test_a_message_that_never_ends_is_cut_off_and_the_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 MB/s for three seconds, from a peer that has not said hello."""
+    monkeypatch.setattr(connections, "IN_FLIGHT_BYTES", 4 << 20)
+    process, chunk = psutil.Process(), strangers.frame(bytes(1 << 20), strangers.MORE)
+    with serving(None) as served:
+        greet(served, None)
+        started, before, largest, cuts = time.monotonic(), process.memory_info().rss, 0, 0
+        peer = None
+        while (elapsed_s := time.monotonic() - started) < 3.0:
+            if peer is None:
+                peer = strangers.connect(served.socket.port)
+                strangers.ready(peer, b"endless")
+            try:
+                peer.sendall(chunk)
+            except OSError:
+                peer, cuts = None, cuts + 1
+            largest = max(largest, process.memory_info().rss - before)
+            time.sleep(max(0.0, 0.01 - (time.monotonic() - started - elapsed_s)))
+        assert cuts == served.socket.refusals[Refusal.ENDLESS] >= 2
+        assert largest < 100 << 20, "5 MB, and what half a second brings, twice at most"
+        greet(served, None)
+        assert not any(isinstance(message, WireError) for _, message in served.arrived)
+
+
+def test_a_message_of_many_frames_from_a_peer_with_a_key_is_skipped(tmp_path: Path) -> None:
+    learner, actor = keys_in(tmp_path)
+    with serving(learner) as served, zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.CURVE_SERVERKEY, actor.learner)
+        dealer.setsockopt(zmq.CURVE_PUBLICKEY, actor.own.public)
+        dealer.setsockopt(zmq.CURVE_SECRETKEY, actor.own.secret)
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.connect(served.socket.endpoint)
+        dealer.send_multipart([b"x"] * 50_000)
+        dealer.send(pack(encode(Bye(error="next"))))
+        served.until(lambda: len(served.arrived) == 2, "both are there")
+        assert "more than one frame" in str(served.arrived[0][1])
+        assert served.arrived[1][1] == Bye(error="next")
+
+
+def test_a_stranger_may_not_send_more_than_a_handshake(tmp_path: Path) -> None:
+    learner, actor = keys_in(tmp_path)
+    with serving(learner) as served:
+        peer = strangers.connect(served.socket.port, b"CURVE")
+        peer.sendall(strangers.frame(bytes(1 << 19), strangers.COMMAND)[: 1 << 18])  # within the limit of a frame
+        assert strangers.is_closed(peer)
+        assert served.socket.refusals[Refusal.STRANGER] == 1
+        greet(served, actor)
+
+
+def test_of_too_many_strangers_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_STRANGERS", 5)
+    learner, actor = keys_in(tmp_path)
+    with serving(learner) as served:
+        crowd = [strangers.connect(served.socket.port, b"CURVE") for _ in range(30)]
+        served.until(lambda: served.socket.refusals[Refusal.STRANGER] >= 25, "25 are cut off")
+        assert all(strangers.is_closed(peer) for peer in crowd[:25])
+        assert not any(strangers.is_closed(peer, 0.05) for peer in crowd[25:])
+        greet(served, actor)
+
+
+def test_a_slow_handshake_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "HANDSHAKE_MS", 200)
+    with serving(None) as served:
+        assert strangers.is_closed(strangers.connect(served.socket.port))
+
+
+def test_a_flood_of_garbage_is_cut_off_again_and_again() -> None:
+    with serving(None) as served:
+        for _ in range(3):
+            peer = strangers.connect(served.socket.port)
+            strangers.ready(peer, b"garbage")
+            with suppress(OSError):  # cut off by then
+                peer.sendall(strangers.frame(b"\xc1", 0) * 5 * MAX_STRIKES)
+            assert strangers.is_closed(peer)
+        assert served.socket.refusals[Refusal.MALFORMED] >= 3
+        greet(served, None)
+
+
+def test_who_has_stopped_reading_is_as_good_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "SND_QUEUE", 100)
+    learner = LearnerSocket("127.0.0.1", 0, 1)
+    peer = strangers.connect(learner.port)
+    strangers.ready(peer, b"deaf")
+    peer.sendall(strangers.frame(pack(encode(Bye(error=None))), 0))
+    arrived: list[tuple[bytes, ActorMessage | WireError]] = []
+    while not arrived:
+        learner.poll(5.0)
+        arrived += learner.receive()
+    ((identity, _),) = arrived
+    command = WeightsCommand(command_id=1, phase=WeightsPhase.INIT, version=1, payload={"long": "x" * 100_000})
+    sent = sum(takewhile(bool, (learner.send(identity, command) for _ in range(10_000))))
+    assert 100 <= sent < 10_000
+    peer.close()
+    learner.close()
+
+
+def test_an_actor_that_connects_again_takes_the_place_of_its_dead_connection() -> None:
+    """The first connection stays open, as TCP leaves it when a cable is cut."""
+    with serving(None) as served:
+        dead, alive = (strangers.connect(served.socket.port) for _ in range(2))
+        for number, peer in enumerate((dead, alive)):
+            strangers.ready(peer, b"same")
+            peer.sendall(strangers.frame(pack(encode(Bye(error=None))), 0))
+            served.until(lambda count=number + 1: len(served.arrived) == count, "it has come")  # type: ignore[misc]
+        assert {identity for identity, _ in served.arrived} == {b"same"}
+        alive.settimeout(5.0)
+        answer = b""
+        while b"Ack" not in answer:
+            assert (more := alive.recv(1 << 16)), "the new connection has ended"
+            answer += more
+
+
+def test_no_message_is_larger_than_the_limit_in_the_library_itself() -> None:
+    with serving(None) as served:
+        peer = strangers.connect(served.socket.port)
+        strangers.ready(peer, b"large")
+        peer.sendall(strangers.frame(b"", 0)[:1] + ((1 << 20) + 1).to_bytes(8, "big"))
+        assert strangers.is_closed(peer)
+        largest = pack(encode(Ready(version=0, probe_logprobs=np.zeros((1 << 18) - 100, np.float32))))
+        assert len(largest) <= 1 << 20
+        peer = strangers.connect(served.socket.port)
+        strangers.ready(peer, b"fits")
+        peer.sendall(strangers.frame(largest, 0))
+        served.until(lambda: len(served.arrived) == 1, "the largest message comes")
+        assert isinstance(served.arrived[0][1], Ready)
