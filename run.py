@@ -368,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
         "--actor",
         action="append",
         metavar="NAME",
-        help="a pair for this actor alone; repeatable (default: one for all)",
+        help="a pair for this actor; repeatable (default: one for all)",
     )
 
     prepare = commands.add_parser("prepare", help="make a small base model of a built-in task")

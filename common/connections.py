@@ -1,8 +1,8 @@
 """The TCP connections of the learner's ROUTER, as libzmq's monitor and the kernel tell of them.
 
-libzmq bounds a frame (MAXMSGSIZE) and the number of whole messages that wait (RCVHWM). It bounds neither what it keeps of
-a message whose last frame never comes, nor how many strangers are in the handshake at once. The kernel knows how much
-each connection has brought; whoever exceeds what an honest peer can need is cut off, and may connect again.
+libzmq bounds a frame (MAXMSGSIZE) and the number of whole messages that wait (RCVHWM). It bounds neither what it keeps
+of a message whose last frame never comes, nor how many strangers are in the handshake at once. The kernel knows how
+much each connection has brought; whoever exceeds what an honest peer can need is cut off, and may connect again.
 """
 
 import errno
@@ -61,8 +61,8 @@ class _Peer:
 class Connections:
     """By file descriptor. Used by the thread that owns the socket.
 
-    A descriptor can be closed and used again at any time: it is looked at anew each time, and touched only while it is a
-    connection to our port. The worst that a mix-up does is to cut off a connection that connects again.
+    A descriptor can be closed and used again at any time: it is looked at anew each time, and touched only while it is
+    a connection to our port. The worst that a mix-up does is to cut off a connection that connects again.
     """
 
     def __init__(self, router: zmq.Socket[bytes], max_bytes: int) -> None:
@@ -138,7 +138,7 @@ class Connections:
 
     @contextmanager
     def _borrowed(self, descriptor: int) -> Iterator[socket.socket]:
-        """libzmq's descriptor as a socket; it stays libzmq's to close. Raises OSError when it is closed or another's."""
+        """libzmq's descriptor as a socket, which stays libzmq's to close. Raises OSError when it is no longer ours."""
         connection = socket.socket(fileno=descriptor)
         try:
             if connection.type != socket.SOCK_STREAM or connection.getsockname()[1:2] != (self.port,):

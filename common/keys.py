@@ -5,8 +5,8 @@
     FOLDER/actors/NAME.key          public: whose key lies here may take part
     FOLDER/actors/NAME.key_secret   that actor's alone
 
-`run.py keygen FOLDER` makes such a folder. A run without transport.keys makes RUN/keys for itself. An actor uses the pair
-of its own name, or else the one named "actor", which any number of actors may share.
+`run.py keygen FOLDER` makes such a folder. A run without transport.keys makes RUN/keys for itself. An actor uses the
+pair of its own name, or else the one named "actor", which any number of actors may share.
 """
 
 import logging
@@ -26,6 +26,7 @@ from common.config import Config, ConfigError, TransportConfig
 logger = logging.getLogger(__name__)
 
 SHARED_ACTOR = "actor"
+KEY_LENGTH = 40  # characters of Z85
 _NAME = re.compile(r"[\w.:-]{1,100}")
 
 
@@ -195,6 +196,9 @@ def _load_pair(path: Path) -> KeyPair:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
-        return zmq.auth.load_certificate(path)
+        public, secret = zmq.auth.load_certificate(path)
+        if len(public) != KEY_LENGTH or secret is not None and len(secret) != KEY_LENGTH:
+            raise ValueError(f"a key has {KEY_LENGTH} characters")
+        return public, secret
     except (OSError, ValueError) as error:
         raise ConfigError(f"the key {path} cannot be read ({error}): make it with `run.py keygen`") from error

@@ -1,8 +1,8 @@
 """The sockets: a ROUTER in the learner's service thread, a DEALER in each actor; both speak common/wire.py.
 
 An actor's ZeroMQ identity is its name and a random suffix: two processes of one name never share a mailbox, and nobody
-can guess the identity of another. Nothing is dropped: where the learner's queue of an actor is full, the actor's own grows,
-and that is bounded by its leases.
+can guess the identity of another. Nothing is dropped: where the learner's queue of an actor is full, the actor's own
+grows, and that is bounded by its leases.
 """
 
 import asyncio
@@ -306,8 +306,9 @@ class ActorConnection:
         place = f"the learner at {self.endpoint}"
         if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
             raise HandshakeError(
-                f"{place} does not know the key of actor {self.name}: put the public key {self._keys.own.public.decode()}"
-                f" (of {self._keys.folder}) as a *.key file into the folder actors of the learner's keys"
+                f"{place} does not know the key of actor {self.name}: put the public key "
+                f"{self._keys.own.public.decode()} (of {self._keys.folder}) as a *.key file into the folder actors of "
+                "the learner's keys"
             )
         is_final = event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # libzmq does not try again
         if not is_final and (self._was_connected or self._failures < MAX_HANDSHAKES):

@@ -12,11 +12,11 @@ its dataclass declares, or a WireError. There is no pickle; no type travels but 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from common.types import PROTOCOL_VERSION, ArraySpec, Message
 
-Frame: TypeAlias = bytes | memoryview
+Frame: TypeAlias = bytes | bytearray | memoryview
+Check: TypeAlias = Callable[[Any, str], Any]  # (value, name of its field): the value as its type wants it, or WireError
 
 MAX_HEADER_BYTES = 4 << 20  # a row with its test cases, or the names and shapes of a large model's tensors
 MAX_JSON_DEPTH = 16
@@ -68,9 +69,9 @@ def _aligned(length: int) -> int:
 
 @dataclass(frozen=True)
 class _Schema:
-    """A message class as the wire sees it: type hints of the header's fields, specs of the array fields."""
+    """A message class as the wire sees it: checks of the header's fields, specs of the array fields."""
 
-    plain: dict[str, Any]
+    plain: dict[str, Check]
     arrays: dict[str, ArraySpec]
 
 
@@ -82,11 +83,8 @@ def _schema(kind: type) -> _Schema:
         if get_origin(hint) is Annotated:
             schema.arrays[field.name] = get_args(hint)[1]
         else:
-            schema.plain[field.name] = hint
+            schema.plain[field.name] = _check_of(hint)
     return schema
-
-
-_SCHEMAS = {name: _schema(kind) for name, kind in _KINDS.items()}
 
 
 def encode(message: Message) -> list[Frame]:
@@ -96,7 +94,7 @@ def encode(message: Message) -> list[Frame]:
     """
     kind = type(message).__name__
     schema = _SCHEMAS[kind]
-    plain = {name: _checked(getattr(message, name), hint, f"{kind}.{name}") for name, hint in schema.plain.items()}
+    plain = {name: check(getattr(message, name), f"{kind}.{name}") for name, check in schema.plain.items()}
     specs, frames = [], []
     for name, spec in schema.arrays.items():
         array = getattr(message, name)
@@ -127,7 +125,7 @@ def decode(frames: Sequence[Frame], max_bytes: int) -> Message:
     schema = _SCHEMAS[kind.__name__]
     _check_names(kind.__name__, plain, set(schema.plain))
     values: dict[str, Any] = {
-        name: _checked(plain[name], hint, f"{kind.__name__}.{name}") for name, hint in schema.plain.items()
+        name: check(plain[name], f"{kind.__name__}.{name}") for name, check in schema.plain.items()
     }
     values.update(_arrays(kind.__name__, schema.arrays, specs, frames[1:]))
     try:
@@ -184,41 +182,62 @@ def _is_length(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` wants it (a list becomes a tuple, a string its enum member), or WireError."""
-    if hint is Any:
-        _check_json(value, where, MAX_JSON_DEPTH)
-        return value
+def _check_of(hint: Any) -> Check:
+    """The check of one type, made once: hints are looked at when a class is first known, not for each message."""
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return _check_any
     if origin in (Union, UnionType):  # X | None is the only union in use
-        (inner,) = (arg for arg in args if arg is not NoneType)
-        return None if value is None else _checked(value, inner, where)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_checked(item, args[0], where) for item in value)
-    if origin is dict and type(value) is dict:
-        return {key: _checked(item, args[1], f"{where}[{_text(key, where)!r}]") for key, item in value.items()}
-    if origin is None:
-        checked = _checked_scalar(value, hint, where)
-        if checked is not None:
-            return checked
-    raise WireError(f"{where} must be {hint}, not {_describe(value)}")
-
-
-def _checked_scalar(value: Any, hint: type, where: str) -> bool | int | float | str | None:
-    """The scalar, or None when its type is wrong. Numbers of NumPy and integers for floats are converted."""
+        (inner,) = (_check_of(arg) for arg in args if arg is not NoneType)
+        return lambda value, where: None if value is None else inner(value, where)
+    if origin is tuple:
+        item = _check_of(args[0])
+        return lambda value, where: tuple(item(one, where) for one in _of(list | tuple, hint, value, where))
+    if origin is dict:
+        item = _check_of(args[1])
+        return lambda value, where: {
+            key: item(one, f"{where}[{_text(key, where)!r}]") for key, one in _of(dict, hint, value, where).items()
+        }
     if issubclass(hint, StrEnum):
-        return hint(value) if isinstance(value, str) and value in set(hint) else None
-    if hint is str:
-        return value if type(value) is str else None
-    if hint is bool or isinstance(value, bool):
-        return value if hint is bool and type(value) is bool else None
-    if hint is int and isinstance(value, int | np.integer):
-        return _int64(int(value), where)
-    if hint is float and isinstance(value, int | float | np.number):
-        if not math.isfinite(value):
-            raise WireError(f"{where} must be finite, not {value}")
-        return float(value)
-    return None
+        members: dict[Any, StrEnum] = {member.value: member for member in hint}
+        return lambda value, where: members.get(_of(str, hint, value, where)) or _refuse(hint, value, where)
+    return {str: _check_str, bool: _check_bool, int: _check_int, float: _check_float}[hint]
+
+
+def _check_any(value: Any, where: str) -> Any:
+    _check_json(value, where, MAX_JSON_DEPTH)
+    return value
+
+
+def _check_str(value: Any, where: str) -> str:
+    return value if type(value) is str else _refuse(str, value, where)
+
+
+def _check_bool(value: Any, where: str) -> bool:
+    return value if type(value) is bool else _refuse(bool, value, where)
+
+
+def _check_int(value: Any, where: str) -> int:
+    """NumPy's integers are converted."""
+    is_number = type(value) is int or isinstance(value, np.integer)
+    return _int64(int(value), where) if is_number else _refuse(int, value, where)
+
+
+def _check_float(value: Any, where: str) -> float:
+    """Integers and NumPy's numbers are converted."""
+    if type(value) not in (float, int) and not isinstance(value, np.number):
+        _refuse(float, value, where)
+    if not math.isfinite(value):
+        raise WireError(f"{where} must be finite, not {value}")
+    return float(value)
+
+
+def _of(kind: Any, hint: Any, value: Any, where: str) -> Any:
+    return value if isinstance(value, kind) else _refuse(hint, value, where)
+
+
+def _refuse(hint: Any, value: Any, where: str) -> NoReturn:
+    raise WireError(f"{where} must be {hint}, not {_describe(value)}")
 
 
 def _check_json(value: Any, where: str, depth: int) -> None:
@@ -269,3 +288,6 @@ def _describe(value: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
+_SCHEMAS = {name: _schema(kind) for name, kind in _KINDS.items()}

@@ -307,7 +307,7 @@ def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str,
         (["transport.curve=auto"], ("transport.curve=auto",)),
         (
             ["transport.max_message_mb=1", "rollout.group_size=4096"],
-            ("transport.max_message_mb=1 does not hold a group of rollout.group_size=4096", "set it to 4 or more"),
+            ("transport.max_message_mb=1 does not hold a group of rollout.group_size=4096", "set it to 7 or more"),
         ),
         (["verifier.function=module.function"], ("verifier.function=module.function", "module:function")),
         (["transport.port=70000"], ("transport.port=70000", "65535")),

@@ -62,7 +62,7 @@ def test_keys_that_come_and_go_count_at_once_and_a_half_copied_one_allows_nobody
     a, b = actor_keys(config, "a"), actor_keys(config, "b")
     assert a is not None and b is not None
     assert learner.callback("", a.own.public) and learner.callback("", b.own.public)
-    (tmp_path / "actors" / "half.key").write_text("")
+    (tmp_path / "actors" / "half.key").write_text('    public-key = "abc"\n')
     (tmp_path / "actors" / "a.key").unlink()
     assert not learner.callback("", a.own.public)
     assert learner.callback("", b.own.public)

@@ -235,7 +235,8 @@ def test_an_actor_that_connects_again_takes_the_place_of_its_dead_connection() -
         alive.settimeout(5.0)
         answer = b""
         while b"Ack" not in answer:
-            assert (more := alive.recv(1 << 16)), "the new connection has ended"
+            more = alive.recv(1 << 16)
+            assert more, "the new connection has ended"
             answer += more
 
 

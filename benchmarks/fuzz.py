@@ -1,0 +1,175 @@
+"""Mutated messages against the decoder: whatever arrives, a message or a WireError results, and memory stays small.
+
+    python benchmarks/fuzz.py [--count N] [--seed N]
+
+Starts from real messages of every kind that an actor sends. A mutation changes bytes, lengths, or the structure of
+the header, so that some get deep into the checks. Prints what became of them.
+"""
+
+import argparse
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or a module here would hide a package
+
+import msgpack
+import numpy as np
+
+from common.types import (
+    PROTOCOL_VERSION,
+    ActorMessage,
+    Bye,
+    CompletedGroup,
+    FinishReason,
+    Heartbeat,
+    Hello,
+    LeaseFailed,
+    Message,
+    Ready,
+    Verdict,
+    WeightsPhase,
+    WeightsReport,
+)
+from common.wire import Frame, WireError, decode, encode, pack, unpack
+
+MAX_BYTES = 1 << 20
+ODD_VALUES: list[Any] = [
+    None, True, -1, 0, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), 0.0, float("nan"), float("inf"), "", "x" * 1000, b"\xff",
+    [], {}, [[]] * 50, {"": {}}, [2**40], [-1], ["int32"], "int32", "object", "Lease", "correct",
+    msgpack.ExtType(5, b"x"),
+]  # fmt: skip
+ODD_NUMBERS = (0, 1, 3, 4, 63, 64, 65, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
+def messages() -> list[Message]:
+    """One of every kind that an actor sends."""
+    probe = np.linspace(-3.0, 0.0, 9, dtype=np.float32)
+    group = CompletedGroup(
+        lease_id=7,
+        lengths=np.array([1, 2], np.int32),
+        token_ids=np.array([5, 6, 256], np.int32),
+        behavior_logprobs=np.array([-0.5, 0.0, -1.0], np.float32),
+        versions=np.array([3, 3, 4], np.int32),
+        rewards=np.array([1.0, -1.0], np.float32),
+        verdicts=(Verdict.CORRECT, Verdict.TIMED_OUT),
+        verifier_error=None,
+        finish_reasons=(FinishReason.STOP, FinishReason.LENGTH),
+        generation_s=1.5,
+        verification_s=0.25,
+    )
+    report = WeightsReport(
+        command_id=1, phase=WeightsPhase.RESUME, version=2, error=None, is_shared=False, probe_logprobs=probe
+    )
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        name="a",
+        capacity=4,
+        model_fingerprint="f" * 64,
+        tokenizer_fingerprint="e" * 64,
+    )
+    beat = Heartbeat(held_groups=1, generated_tokens=99, busy_s=0.5, uptime_s=1.0)
+    return [
+        group, report, hello, beat, Ready(version=0, probe_logprobs=probe), LeaseFailed(lease_id=3, reason="long"),
+        Bye(error=None),
+    ]  # fmt: skip
+
+
+def mutated(frames: list[bytes], draw: random.Random) -> bytes:
+    """A packed message with one to three faults of one kind."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return _with_odd_structure(frames, draw)
+    if kind == 1:
+        return _with_odd_frames(frames, draw)
+    packed = bytearray(pack(frames))
+    for _ in range(draw.randint(1, 3)):
+        place = draw.randrange(len(packed))
+        if kind == 2:
+            packed[place] = draw.randrange(256)
+        else:
+            number = draw.choice(ODD_NUMBERS).to_bytes(4, "little")
+            packed[place : place + 4] = number if draw.random() < 0.7 else b""
+    return bytes(packed)
+
+
+def _with_odd_structure(frames: list[bytes], draw: random.Random) -> bytes:
+    """Somewhere in the header stands another value, or nothing."""
+    header = msgpack.unpackb(frames[0])
+    node: Any = header
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            break
+        key = draw.choice(keys)
+        if isinstance(node[key], dict | list) and node[key] and draw.random() < 0.8:
+            node = node[key]
+            continue
+        if draw.random() < 0.1:
+            del node[key]
+        else:
+            node[key] = draw.choice(ODD_VALUES)
+        break
+    return pack([msgpack.packb(header), *frames[1:]])
+
+
+def _with_odd_frames(frames: list[bytes], draw: random.Random) -> bytes:
+    """A frame is lost, doubled, cut, exchanged, or filled with odd numbers."""
+    frames = list(frames)
+    i, j = draw.randrange(len(frames)), draw.randrange(len(frames))
+    match draw.randrange(5):
+        case 0:
+            del frames[i]
+        case 1:
+            frames.insert(i, frames[j])
+        case 2:
+            frames[i] = frames[i][: draw.randint(0, len(frames[i]))]
+        case 3:
+            frames[i], frames[j] = frames[j], frames[i]
+        case 4:
+            frames[i] = b"".join(draw.choice(ODD_NUMBERS).to_bytes(4, "little") for _ in range(len(frames[i]) // 4))
+    return pack(frames)
+
+
+def outcome(packed: Frame) -> str:
+    """What the learner makes of these bytes: "decoded", or why not, less the values. Raises what it must not raise."""
+    try:
+        message = decode(unpack(packed), MAX_BYTES)
+    except WireError as error:
+        sentence = str(error)
+        return "refused: " + "".join("#" if c.isdigit() else c for c in sentence[:40])
+    assert isinstance(message, get_args(Message))
+    return "decoded" if isinstance(message, get_args(ActorMessage)) else "refused: a message of the learner"
+
+
+def fuzz(count: int, seed: int) -> Counter[str]:
+    """Outcomes of `count` mutations."""
+    draw = random.Random(seed)
+    sources = [[bytes(frame) for frame in encode(message)] for message in messages()]
+    return Counter(outcome(mutated(draw.choice(sources), draw)) for _ in range(count))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    fuzz(1000, arguments.seed + 1)  # what is loaded late is loaded
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    outcomes = fuzz(arguments.count, arguments.seed)
+    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert sum(outcomes.values()) == arguments.count
+    refused = arguments.count - outcomes["decoded"]
+    print(f"{arguments.count} mutations in {time.monotonic() - started:.0f} s, memory grew by {grown_mb:.1f} MiB")
+    print(f"{outcomes['decoded']} decoded, {refused} refused, for {len(outcomes) - 1} reasons; the most frequent:")
+    for reason, number in outcomes.most_common(12):
+        print(f"  {number:8} {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
