@@ -170,14 +170,12 @@ class LearnerSocket:
         if self._is_skipping:
             raise zmq.Again
         identity = self._socket.recv(zmq.NOBLOCK)
-        if not self._socket.getsockopt(zmq.RCVMORE):
-            return identity, zmq.Frame()  # a message without a frame
-        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+        frame = self._socket.recv(zmq.NOBLOCK, copy=False)  # a message has one at least
         self._is_skipping = bool(frame.more)
         return identity, frame
 
     def _decoded(self, frame: zmq.Frame) -> ActorMessage | WireError:
-        descriptor = frame.get(zmq.SRCFD) if len(frame) else -1
+        descriptor = int(frame.get(zmq.SRCFD))
         self._connections.delivered(descriptor)
         try:
             if frame.more:

@@ -205,6 +205,16 @@ def test_a_flood_of_garbage_is_cut_off_again_and_again() -> None:
         greet(served, None)
 
 
+def test_empty_frames_are_no_messages() -> None:
+    with serving(None) as served:
+        peer = strangers.connect(served.socket.port)
+        strangers.ready(peer, b"empty")
+        peer.sendall(strangers.frame(b"", 0) + strangers.frame(b"", strangers.MORE) + strangers.frame(b"", 0))
+        served.until(lambda: len(served.arrived) == 2, "both are refused")
+        assert all(isinstance(message, WireError) for _, message in served.arrived)
+        greet(served, None)
+
+
 def test_who_has_stopped_reading_is_as_good_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "SND_QUEUE", 100)
     learner = LearnerSocket("127.0.0.1", 0, 1)
