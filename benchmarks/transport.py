@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or a module here
 
 import numpy as np
 import psutil
+import torch
 import zmq
 
 from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig, StalenessConfig, TransportConfig
@@ -55,7 +56,7 @@ from common.types import (
 )
 from common.wire import decode, encode, pack, unpack
 from learner.rollouts.leases import problem_with, train_lease
-from learner.rollouts.service import LearnerService
+from learner.rollouts.service import BatchTimeout, LearnerService
 
 RESPONSES, TOKENS = 16, 8192
 MAX_MB = 64
@@ -261,17 +262,15 @@ def consume(running: LearnerService, is_over: threading.Event) -> int:
     """Takes batches as they come; the groups taken."""
     taken, step = 0, 0
     while not is_over.is_set():
-        taken += len(running.take_batch(120.0))
-        step += 1
-        running.set_version(0, step)
+        with suppress(BatchTimeout):
+            taken += len(running.take_batch(1.0))
+            step += 1
+            running.set_version(0, step)
     return taken
 
 
 def training_loop(is_over: threading.Event) -> float:
     """Iterations per second of products that hold no lock, and Python that does, half and half."""
-    import torch
-
-    torch.set_num_threads(1)
     left = torch.rand(256, 256)
     done, started = 0, time.perf_counter()
     while not is_over.is_set():
@@ -321,6 +320,7 @@ def timed(seconds: float) -> threading.Event:
 
 
 def load(folder: str, count: int, rate: float, seconds: float) -> Load:
+    torch.set_num_threads(1)
     memory = psutil.Process().memory_info
     alone = training_loop(timed(seconds / 4))
     ours, theirs = SPAWN.Pipe()

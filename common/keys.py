@@ -197,7 +197,7 @@ def _load_pair(path: Path) -> KeyPair:
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = zmq.auth.load_certificate(path)
-        if len(public) != KEY_LENGTH or secret is not None and len(secret) != KEY_LENGTH:
+        if len(public) != KEY_LENGTH or (secret is not None and len(secret) != KEY_LENGTH):
             raise ValueError(f"a key has {KEY_LENGTH} characters")
         return public, secret
     except (OSError, ValueError) as error:

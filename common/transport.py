@@ -284,7 +284,7 @@ class ActorConnection:
             # poll before recv: cancelling a poll loses nothing, cancelling a recv may lose a message
             ready = dict(await self._poller.poll(max(0, round((deadline - time.monotonic()) * 1000))))
             if self._monitor in ready:
-                self._note_handshake(await recv_monitor_message(self._monitor))
+                self._note_handshake((await recv_monitor_message(self._monitor))["event"])
             elif channel in ready:
                 break
             elif time.monotonic() >= deadline:
@@ -295,20 +295,20 @@ class ActorConnection:
             raise WireError(f"{type(message).__name__} is a message of an actor, not of the learner")
         return cast(LearnerMessage, message)
 
-    def _note_handshake(self, event: dict[str, Any]) -> None:
+    def _note_handshake(self, event: int) -> None:
         """Raises HandshakeError when connecting again is of no use."""
-        if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._was_connected, self._failures = True, 0
             return
         self._failures += 1
         place = f"the learner at {self.endpoint}"
-        if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
             raise HandshakeError(
                 f"{place} does not know the key of actor {self.name}: put the public key "
                 f"{self._keys.own.public.decode()} (of {self._keys.folder}) as a *.key file into the folder actors of "
                 "the learner's keys"
             )
-        is_final = event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # libzmq does not try again
+        is_final = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # libzmq does not try again
         if not is_final and (self._was_connected or self._failures < MAX_HANDSHAKES):
             return  # a learner that just ends looks alike
         if self._keys is None:
