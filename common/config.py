@@ -34,6 +34,13 @@ class OverAge(StrEnum):
     mask = "mask"  # only the tokens that are too old leave the losses
 
 
+class Batching(StrEnum):
+    """Which groups make the next batch."""
+
+    admission_order = "admission_order"  # those whose prompts were handed out first: the batch waits for each of them
+    first_finished = "first_finished"  # those that came first, while no lease has to wait until it is too old
+
+
 class AdvantageEstimator(StrEnum):
     gae = "gae"  # critic + generalised advantage estimation
     grpo = "grpo"  # (reward - group mean) / group std
@@ -195,6 +202,7 @@ class RolloutConfig:
 class StalenessConfig:
     max_staleness: int = 2  # versions; 0 is synchronous (algorithm.correction then corrects the engine's rounding)
     over_age: OverAge = OverAge.drop
+    batching: Batching = Batching.admission_order
     exact: bool = False  # every batch exactly max_staleness versions old: publication waits (experiments)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, OverAge
 from common.loading import read_config
 from common.metrics import read_jsonl
 from common.types import JSON
@@ -164,8 +164,11 @@ def _num_warmup_steps(config: Config, steps: Sequence[Row]) -> int:
 def _staleness_text(summary: Summary) -> str:
     if summary.staleness_mean is None or summary.staleness_max is None:
         return "not measured yet"
-    bound = summary.config.staleness.max_staleness
-    return f"mean {summary.staleness_mean:.2f}, max {summary.staleness_max:.0f} of at most {bound} versions"
+    staleness = summary.config.staleness
+    ages = f"mean {summary.staleness_mean:.2f}, max {summary.staleness_max:.0f}"
+    if staleness.over_age is OverAge.mask:
+        return f"{ages} versions; tokens older than {staleness.max_staleness} were masked"
+    return f"{ages} of at most {staleness.max_staleness} versions"
 
 
 def _bars(histogram: dict[int, float]) -> list[str]:

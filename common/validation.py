@@ -11,6 +11,7 @@ from common.addresses import is_wildcard
 from common.algorithm_validation import check_algorithm, refuse_if
 from common.config import (
     AdvantageEstimator,
+    Batching,
     Config,
     ConfigError,
     Device,
@@ -304,6 +305,11 @@ def _check_staleness(config: Config) -> None:
     refuse_if(
         config.staleness.exact and bound == 0,
         "staleness.exact=true has nothing to hold back at staleness.max_staleness=0: raise the bound",
+    )
+    refuse_if(
+        config.staleness.exact and config.staleness.batching is not Batching.admission_order,
+        f"staleness.exact=true needs staleness.batching=admission_order, not {config.staleness.batching}: only in that "
+        "order are all groups of a batch equally old",
     )
 
 

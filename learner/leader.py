@@ -17,6 +17,7 @@ from common.metrics import RunLog, Value
 from common.types import JSON, Prompt, TrajectoryGroup
 from learner.rollouts.evaluation import Begun, EvalResult
 from learner.rollouts.record import Recorder
+from learner.rollouts.selection import selection_metrics
 from learner.rollouts.service import LearnerService, StillWaiting
 from learner.rollouts.snapshot import Snapshot, write_snapshot
 
@@ -199,6 +200,7 @@ class Leader:
             "learner/idle_fraction": waited / elapsed,
             "tokens/generated": counters["generated_tokens"],
             "actors/connected": counters["actors_connected"],
+            "actors/too_slow": counters["actors_too_slow"],
             "staleness/dropped_groups": counters["dropped/stale"],
             "verifier/num_errors": change["verdicts/error"],
             "verifier/num_timed_out": change["verdicts/timed_out"],
@@ -213,6 +215,7 @@ class Leader:
             if name.startswith("dropped/")
         }
         rates |= {name: count for name, count in counters.items() if name.startswith(("verdicts/", "transport/"))}
+        rates |= selection_metrics(change)
         self._counters, self._recorded_at = counters, now
         return rates
 

@@ -5,9 +5,9 @@ A training prompt goes   pending -> leased(actor) -> buffered -> trained | dropp
 - Lease ids count up and are never used twice. A prompt that comes back is leased again first, under a new id.
 - Admission: groups leased + buffered + trained stay below the window (learner/rollouts/pace.py), so that actors run
   ahead of the learner by at most `max_staleness` versions.
-- Consumption is in the order of lease ids. A batch waits for its earlier leases: taking whichever finished
-  first would favour short responses. In that order the admission window alone keeps every group young enough;
-  the gate at consumption holds for whatever an actor sends.
+- Consumption is in the order of lease ids, and a batch waits for its earlier leases; or, by `staleness.batching`, in
+  that of arrival, except that what would get too old goes first (learner/rollouts/batching.py). Either way the
+  admission window keeps every group young enough; the gate at consumption holds for whatever an actor sends.
 - Evaluation leases count nowhere in the above. They have all the room before the first step and whenever no training
   lease may go out, else at most `eval.share` of it.
 
@@ -37,12 +37,16 @@ from common.types import (
     TrajectoryGroup,
 )
 from learner.rollouts.archive import renumbered
+from learner.rollouts.batching import next_slots
 from learner.rollouts.counts import Counts
 from learner.rollouts.evaluation import Begun, EvalResult, Evaluation, asked
 from learner.rollouts.leases import Pending, Slot, Slots, eval_lease, is_over_age, problem_with, train_lease
 from learner.rollouts.members import Member, Members, Presence
 from learner.rollouts.pace import Pace
+from learner.rollouts.places import Outbox, Places
 from learner.rollouts.prompts import PromptStream
+from learner.rollouts.selection import Fate, Selection
+from learner.rollouts.speed import Speed
 from learner.rollouts.verdicts import Verdicts, is_informative
 
 logger = logging.getLogger(__name__)
@@ -69,9 +73,14 @@ class Coordinator:
         self._slots = Slots()
         self._evaluation: Evaluation | None = None
         self._counts = Counts()
+        self._selection = Selection()
         self.verdicts = Verdicts(config)
         self.version = 0
-        self.outbox: deque[tuple[str, LearnerMessage]] = deque()
+        self.outbox = Outbox()
+        self._places = Places()
+        self._outdated: set[str] = set()  # ready members without the current version
+        self._check_s = float("-inf")  # when to look at every member next
+        self._speed = Speed(config)
 
     @property
     def drops(self) -> Counter[DropReason]:
@@ -84,6 +93,7 @@ class Coordinator:
         """A process of this name has greeted; it replaces an earlier one."""
         self.remove(name, "a new process has its name")
         self._members.add(name, capacity, now)
+        self._check_s = now
 
     def ready(self, name: str, version: int, probe_logprobs: Float32Array) -> None:
         """Its engine is up. Version 0 is the model folder that both sides have compared."""
@@ -91,6 +101,8 @@ class Coordinator:
         member.presence, member.was_ready = Presence.READY, True
         member.version = version if version == self.version and (version or self.pace.is_folder_version_0) else None
         member.probe_logprobs = probe_logprobs
+        self._check_s = member.heard_s
+        self._stand(member, member.heard_s)
 
     def heard(self, name: str, now: float) -> None:
         """Any message of a member. One that was lost takes part again, without the leases it had."""
@@ -100,6 +112,8 @@ class Coordinator:
             member.presence = Presence.READY if member.was_ready else Presence.JOINING
             logger.warning("actor %s is back; the leases %s are no longer its own", name, member.void)
             self._cancel_void(member)
+            self._check_s = now
+            self._stand(member, now)
 
     def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
         member = self._members[name]
@@ -112,14 +126,19 @@ class Coordinator:
             logger.warning("actor %s samples %d groups, not %s", name, heartbeat.held_groups, overdue)
             self._revoke(member)
             self._cancel_void(member)
+            self._stand(member, now)
 
     def drain(self, name: str) -> None:
         """It takes no new leases; what it holds may still come."""
-        self._members[name].capacity = 0
+        member = self._members[name]
+        member.capacity = 0
+        self._stand(member, member.heard_s)
 
     def loaded(self, name: str, version: int | None) -> None:
         """The actor holds `version` now, or (None) no whole one."""
-        self._members[name].version = version
+        member = self._members[name]
+        member.version = version
+        self._stand(member, member.heard_s)
 
     def lose(self, name: str, reason: str) -> None:
         """Its leases go back to pending; it may come back."""
@@ -128,6 +147,7 @@ class Coordinator:
             logger.warning("actor %s is lost (%s); it held the leases %s", name, reason, list(member.held))
             member.presence = Presence.LOST
             self._revoke(member)
+            self._stand(member, member.heard_s)
 
     def remove(self, name: str, reason: str, *, distrust: bool = False) -> None:
         """It is gone for good. `distrust` drops its buffered groups with tokens of its newest version too."""
@@ -135,7 +155,9 @@ class Coordinator:
         if member is None:
             return
         logger.info("actor %s leaves (%s); it held the leases %s", name, reason, list(member.held))
-        self.outbox = deque((to, message) for to, message in self.outbox if to != name)
+        self.outbox.discard(name)
+        self._places.set(name, 0)
+        self._outdated.discard(name)
         self._revoke(member)
         if distrust and member.version is not None:
             for slot in reversed(list(self._slots.train.values())):
@@ -143,11 +165,25 @@ class Coordinator:
                     self._withdraw(slot, DropReason.ACTOR_LOST)
 
     def tick(self, now: float) -> None:
-        """Declare silent members lost, and nudge late ones."""
+        """Declare silent members lost, nudge late ones, and judge who is fast enough; nothing before it is due."""
+        if now < self._check_s:
+            return
         for name, reason in self._members.silent(now):
             self.lose(name, reason)
         for name in self._members.late(now):
             self._send(name, Pulse(version=self.version))
+        self._speed.judge(self._members)
+        for member in self._members:
+            self._stand(member, now)
+        self._check_s = self._members.next_check()
+
+    def _stand(self, member: Member, now: float) -> None:
+        """After any change of a member's presence, version, leases or speed: its room, and whether it needs weights."""
+        self._places.set(member.name, member.free(self.version, now))
+        if member.presence is Presence.READY and not member.is_current(self.version):
+            self._outdated.add(member.name)
+        else:
+            self._outdated.discard(member.name)
 
     def members(self) -> tuple[str, ...]:
         """Ready actors, sorted."""
@@ -171,7 +207,7 @@ class Coordinator:
 
     def waiting_for_weights(self) -> tuple[str, ...]:
         """Ready actors that do not hold the current version."""
-        return tuple(name for name in self.members() if not self._members[name].is_current(self.version))
+        return tuple(sorted(self._outdated))
 
     def folder_probe(self, name: str) -> Float32Array | None:
         """What a ready actor scored with the model folder's weights, if those are the current version; else None."""
@@ -182,6 +218,7 @@ class Coordinator:
         held = [self._slots[lease_id] for lease_id in member.held]
         member.void.extend(member.held)
         member.held.clear()
+        member.num_evaluating = 0
         for slot in reversed(held):
             self._withdraw(slot, DropReason.ACTOR_LOST)
 
@@ -204,24 +241,26 @@ class Coordinator:
     def dispatch(self, now: float) -> None:
         """Grant leases while a current actor has room and there is something to sample."""
         self._buffer_finished(now)
-        members = [member for member in self._members if member.is_current(self.version)]
-        while members:
-            member = min(members, key=lambda m: (len(m.held) - m.capacity, m.name))  # the one with most room
-            if len(member.held) >= member.capacity:
-                return
+        while (name := self._places.most()) is not None:
+            member = self._members[name]
             slot = self._next_slot(member, now)
             if slot is None:
                 return
             member.held[slot.lease.lease_id] = None
-            self._send(member.name, slot.lease)
+            member.num_evaluating += slot.lease.purpose is Purpose.EVAL
+            member.tried_s = now
+            self._stand(member, now)
+            self._send(name, slot.lease)
             self._buffer_finished(now)
 
     def _buffer_finished(self, now: float) -> None:
         """What a checkpoint held of finished groups takes its place in the order when all before it have theirs."""
         while self._pending and self.admitted < self.pace.window and (group := self._pending[0].group) is not None:
             group = renumbered(group, self._slots.next_lease_id)
-            prompt = self._pending.popleft().prompt
-            self._slots.add(Slot(group.lease, prompt, group.actor, granted_s=now, group=group))
+            prompt, oldest = self._pending.popleft().prompt, group.oldest_version
+            slot = self._slots.add(Slot(group.lease, prompt, group.actor, granted_s=now, oldest_version=oldest))
+            self._slots.buffer(slot, group)
+            self._selection.add(Fate.SAMPLED, group.completed)
 
     def _next_slot(self, member: Member, now: float) -> Slot | None:
         lease_id, evaluation = self._slots.next_lease_id, self._evaluation
@@ -235,7 +274,7 @@ class Coordinator:
             member.leases_since_eval += 1
         else:
             return None
-        return self._slots.add(Slot(lease, prompt, member.name, granted_s=now))
+        return self._slots.add(Slot(lease, prompt, member.name, granted_s=now, oldest_version=self.version))
 
     def _may_evaluate(self, member: Member) -> bool:
         """While training waits, evaluation gets `eval.share` of an actor's leases and of its room, but one at least, so
@@ -243,8 +282,8 @@ class Coordinator:
         if self.pace.steps_done == 0 or self.admitted >= self.pace.window:
             return True
         share = self._config.eval.share
-        held = sum(lease_id in self._slots.evaluation for lease_id in member.held)
-        return (member.leases_since_eval + 1) * share >= 1.0 and held + 1 <= max(1.0, share * member.capacity)
+        has_room = member.num_evaluating + 1 <= max(1.0, share * member.capacity)
+        return has_room and (member.leases_since_eval + 1) * share >= 1.0
 
     # ---- groups in
 
@@ -260,9 +299,10 @@ class Coordinator:
         problem = problem_with(group, slot.lease, max(self.version, member.version or 0))
         if problem is not None:
             self._send(name, Refused(reason=f"group of lease {group.lease_id}: {problem}", fatal=False))
-            self._try_again(slot, DropReason.MALFORMED, problem)
+            self._try_again(slot, DropReason.MALFORMED, problem, now)
             return
-        del member.held[group.lease_id]
+        member.measure(group)
+        self._release(member, slot, now)
         self._counts.failures.pop(slot.prompt.uid, None)
         self._counts.receive(group)
         self.verdicts.add(group, slot.lease.purpose)
@@ -271,22 +311,29 @@ class Coordinator:
             self._slots.remove(slot)
             self._evaluation.add(group, now)
             return
-        slot.group = TrajectoryGroup(lease=slot.lease, actor=name, completed=group, arrived_s=now)
+        self._selection.add(Fate.SAMPLED, group)
+        self._speed.add(group)
+        self._slots.buffer(slot, TrajectoryGroup(lease=slot.lease, actor=name, completed=group, arrived_s=now))
         if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
             self._forget(slot, reason)
 
     def fail(self, name: str, failed: LeaseFailed) -> None:
         """The actor could not sample this lease."""
         if failed.lease_id in self._members[name].held:
-            self._try_again(self._slots[failed.lease_id], None, failed.reason)
+            self._try_again(self._slots[failed.lease_id], None, failed.reason, self._members[name].heard_s)
         else:
             self._counts.drop(DropReason.UNKNOWN_LEASE, failed.lease_id, name)
 
-    def _try_again(self, slot: Slot, reason: DropReason | None, problem: str) -> None:
+    def _release(self, member: Member, slot: Slot, now: float) -> None:
+        del member.held[slot.lease.lease_id]
+        member.num_evaluating -= slot.lease.purpose is Purpose.EVAL
+        self._stand(member, now)
+
+    def _try_again(self, slot: Slot, reason: DropReason | None, problem: str, now: float) -> None:
         """Lease the prompt again, unless it has failed MAX_FAILURES times."""
         uid = slot.prompt.uid
         failures = self._counts.fail(uid)
-        del self._members[slot.actor].held[slot.lease.lease_id]
+        self._release(self._members[slot.actor], slot, now)
         logger.warning("prompt %s, failure %d on actor %s: %s", uid, failures, slot.actor, problem)
         if failures < MAX_FAILURES:
             self._withdraw(slot, reason)
@@ -297,9 +344,7 @@ class Coordinator:
 
     def _withdraw(self, slot: Slot, reason: DropReason | None) -> None:
         """The prompt goes back to the front of the queue that it came from."""
-        if reason is not None:
-            self._counts.drop(reason, slot.lease.lease_id, slot.actor)
-        self._slots.remove(slot)
+        self._remove(slot, reason)
         if slot.lease.purpose is Purpose.TRAIN:
             self._pending.appendleft(Pending(slot.prompt))
         else:
@@ -308,45 +353,64 @@ class Coordinator:
 
     def _forget(self, slot: Slot, reason: DropReason) -> None:
         """The prompt is done with for this epoch; the stream's next takes its place."""
-        self._counts.drop(reason, slot.lease.lease_id, slot.actor)
-        self._slots.remove(slot)
+        self._remove(slot, reason)
         if slot.lease.purpose is Purpose.EVAL:
             assert self._evaluation is not None
             self._evaluation.fail()
 
+    def _remove(self, slot: Slot, reason: DropReason | None) -> None:
+        self._slots.remove(slot)
+        if reason is not None:
+            self._counts.drop(reason, slot.lease.lease_id, slot.actor)
+        if slot.group is not None:
+            self._selection.add(Fate.DROPPED, slot.group.completed)
+
     def _send(self, name: str, message: LearnerMessage) -> None:
-        self.outbox.append((name, message))
+        self.outbox.append(name, message)
 
     # ---- consumption
 
     def take_batch(self) -> list[TrajectoryGroup] | None:
-        """The next step's groups, oldest lease first, or None while one of them is still being sampled."""
-        num_groups = self._config.rollout.prompts_per_step
-        batch: list[TrajectoryGroup] = []
-        stale: list[Slot] = []
-        for slot in list(self._slots.train.values()):
-            if slot.group is None or len(batch) == num_groups:
-                break
-            if is_over_age(self._config.staleness, slot.group, self.version):
-                stale.append(slot)
-            elif self._is_filtering() and not is_informative(slot.group.completed):
-                # It came during warm-up. It is not one in a row: its neighbours in the buffer may be kept.
-                self._forget(slot, DropReason.UNINFORMATIVE)
-            else:
-                batch.append(slot.group)
-        for slot in reversed(stale):
-            self._withdraw(slot, DropReason.STALE)
-        if len(batch) < num_groups:
+        """The next step's groups, or None while one of them is still being sampled."""
+        slots = self._next_slots()
+        if slots is not None and self._drop_what_may_not_be_trained(slots):
+            slots = self._next_slots()
+        if slots is None:
             return None
+        batch = [slot.group for slot in slots if slot.group is not None]
+        for slot in slots:
+            self._slots.remove(slot)
         for group in batch:
-            del self._slots.train[group.lease.lease_id]
-        self._counts.totals["trained_groups"] += num_groups
+            self._selection.add(Fate.TRAINED, group.completed)
+        self._counts.totals["trained_groups"] += len(batch)
         self.pace.steps_taken += 1
         self.verdicts.batch_taken()
         return batch
 
+    def _next_slots(self) -> list[Slot] | None:
+        return next_slots(self._slots, self._config, self.pace, self.version)
+
+    def _drop_what_may_not_be_trained(self, slots: list[Slot]) -> bool:
+        """If that holds for one of `slots`, all that is buffered is looked through."""
+        if not any(self._reason_to_drop(slot) for slot in slots):
+            return False
+        for slot in sorted(self._slots.buffered.values(), key=lambda slot: slot.lease.lease_id, reverse=True):
+            if (reason := self._reason_to_drop(slot)) is DropReason.STALE:
+                self._withdraw(slot, reason)
+            elif reason is not None:  # it came during warm-up; not one in a row: its neighbours here may be kept
+                self._forget(slot, reason)
+        return True
+
+    def _reason_to_drop(self, slot: Slot) -> DropReason | None:
+        assert slot.group is not None
+        if is_over_age(self._config.staleness, slot.group, self.version):
+            return DropReason.STALE
+        return DropReason.UNINFORMATIVE if self._is_filtering() and not is_informative(slot.group.completed) else None
+
     def set_version(self, version: int, steps_done: int) -> None:
         self.version, self.pace.steps_done = version, steps_done
+        for member in self._members:
+            self._stand(member, member.heard_s)
 
     def _is_filtering(self) -> bool:
         """Dynamic sampling, in policy steps only: the critic's warm-up wants the policy's own distribution."""
@@ -384,6 +448,7 @@ class Coordinator:
         slots = self._slots
         return {
             "actors_connected": len(self.members()),
+            "actors_too_slow": sum(member.is_slow for member in self._members),
             "admitted_groups": self.admitted,
             "window_groups": self.pace.window,
             "buffered_groups": len(slots.train) - slots.num_in_flight,
@@ -391,6 +456,7 @@ class Coordinator:
             "in_flight_eval_groups": len(slots.evaluation),
             "pending_prompts": len(self._pending),
             **self._counts.stats(),
+            **self._selection.stats(),
             **self.verdicts.stats(),
             **self._members.work(),
         }

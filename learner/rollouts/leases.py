@@ -1,6 +1,7 @@
 """Leases and what comes back for them: making one, keeping those that are out, checking a group against its lease."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,15 +28,22 @@ class Slot:
     prompt: Prompt
     actor: str
     granted_s: float
+    oldest_version: int  # of its tokens: of those that may come while it is out, then of those that came
     group: TrajectoryGroup | None = None
 
 
 class Slots:
-    """The leases that are out or buffered, by id. Ids count up and are never used twice."""
+    """The leases that are out or buffered, by id. Ids count up and are never used twice.
+
+    `untrained` and `arrived` count the groups in `train` and in `buffered` by their oldest version; none is 0.
+    """
 
     def __init__(self) -> None:
         self.train: dict[int, Slot] = {}  # ascending
+        self.buffered: dict[int, Slot] = {}  # those of them that have a group, in order of arrival
         self.evaluation: dict[int, Slot] = {}
+        self.untrained: Counter[int] = Counter()
+        self.arrived: Counter[int] = Counter()
         self.next_lease_id = 0
 
     def __getitem__(self, lease_id: int) -> Slot:
@@ -44,20 +52,37 @@ class Slots:
     @property
     def num_in_flight(self) -> int:
         """Training leases without a group."""
-        return sum(slot.group is None for slot in self.train.values())
+        return len(self.train) - len(self.buffered)
 
     def add(self, slot: Slot) -> Slot:
         """`slot` under next_lease_id, which its lease must have."""
         assert slot.lease.lease_id == self.next_lease_id
         self.next_lease_id += 1
-        self._of(slot)[slot.lease.lease_id] = slot
+        if slot.lease.purpose is Purpose.EVAL:
+            self.evaluation[slot.lease.lease_id] = slot
+        else:
+            self.train[slot.lease.lease_id] = slot
+            self.untrained[slot.oldest_version] += 1
         return slot
 
-    def remove(self, slot: Slot) -> None:
-        del self._of(slot)[slot.lease.lease_id]
+    def buffer(self, slot: Slot, group: TrajectoryGroup) -> None:
+        """A training lease that was out has its group."""
+        _count_down(self.untrained, slot.oldest_version)
+        slot.group, slot.oldest_version = group, group.oldest_version
+        self.buffered[slot.lease.lease_id] = slot
+        self.untrained[slot.oldest_version] += 1
+        self.arrived[slot.oldest_version] += 1
 
-    def _of(self, slot: Slot) -> dict[int, Slot]:
-        return self.train if slot.lease.purpose is Purpose.TRAIN else self.evaluation
+    def remove(self, slot: Slot) -> None:
+        lease_id = slot.lease.lease_id
+        if slot.lease.purpose is Purpose.EVAL:
+            del self.evaluation[lease_id]
+            return
+        del self.train[lease_id]
+        _count_down(self.untrained, slot.oldest_version)
+        if slot.group is not None:
+            del self.buffered[lease_id]
+            _count_down(self.arrived, slot.oldest_version)
 
 
 def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int] | Int32Array) -> Lease:
@@ -116,6 +141,12 @@ def is_over_age(staleness: StalenessConfig, group: TrajectoryGroup, version: int
     """Whether the group is too old to be trained at `version`; with over_age=mask the trainer masks tokens instead."""
     is_old = version - group.oldest_version > staleness.max_staleness
     return is_old and staleness.over_age is OverAge.drop
+
+
+def _count_down(counts: Counter[int], version: int) -> None:
+    counts[version] -= 1
+    if not counts[version]:
+        del counts[version]
 
 
 def _hashed(text: str) -> int:

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.config import Config
-from common.types import Float32Array, Heartbeat, MemberId
+from common.types import CompletedGroup, Float32Array, Heartbeat, MemberId
+
+MEMORY = 0.2  # weight of the newest group in an actor's running mean
+RETRY = 50.0  # an actor that is too slow is tried with one lease again after this many times its last one
 
 
 class Presence(StrEnum):
@@ -29,9 +32,14 @@ class Member:
     version: int | None = None
     probe_logprobs: Float32Array | None = None  # [probe tokens - 1], as reported with Ready
     held: dict[int, None] = field(default_factory=dict)  # lease ids, oldest first
+    num_evaluating: int = 0  # evaluation leases among them
     void: list[int] = field(default_factory=list)  # leases taken from it, to be cancelled there
     leases_since_eval: int = 0  # training leases
     nudged_s: float = float("-inf")
+    token_s: float | None = None  # time for a token of one response, a running mean
+    group_s: float = 0.0  # time for its last group
+    is_slow: bool = False  # too slow to be of use (learner/rollouts/speed.py)
+    tried_s: float = float("-inf")  # when it was last granted a lease
     heartbeat: Heartbeat | None = None
 
     @property
@@ -40,6 +48,21 @@ class Member:
 
     def is_current(self, version: int) -> bool:
         return self.presence is Presence.READY and self.version is not None and self.version >= version
+
+    def free(self, version: int, now: float) -> int:
+        """Leases of `version` that it may be granted now."""
+        if not self.is_current(version):
+            return 0
+        if self.is_slow:
+            return int(not self.held and now - self.tried_s > RETRY * self.group_s)
+        return self.capacity - len(self.held)
+
+    def measure(self, group: CompletedGroup) -> None:
+        """Its speed, from the longest response, because that is what a group takes its time for."""
+        if group.generation_s > 0:
+            token_s = group.generation_s / int(group.lengths.max())
+            self.token_s = token_s if self.token_s is None else self.token_s + MEMORY * (token_s - self.token_s)
+            self.group_s = group.generation_s
 
 
 class Members:
@@ -108,6 +131,20 @@ class Members:
         for member in late:
             member.nudged_s = now
         return [member.name for member in late]
+
+    def next_check(self) -> float:
+        """When the next member can be silent or late, if nothing is heard until then."""
+        silence_s, beat_s = self._transport.heartbeat_timeout_s, self._transport.heartbeat_s
+        return min(
+            (
+                member.heard_s + self._start_timeout_s
+                if member.presence is Presence.JOINING
+                else min(member.heard_s + silence_s, max(member.heard_s + 2 * beat_s, member.nudged_s + beat_s))
+                for member in self
+                if member.presence is not Presence.LOST
+            ),
+            default=float("inf"),
+        )
 
     def describe(self, member: Member, now: float) -> str:
         held = list(member.held)

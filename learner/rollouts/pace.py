@@ -39,13 +39,25 @@ class Pace:
     @property
     def window(self) -> int:
         """Groups that may be admitted now."""
-        fresh = (1 + self._max_staleness) * self._steps_per_version
-        if not self.is_warmup:
-            done = (self.steps_done - self.warmup_steps) // self._steps_per_version * self._steps_per_version
-            return self._groups_per_step * (self.warmup_steps + min(done + fresh, self._policy_steps))
-        sure = self.steps_done + 1 if self._has_gate else self.warmup_steps
-        steps = min(sure + min(fresh, self._policy_steps), self.steps_done + max(fresh, 2))
+        steps = min(self._end(self._max_staleness), self._sure_warmup_steps + self._policy_steps)
+        if self.is_warmup:
+            steps = min(steps, self.steps_done + max((1 + self._max_staleness) * self._steps_per_version, 2))
         return self._groups_per_step * steps
+
+    def room(self, age: int) -> int:
+        """Places for groups that are `age` versions old now, in the batches after the next one, while they are young
+        enough. None at all for what may be trained in the next batch only, or is too old already."""
+        steps = self._end(self._max_staleness - age) - self.steps_taken - 1
+        return self._groups_per_step * max(0, steps)
+
+    def _end(self, versions: int) -> int:
+        """Steps that are done, at the least, when the version ends that comes `versions` after the one under way."""
+        done = max(0, self.steps_done - self.warmup_steps) // self._steps_per_version
+        return self._sure_warmup_steps + (done + 1 + versions) * self._steps_per_version
+
+    @property
+    def _sure_warmup_steps(self) -> int:
+        return self.steps_done + 1 if self.is_warmup and self._has_gate else self.warmup_steps
 
     @property
     def taken(self) -> int:

@@ -256,6 +256,8 @@ class Reception:
 
     def note_losses(self) -> None:
         """Nobody waits for the report of an actor that is lost, or that has left."""
+        if not self._commands:
+            return
         present = set(self._coordinator.member_ids())
         for command in self._commands.values():
             command.gone |= command.missing() - present

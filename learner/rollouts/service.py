@@ -141,7 +141,7 @@ class LearnerService:
     # ---- batches
 
     def take_batch(self, timeout_s: float) -> list[TrajectoryGroup]:
-        """Exactly prompts_per_step groups that passed the consumption gate, oldest lease first.
+        """Exactly prompts_per_step groups that passed the consumption gate, in the order of staleness.batching.
 
         Raises BatchTimeout, MembersWaiting when the current version has to be published again first, or ConfigError
         when the verdicts say that there is no point in going on.

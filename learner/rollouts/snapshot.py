@@ -47,6 +47,7 @@ def take(coordinator: Coordinator, now: float) -> Snapshot:
         "pace": coordinator.pace.state_dict(),
         "next_lease_id": slots.next_lease_id,
         "counts": coordinator._counts.state_dict(),
+        "selection": coordinator._selection.state_dict(),
         "verdicts": coordinator.verdicts.state_dict(),
         "work": coordinator._members.work(),
     }
@@ -65,6 +66,7 @@ def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
     coordinator.pace.load_state_dict(state["pace"])
     coordinator._slots.next_lease_id = state["next_lease_id"]
     coordinator._counts.load_state_dict(state["counts"])
+    coordinator._selection.load_state_dict(state["selection"])
     coordinator.verdicts.load_state_dict(state["verdicts"])
     coordinator._members.departed = dict(state["work"])
     coordinator._pending = deque(_untrained(coordinator, snapshot))

@@ -1,10 +1,11 @@
 """The closing summary, from hand-made run directories."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from common.config import Config, ConfigError, EvalConfig, ModelConfig
+from common.config import Config, ConfigError, EvalConfig, ModelConfig, OverAge, StalenessConfig
 from common.loading import save_config
 from common.metrics import RunLog, Value
 from common.report import render, summary
@@ -49,6 +50,9 @@ def test_staleness_is_weighted_by_tokens(tmp_path: Path) -> None:
     text = render(result)
     assert "mean 1.00, max 2 of at most 2 versions" in text
     assert "2 old  50.0% ####################\n" in text
+    masking = replace(result.config, staleness=StalenessConfig(max_staleness=1, over_age=OverAge.mask))
+    text = render(replace(result, config=masking))
+    assert "mean 1.00, max 2 versions; tokens older than 1 were masked" in text
 
 
 def test_a_warm_up_that_its_gate_ended_is_counted_as_long_as_it_was(tmp_path: Path) -> None:

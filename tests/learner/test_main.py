@@ -121,7 +121,7 @@ def test_an_evaluation_that_is_due_with_a_checkpoint_is_in_it(stage: Stage, monk
     leader = SimpleNamespace(
         service=SimpleNamespace(set_version=lambda *_: None, judge_ready=lambda _: None, stop=lambda _: None),
         begin=lambda: None,
-        next_groups=lambda step: [],
+        next_groups=lambda *_: [],
         before_publication=lambda: None,
         record=lambda *_: None,
         state=lambda: None,

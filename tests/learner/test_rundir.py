@@ -14,6 +14,7 @@ import torch.distributed as dist
 import run
 from common import launcher
 from common.config import Config, ConfigError, Device
+from common.launcher import rank_environment
 from common.loading import load_config, read_config
 from learner import rundir
 from learner.checkpoint import Checkpointer
@@ -175,6 +176,9 @@ def test_a_second_learner_is_refused_with_the_holder_s_name_and_touches_nothing(
 ) -> None:
     run_dir = begun(tmp_path, step=7)
     (run_dir / "metrics.jsonl").write_text('{"step": 9}\n')
+    for name in rank_environment(0, 1, 0):  # `run.py learner` sets these for the process, which is the test's
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setattr(rundir, "ENDING_S", 0.3)
     monkeypatch.setattr(launcher, "ENDING_S", 0.3)
     command = [sys.executable, "-c", HOLDER, str(run_dir)]

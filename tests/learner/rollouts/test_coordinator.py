@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.config import (
     AlgorithmConfig,
+    Batching,
     Config,
     ConfigError,
     EvalConfig,
@@ -28,6 +29,7 @@ from common.config import (
 from common.types import (
     Ack,
     Cancel,
+    CompletedGroup,
     DropReason,
     Heartbeat,
     Lease,
@@ -42,6 +44,7 @@ from common.types import (
 from learner.rollouts.coordinator import MAX_FAILURES, Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
+from learner.rollouts.selection import Fate
 from learner.rollouts.snapshot import restore, take
 from tests.support.fake_actors import NO_PROBE, group
 
@@ -73,10 +76,11 @@ def make_config(
     over_age: OverAge = OverAge.drop,
     steps: int = 10_000,
     share: float = 0.5,
+    batching: Batching = Batching.admission_order,
 ) -> Config:
     return Config(
         rollout=RolloutConfig(prompts_per_step=prompts_per_step, group_size=2, max_tokens=8),
-        staleness=StalenessConfig(max_staleness=max_staleness, over_age=over_age),
+        staleness=StalenessConfig(max_staleness=max_staleness, over_age=over_age, batching=batching),
         algorithm=AlgorithmConfig(critic_warmup_steps=warmup, critic_warmup_gate=gate, dynamic_sampling=dynamic),
         learner=LearnerConfig(steps=steps),
         weights=WeightsConfig(publish_every=publish_every),
@@ -98,6 +102,17 @@ class Process:
     sent: list[int] = field(default_factory=list)
 
 
+def assert_selection(stats: dict[str, float], buffered: list[CompletedGroup]) -> None:
+    """What was sampled has been trained, was dropped, or is here."""
+    for total, count in (
+        ("responses", sum(len(item.lengths) for item in buffered)),
+        ("tokens", sum(len(item.token_ids) for item in buffered)),
+        ("correct", sum(item.verdicts.count(Verdict.CORRECT) for item in buffered)),
+    ):
+        sampled, trained, dropped = (stats[f"selection/{fate}_{total}"] for fate in Fate)
+        assert sampled - trained - dropped == count
+
+
 class Interleavings(RuleBasedStateMachine):
     """Honest actors that join, leave, vanish, come back, fail, and send twice, in any order."""
 
@@ -109,6 +124,7 @@ class Interleavings(RuleBasedStateMachine):
         has_gate=st.booleans(),
         dynamic=st.booleans(),
         share=st.sampled_from([0.1, 0.5, 1.0]),
+        batching=st.sampled_from(Batching),
     )
     def begin(self, has_gate: bool, **settings: Any) -> None:
         self.config = make_config(gate=0.5 if has_gate else None, **settings)
@@ -118,7 +134,7 @@ class Interleavings(RuleBasedStateMachine):
         self.now, self.steps, self.version = 0.0, 0, 0
         self.processes: dict[str, Process] = {}
         self.trained: list[str] = []
-        self.last_trained = -1
+        self.trained_leases: list[int] = []
         self.is_evaluating = False
         self.kept = 0  # finished groups that resumes found in their checkpoints
         for name in NAMES[:2]:
@@ -252,7 +268,7 @@ class Interleavings(RuleBasedStateMachine):
         self.config = replace(
             self.config,
             rollout=replace(self.config.rollout, prompts_per_step=data.draw(st.integers(1, 3))),
-            staleness=StalenessConfig(max_staleness=data.draw(st.integers(0, 3))),
+            staleness=replace(self.config.staleness, max_staleness=data.draw(st.integers(0, 3))),
             weights=WeightsConfig(publish_every=data.draw(st.integers(1, 3))),
         )
         kept = take(self.coordinator, self.now)
@@ -289,9 +305,11 @@ class Interleavings(RuleBasedStateMachine):
         assert len(batch) == self.config.rollout.prompts_per_step
         for item in batch:
             assert item.lease.purpose is Purpose.TRAIN
-            assert item.lease.lease_id > self.last_trained, "out of order or twice"
-            self.last_trained = item.lease.lease_id
+            assert item.lease.lease_id not in self.trained_leases, "trained twice"
+            self.trained_leases.append(item.lease.lease_id)
             assert self.version - item.oldest_version <= self.config.staleness.max_staleness
+        if self.config.staleness.batching is Batching.admission_order:
+            assert self.trained_leases == sorted(self.trained_leases), "out of order"
         self.trained += [item.lease.prompt_uid for item in batch]
         self.steps += 1
         if self.config.algorithm.critic_warmup_gate and self.steps < self.warmup and data.draw(st.booleans()):
@@ -342,12 +360,26 @@ class Interleavings(RuleBasedStateMachine):
         assert ahead <= (max(2, fresh) if self.steps < self.warmup else fresh)
 
     @invariant()
+    def what_is_kept_up_to_date_is_what_a_look_at_every_member_finds(self) -> None:
+        coordinator, version = self.coordinator, self.coordinator.version
+        free = {member.name: member.free(version, self.now) for member in coordinator._members}
+        name = coordinator._places.most()
+        assert max(0, *free.values(), 0) == (free[name] if name is not None else 0)
+        outdated = [name for name in coordinator.members() if not coordinator._members[name].is_current(version)]
+        assert coordinator.waiting_for_weights() == tuple(outdated)
+        for member in coordinator._members:
+            held = [coordinator._slots[lease_id].lease.purpose for lease_id in member.held]
+            assert member.num_evaluating == held.count(Purpose.EVAL)
+
+    @invariant()
     def counters_agree(self) -> None:
         stats = self.coordinator.stats()
         assert stats["trained_groups"] == len(self.trained)
         taken = self.steps * self.config.rollout.prompts_per_step
         assert stats["in_flight_groups"] + stats["buffered_groups"] + taken == stats["admitted_groups"]
         assert stats["actors_connected"] == len(self.present(lambda p: p.is_ready))
+        buffered = [slot.group.completed for slot in self.coordinator._slots.train.values() if slot.group is not None]
+        assert_selection(stats, buffered)
 
     def teardown(self) -> None:
         """Whatever happened, one good actor is enough to go on."""
@@ -630,7 +662,7 @@ def test_groups_that_wait_in_the_buffer_when_the_warm_up_ends_are_no_row() -> No
     assert ids(coordinator.take_batch()) == [0, 1, 2, 3]
     coordinator.set_version(0, 1)
     assert ids(coordinator.take_batch()) == [4, 6, 8, 10]
-    assert coordinator.drops == {DropReason.UNINFORMATIVE: 3}
+    assert coordinator.drops == {DropReason.UNINFORMATIVE: 4}
     assert coordinator.verdicts.problem is None
 
 
