@@ -120,7 +120,7 @@ class LearnerService:
     ) -> None:
         """Actors are sent home, unless the learner crashes: then they wait for the next one."""
         if not is_crash(error):
-            self.stop("the run is over" if error is None else f"the learner ends with {type(error).__name__}")
+            self.stop("the run is over" if error is None else f"the learner ends: {error}")
         else:
             self._close()
 
