@@ -8,6 +8,7 @@ descendants of a role that was started alone, when that was killed with SIGKILL 
 import ctypes
 import os
 import secrets
+import select
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -18,6 +19,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+LOOK_S = 1.0  # between two looks of a guardian at who is below a role
 FAMILY = "ASYNC_VAPO_FAMILY"  # environment variable: marks the descendants of a role, whatever sessions they make
 
 # Loaded at import: a child between fork and exec must not load libraries.
@@ -121,8 +123,9 @@ class Guardian:
     def protect_descendants(self) -> None:
         """Whatever this process starts from now on, and what that starts, dies with it.
 
-        They are known by a variable in the environment that they begin with: it is inherited where a session, a process
-        group or a parent is not. A process that is forked without exec shows the environment of its parent's own exec.
+        The young ones are known by a variable in the environment that they begin with: it is inherited where a session,
+        a process group or a parent is not. A process that changes its title (vLLM's do) overwrites that, so the
+        guardian also looks every LOOK_S who is there.
         """
         mark = os.environ[FAMILY] = secrets.token_hex(16)
         os.write(self._writer, f"mark {mark}\n".encode())
@@ -145,13 +148,29 @@ def _guard(reader: int) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        text = b""
-        while chunk := os.read(reader, 4096):
-            text += chunk
+        parent, known, text = psutil.Process(os.getppid()), set[psutil.Process](), b""
+        while True:
+            is_readable, _, _ = select.select([reader], [], [], LOOK_S if b"mark" in text else None)
+            if is_readable:
+                chunk = os.read(reader, 4096)
+                if not chunk:
+                    break
+                text += chunk
+            if b"mark" in text:
+                known = {process for process in known if _is_alive(process)} | set(_below(parent))
         if not text.endswith(Guardian.FAREWELL):
+            kill([process for one in known for process in (one, *_below(one))])
             _kill_all(set(text.decode().splitlines()))
     finally:
         os._exit(0)
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    """Its descendants but for this process; none when it is gone."""
+    try:
+        return [below for below in process.children(recursive=True) if below.pid != os.getpid()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _kill_all(told: set[str], rounds: int = 20) -> None:

@@ -16,15 +16,19 @@ import run
 from common.causes import CRASHED
 from common.config import Config, ConfigError, ModelConfig
 from common.loading import load_config
+from common.processtree import LOOK_S
 from tests.support.runs import ROOT
 
 LIMIT_S = 60.0
-# An engine process in a session of its own, and a daemon below it that has neither session nor parent in common.
+# An engine process in a session of its own, and a daemon below it that has neither session nor parent in common. The
+# title of the first is written over its environment, as vLLM does.
 ENGINE = """
 import os, sys, time
+import setproctitle
 if os.fork() == 0:
     os.setsid()
     os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)", "daemon", sys.argv[1]])
+setproctitle.setproctitle("ENGINE " + sys.argv[1])
 time.sleep(1000)
 """
 ROLE = f"""
@@ -38,7 +42,7 @@ with run._role("actor-7"):
 
 def family(word: str) -> list[psutil.Process]:
     found = psutil.process_iter(["cmdline", "status"])
-    return [p for p in found if word in (p.info["cmdline"] or ()) and p.info["status"] != psutil.STATUS_ZOMBIE]
+    return [p for p in found if word in " ".join(p.info["cmdline"] or ()) and p.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def wait_for(number: int, word: str) -> None:
@@ -59,6 +63,8 @@ def test_nobody_outlives_a_role_that_was_started_alone_and_is_killed(tmp_path: P
     )
     try:
         wait_for(4, word)  # the role, its guardian, the engine, the daemon
+        wait_for(1, "ENGINE " + word)
+        time.sleep(3 * LOOK_S)  # that is what the guardian may take to notice an engine that has changed its title
         role.kill()
         role.wait(LIMIT_S)
         wait_for(0, word)
