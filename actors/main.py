@@ -4,6 +4,9 @@
 
 The loop reads one message at a time and never waits inside: leases run as tasks, and weight phases as one task at a
 time. A completed group is kept until the learner acknowledges it.
+
+An actor outlives its connection and its learner. When the learner says that it does not know it, or is not heard for a
+while, the actor greets again with what it holds, and goes on with what the learner still wants (actors/greeting.py).
 """
 
 import asyncio
@@ -11,6 +14,7 @@ import logging
 import signal
 import sys
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from actors.engine import Engine, EngineError, RequestRefused
+from actors.greeting import ActorError, Session
 from actors.rollout import complete
 from actors.verifier.pool import VerifierError, VerifierPool, pool_of
 from common.addresses import address_towards, prefer_interface_of
@@ -25,21 +30,20 @@ from common.broadcast import BrokenTransfer
 from common.child import announce_ready
 from common.config import Config, ConfigError, Device
 from common.keys import ActorKeys
-from common.transport import ActorConnection, model_fingerprints
+from common.transport import ActorConnection
 from common.types import (
-    PROTOCOL_VERSION,
     Ack,
     Bye,
     Cancel,
     CompletedGroup,
     Draining,
     Heartbeat,
-    Hello,
     Lease,
     LeaseFailed,
     Pulse,
     Ready,
     Refused,
+    SayHello,
     Stop,
     WeightsCommand,
     WeightsPhase,
@@ -51,10 +55,6 @@ from common.wire import WireError
 logger = logging.getLogger(__name__)
 
 NO_PROBE = np.empty(0, dtype=np.float32)
-
-
-class ActorError(RuntimeError):
-    """Why this actor has to leave; one sentence."""
 
 
 @dataclass
@@ -82,30 +82,30 @@ class Actor:
     forgotten; weight phases run one after another, in the order in which they came.
     """
 
-    def __init__(self, config: Config, connection: ActorConnection, engine: Engine, verifier: VerifierPool) -> None:
-        self._config = config
-        self._connection = connection
+    def __init__(self, session: Session, engine: Engine, verifier: VerifierPool) -> None:
+        self._session = session
+        self._connection = session.connection
         self._engine = engine
         self._verifier = verifier
-        self._probe_token_ids = np.empty(0, dtype=np.int32)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._unacknowledged: dict[int, CompletedGroup] = {}
         self._phases: asyncio.Queue[WeightsCommand] = asyncio.Queue()
+        self._newest_command = -1  # id of the newest that came
+        self._report: WeightsReport | None = None  # the last
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._has_less_to_do = asyncio.Event()  # than before: a lease is done, or a group has arrived
 
-    async def serve(self, welcome: Welcome, is_draining: asyncio.Event) -> None:
+    async def serve(self, is_draining: asyncio.Event) -> None:
         """Takes part until the learner says stop, or it is asked to drain and has. Raises ActorError, EngineError or
         TimeoutError."""
-        self._probe_token_ids = welcome.probe_token_ids
         ready_at = time.monotonic()
-        probe = await self._engine.score(self._probe_token_ids)
+        probe = await self._engine.score(self._session.welcome.probe_token_ids)
         await self._connection.send(Ready(version=self._engine.version, probe_logprobs=probe))
         announce_ready()
         background = [
-            asyncio.create_task(self._beat(welcome.heartbeat_s, ready_at)),
+            asyncio.create_task(self._beat(ready_at)),
             asyncio.create_task(self._run_phases()),
-            asyncio.create_task(self._listen(welcome.timeout_s)),
+            asyncio.create_task(self._listen()),
             asyncio.create_task(self._drain(is_draining)),
         ]
         try:
@@ -117,9 +117,9 @@ class Actor:
                 task.cancel()
             await asyncio.gather(*background, *self._tasks.values(), return_exceptions=True)
 
-    async def _listen(self, timeout_s: float) -> None:
+    async def _listen(self) -> None:
         while True:
-            match await self._connection.receive(timeout_s):
+            match await self._session.receive(self._tasks, self._unacknowledged):
                 case Lease() as lease:
                     self._begin(lease)
                 case Ack(lease_id=lease_id):
@@ -131,7 +131,9 @@ class Actor:
                     if (task := self._tasks.get(lease_id)) is not None:
                         task.cancel()
                 case WeightsCommand() as command:
-                    self._phases.put_nowait(command)
+                    await self._take(command)
+                case Welcome() as welcome:
+                    await self._go_on(welcome)
                 case Refused(reason=reason, fatal=fatal):
                     if fatal:
                         raise ActorError(f"the learner refused this actor: {reason}")
@@ -139,8 +141,35 @@ class Actor:
                 case Stop(reason=reason):
                     logger.info("stopping: %s", reason)
                     return
-                case Pulse() | Welcome():
+                case Pulse() | SayHello():
                     pass
+
+    async def _go_on(self, welcome: Welcome) -> None:
+        """The learner knows this actor again. Cancel follows for each lease and group that it does not want."""
+        if self._session.accept(welcome):
+            self._begin_anew()
+        else:
+            for group in self._unacknowledged.values():
+                await self._connection.send(group)
+        await self._connection.send(Ready(version=self._engine.version, probe_logprobs=NO_PROBE))
+
+    def _begin_anew(self) -> None:
+        """The learner has been started again: what an earlier life of it had asked for is void."""
+        while not self._phases.empty():
+            self._phases.get_nowait()
+        if self._session.config.actors.sleep_while_training:
+            wake = WeightsCommand(
+                command_id=self._newest_command, phase=WeightsPhase.WAKE, version=self._engine.version, payload={}
+            )
+            self._phases.put_nowait(wake)
+
+    async def _take(self, command: WeightsCommand) -> None:
+        """Each command once; the learner repeats one that it has no report of."""
+        if command.command_id > self._newest_command:
+            self._newest_command = command.command_id
+            self._phases.put_nowait(command)
+        elif self._report is not None and self._report.command_id == command.command_id:
+            await self._connection.send(self._report)
 
     def _begin(self, lease: Lease) -> None:
         if lease.lease_id in self._tasks or lease.lease_id in self._unacknowledged:
@@ -157,7 +186,7 @@ class Actor:
 
     async def _work(self, lease: Lease) -> None:
         try:
-            group = await complete(lease, self._engine, self._verifier, self._config.reward)
+            group = await complete(lease, self._engine, self._verifier, self._session.config.reward)
             self._unacknowledged[lease.lease_id] = group
             await self._connection.send(group)
         except (RequestRefused, WireError) as error:  # its content alone: nothing that a lease asks for ends an actor
@@ -171,7 +200,7 @@ class Actor:
         logger.info("draining: %d groups are being sampled", len(self._tasks))
         await self._connection.send(Draining())
         try:
-            async with asyncio.timeout(self._config.actors.drain_s):
+            async with asyncio.timeout(self._session.config.actors.drain_s):
                 while self._tasks or self._unacknowledged:
                     self._has_less_to_do.clear()
                     await self._has_less_to_do.wait()
@@ -187,16 +216,15 @@ class Actor:
             except Exception as problem:
                 logger.exception("weights phase %s of version %d", command.phase, command.version)
                 error, is_shared = f"{type(problem).__name__}: {problem}", isinstance(problem, BrokenTransfer)
-            await self._connection.send(
-                WeightsReport(
-                    command_id=command.command_id,
-                    phase=command.phase,
-                    version=command.version,
-                    error=error,
-                    is_shared=is_shared,
-                    probe_logprobs=probe,
-                )
+            self._report = WeightsReport(
+                command_id=command.command_id,
+                phase=command.phase,
+                version=command.version,
+                error=error,
+                is_shared=is_shared,
+                probe_logprobs=probe,
             )
+            await self._connection.send(self._report)
 
     async def _phase(self, command: WeightsCommand) -> np.ndarray[Any, np.dtype[np.float32]]:
         match command.phase:
@@ -212,67 +240,49 @@ class Actor:
                 await self._engine.finish_update(command.version)
             case WeightsPhase.RESUME:
                 await self._engine.resume()
-                return await self._engine.score(self._probe_token_ids)
+                return await self._engine.score(self._session.welcome.probe_token_ids)
             case WeightsPhase.SLEEP:
                 await self._engine.sleep()
             case WeightsPhase.WAKE:
                 await self._engine.wake()
         return NO_PROBE
 
-    async def _beat(self, interval_s: float, ready_at: float) -> None:
+    async def _beat(self, ready_at: float) -> None:
         while True:
             await self._connection.send(
                 Heartbeat(
-                    held_groups=len(self._tasks),
+                    lease_ids=np.array(list(self._tasks), dtype=np.int32),
                     generated_tokens=self._engine.generated_tokens,
                     busy_s=self._engine.busy_s,
                     uptime_s=time.monotonic() - ready_at,
                 )
             )
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(self._session.welcome.heartbeat_s)
 
 
 async def _take_part(config: Config, endpoint: str, name: str, keys: ActorKeys | None, departure: Departure) -> None:
-    """What can fail fast comes first: the verifier is loaded, and an actor that does not fit is refused, before the
+    """What can fail fast comes first: an actor that does not fit is refused, and the verifier is loaded, before the
     engine starts."""
-    model, tokenizer = model_fingerprints(config.model.path)
-    engine = Engine(config)
     async with (
-        pool_of(config) as verifier,
         ActorConnection(endpoint, name, config.transport.max_message_mb, keys) as connection,
+        AsyncExitStack() as stack,
     ):
-        await connection.send(
-            Hello(
-                protocol_version=PROTOCOL_VERSION,
-                name=name,
-                capacity=config.actors.groups_in_flight,
-                model_fingerprint=model,
-                tokenizer_fingerprint=tokenizer,
-            )
-        )
+        session = Session(config, connection)
         error: str | None = "interrupted"
         try:
-            welcome = await _welcome(connection, config.transport.heartbeat_timeout_s)
+            config = await session.begin()
+            verifier = await stack.enter_async_context(pool_of(config))
+            engine = Engine(config)
+            stack.push_async_callback(engine.shutdown)
             await engine.start()
             departure.takes_part = True
-            await Actor(config, connection, engine, verifier).serve(welcome, departure.is_draining)
+            await Actor(session, engine, verifier).serve(departure.is_draining)
             error = None
         except Exception as problem:
             error = str(problem)
             raise
         finally:
             await connection.send(Bye(error=error))
-            await engine.shutdown()
-
-
-async def _welcome(connection: ActorConnection, timeout_s: float) -> Welcome:
-    match await connection.receive(timeout_s):
-        case Welcome() as welcome:
-            return welcome
-        case Refused(reason=reason):
-            raise ActorError(f"the learner refused this actor: {reason}")
-        case other:
-            raise ActorError(f"the learner answered the greeting with {type(other).__name__}")
 
 
 def main(config: Config, endpoint: str, name: str, keys: ActorKeys | None = None) -> int:

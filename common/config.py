@@ -317,7 +317,11 @@ class TransportConfig:
     advertise_host: str | None = None  # address at which actors reach it, for weights too; None: follows from host
     port: int = 0  # 0: any free port
     heartbeat_s: float = 0.5
-    heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost
+    heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost, and an actor connects anew
+    # From the loss of an actor until its leases go to others. Then a broken connection costs nothing that was sampled
+    grace_s: float = 5.0
+    # How long an actor tries to reach a learner that it has lost, and the learner remembers an actor that it has lost
+    reconnect_s: float = 600.0
     max_message_mb: int = 64  # larger messages are refused
     curve: bool = True  # encryption, and keys that say who may take part; off: anybody who reaches the port may
     keys: str | None = None  # folder made by `run.py keygen`; None: RUN/keys, made by the learner

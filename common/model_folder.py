@@ -92,6 +92,13 @@ def check_settings(settings: dict[str, Any], name: str) -> None:
                 )
 
 
+def vocabulary_size(path: str) -> int | None:
+    """Rows of the output layer of the model in folder `path`, padding included: what an engine can draw from. None when
+    its config.json does not say. Raises ConfigError when there is none."""
+    size = text_settings(read_settings(Path(path), f"model.path={path}")).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The part about the language model, where a configuration describes several models."""
     inner = settings.get("text_config")

@@ -1,8 +1,8 @@
 """The sockets: a ROUTER in the learner's service thread, a DEALER in each actor; both speak common/wire.py.
 
-An actor's ZeroMQ identity is its name and a random suffix: two processes of one name never share a mailbox, and nobody
-can guess the identity of another. Nothing is dropped: where the learner's queue of an actor is full, the actor's own
-grows, and that is bounded by its leases.
+An actor's ZeroMQ identity is its name and a random suffix: two connections of one name never share a mailbox, and
+nobody can guess the identity of another. Nothing is dropped: where the learner's queue of an actor is full, the actor's
+own grows, and that is bounded by its leases.
 """
 
 import asyncio
@@ -237,6 +237,20 @@ class ActorConnection:
         self._failures = 0  # handshakes, one after another
 
     async def __aenter__(self) -> Self:
+        self._socket = self._connected()
+        return self
+
+    def reopen(self) -> None:
+        """A new connection, because the old one may be half open. What it had not delivered is lost."""
+        self._close(linger_ms=0)
+        self._socket = self._connected()
+
+    def _close(self, linger_ms: int) -> None:
+        self._channel.disable_monitor()
+        self._monitor.close(linger=0)
+        self._channel.close(linger=linger_ms)
+
+    def _connected(self) -> zmq.asyncio.Socket:
         channel = self._context.socket(zmq.DEALER)
         channel.setsockopt(zmq.IDENTITY, f"{self.name[:200]}#{secrets.token_hex(12)}".encode()[-255:])
         channel.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
@@ -253,19 +267,16 @@ class ActorConnection:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(f"cannot connect to {self.endpoint!r} ({error}); give tcp://HOST:PORT") from None
-        self._socket = channel
         self._poller = zmq.asyncio.Poller()
         self._poller.register(channel, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        return self
+        return channel
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._socket is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._socket.close(linger=0 if isinstance(error, HandshakeError) else LINGER_MS)
+            self._close(0 if isinstance(error, HandshakeError) else LINGER_MS)
             self._socket = None
         await asyncio.to_thread(self._context.term)  # blocks while it lingers: not on the event loop
 

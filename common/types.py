@@ -1,7 +1,7 @@
 """The records that cross a process boundary, in flow order.
 
     Prompt -> Lease -> CompletedGroup -> TrajectoryGroup     what is sampled and trained
-    Hello, Ready, Heartbeat, Draining, Bye / Welcome, Refused, ...     who takes part
+    Hello, Ready, Heartbeat, Draining, Bye / Welcome, SayHello, ...    who takes part
     WeightsCommand -> WeightsReport                          who holds which weights
 
 Axes: n members of a group, L tokens of one completion, T tokens of all n completions laid end to end.
@@ -22,8 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 PROTOCOL_VERSION = 4
-
 BYTES_PER_TOKEN = 12  # of a group on its way: id, log-prob and version of each token
+LARGEST_REWARD = 1e6  # in magnitude, of one response: sums of squares over a batch stay far inside float32
+
+MAX_CAPACITY = 1024  # groups of one actor: more than an engine schedules at once, and far from all leases of a run
+MAX_LISTED = 4 * MAX_CAPACITY  # lease ids in one list of an actor's
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
@@ -182,22 +185,45 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Actor -> learner, first message. The fingerprints must equal the learner's, else the actor is refused."""
+    """Actor -> learner, first message, and again when asked or on a new connection. The fingerprints must equal the
+    learner's, else the actor is refused.
+
+    `run_id`, `incarnation` and `number` are those of the last Welcome, None before the first.
+    """
 
     protocol_version: int
     name: str
     capacity: int  # groups that it will hold at once
     model_fingerprint: str
     tokenizer_fingerprint: str
+    run_id: str | None
+    incarnation: int | None
+    number: int | None
+    held: Int32Array  # ids of leases that it still samples
+    finished: Int32Array  # ids of groups that it keeps, because no Ack has come
+
+    def __post_init__(self) -> None:
+        _check_listed(self.held, self.finished)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """Learner -> actor: you are a member."""
+    """Learner -> actor: you are a member. Cancel follows for each lease of the Hello that is not wanted any more."""
 
+    run_id: str  # made once per run directory
+    incarnation: int  # how often the learner of this run has been started
+    number: int  # of the member, see MemberId
+    settings: dict[str, JSON]  # what must agree (common/agreement.py)
     heartbeat_s: float  # send a heartbeat at least this often
-    timeout_s: float  # silence of the learner after which the actor gives up
+    timeout_s: float  # silence of the learner after which the actor connects anew
     probe_token_ids: Int32Array  # [probe tokens], scored after every update
+
+
+@dataclass(frozen=True, kw_only=True)
+class SayHello:
+    """Learner -> actor: the last message came from somebody that the learner does not know, or has lost sight of."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,20 +236,23 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Actor -> learner: the engine is up and holds `version`; sent once after Welcome."""
+    """Actor -> learner: the engine is up and holds `version`; the answer to every Welcome, once it is."""
 
     version: int
-    probe_logprobs: Float32Array  # [probe tokens - 1]
+    probe_logprobs: Float32Array  # [probe tokens - 1], of the model folder's weights; empty when it greets again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
     """Actor -> learner, every heartbeat_s: counters since the actor started."""
 
-    held_groups: int
+    lease_ids: Int32Array  # leases under way
     generated_tokens: int
     busy_s: float  # time with at least one request scheduled and generation not paused
     uptime_s: float  # time since Ready
+
+    def __post_init__(self) -> None:
+        _check_listed(self.lease_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +280,7 @@ class MemberId(NamedTuple):
     """An actor process that takes part. A restarted actor of the same name is another member."""
 
     name: str
-    number: int  # of its joining, counted over the learner's life
+    number: int  # of its joining, counted over the life (incarnation) of the learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +332,12 @@ class Bye:
     error: str | None
 
 
+def _check_listed(*lists: Int32Array) -> None:
+    """Each id may be answered, so that nobody may list any number of them."""
+    if (longest := max(map(len, lists))) > MAX_LISTED:
+        raise ValueError(f"{longest} lease ids, more than the {MAX_LISTED} that an actor can have")
+
+
 ActorMessage: TypeAlias = Hello | Ready | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Draining | Bye
-LearnerMessage: TypeAlias = Welcome | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop
+LearnerMessage: TypeAlias = Welcome | SayHello | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop
 Message: TypeAlias = ActorMessage | LearnerMessage

@@ -20,7 +20,7 @@ from common.config import (
     TransferBackend,
 )
 from common.model_folder import check_model_folder
-from common.types import BYTES_PER_TOKEN
+from common.types import BYTES_PER_TOKEN, LARGEST_REWARD
 
 INF = float("inf")
 LARGEST_INTEGER = 2**32 - 1  # of any setting: numpy's and vLLM's seeds end there, counts and lengths earlier
@@ -40,10 +40,10 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "verifier.timeout_s": (0, LONGEST_S, False),
     "verifier.memory_mb": (64, INF, True),
     "verifier.max_error_share": (0, 1, True),
-    "reward.correct": (-INF, INF, True),
-    "reward.wrong": (-INF, INF, True),
-    "reward.unanswered": (-INF, INF, True),
-    "reward.timed_out": (-INF, INF, True),
+    "reward.correct": (-LARGEST_REWARD, LARGEST_REWARD, True),
+    "reward.wrong": (-LARGEST_REWARD, LARGEST_REWARD, True),
+    "reward.unanswered": (-LARGEST_REWARD, LARGEST_REWARD, True),
+    "reward.timed_out": (-LARGEST_REWARD, LARGEST_REWARD, True),
     "reward.overlong_buffer": (1, INF, True),
     "rollout.prompts_per_step": (1, INF, True),
     "rollout.group_size": (1, INF, True),
@@ -113,6 +113,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "transport.port": (0, 65535, True),
     "transport.heartbeat_s": (0, LONGEST_S, False),
     "transport.heartbeat_timeout_s": (0, LONGEST_S, False),
+    "transport.grace_s": (0, LONGEST_S, True),
+    "transport.reconnect_s": (0, LONGEST_S, True),
     "transport.max_message_mb": (1, INF, True),
     "eval.every": (0, INF, True),
     "eval.num_prompts": (1, INF, True),
@@ -261,6 +263,17 @@ def _check_transport(config: Config) -> None:
         transport.max_message_mb < largest_mb,
         f"transport.max_message_mb={transport.max_message_mb} does not hold a group of rollout.group_size="
         f"{rollout.group_size} responses of rollout.max_tokens={rollout.max_tokens}: set it to {largest_mb} or more",
+    )
+    grace, reconnect = config.transport.grace_s, config.transport.reconnect_s
+    refuse_if(
+        grace >= silence,
+        f"transport.grace_s={grace:g} must be below transport.heartbeat_timeout_s={silence:g}, for which a new actor "
+        "waits while the learner asks whether an earlier one of its name is still there",
+    )
+    refuse_if(
+        reconnect < grace,
+        f"transport.reconnect_s={reconnect:g} must be at least transport.grace_s={grace:g}, for which a lost actor's "
+        "leases are kept",
     )
 
 

@@ -201,6 +201,8 @@ class Leader:
             "tokens/generated": counters["generated_tokens"],
             "actors/connected": counters["actors_connected"],
             "actors/too_slow": counters["actors_too_slow"],
+            "actors/dismissed": counters["actors_dismissed"],
+            "actors/forgotten": counters["actors_forgotten"],
             "staleness/dropped_groups": counters["dropped/stale"],
             "verifier/num_errors": change["verdicts/error"],
             "verifier/num_timed_out": change["verdicts/timed_out"],

@@ -26,6 +26,7 @@ from common.child import READY_FILE
 from common.config import Config, ConfigError, Device
 from common.keys import learner_keys
 from common.metrics import RunLog, Value
+from common.model_folder import vocabulary_size
 from common.placement import plan_here
 from common.stopping import Interrupted, RunEnds, StopSignals
 from common.tasks.dataset import load_dataset
@@ -424,12 +425,12 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
         with RunLog(config.run_dir, keep_through=resume_step or 0) as log:
             yield Replay(config, Record(Path(config.learner.replay)), log)
         return
-    with _leader_of_actors(config, resume_step) as leader:
+    with _leader_of_actors(config, resume_step, run_id, incarnation) as leader:
         yield leader
 
 
 @contextmanager
-def _leader_of_actors(config: Config, resume_step: int | None) -> Iterator[Leader]:
+def _leader_of_actors(config: Config, resume_step: int | None, run_id: str, incarnation: int) -> Iterator[Leader]:
     """Opens the socket first, so that actors can connect while the model loads; writes RUN/endpoint for them."""
     data = load_dataset(config, config.run_dir / "data")
     service = LearnerService(
@@ -441,6 +442,9 @@ def _leader_of_actors(config: Config, resume_step: int | None) -> Iterator[Leade
         data.task.shares,
         keys=learner_keys(config),
         former_port=former_port(config.run_dir),
+        run_id=run_id,
+        incarnation=incarnation,
+        vocab_size=vocabulary_size(config.model.path),
     )
     service.turn_s = TURN_S
     kept = None

@@ -6,12 +6,11 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.types import Verdict
+from common.types import LARGEST_REWARD, Verdict
 
-CONTRACT = "a Verdict, a bool, a finite number (the reward) or an object with reward and verdict"
+CONTRACT = "a Verdict, a bool, a number up to 1e6 in magnitude (the reward) or an object with reward and verdict"
 DIED = "ended its process"  # an error: the verifier's code exited or crashed
 _NAMES = frozenset(Verdict)
-_LARGEST = 3.4e38  # rewards travel as float32
 _MAX_CHARS = 300  # of an error
 
 
@@ -39,7 +38,11 @@ def judgement_of(returned: object, correct_from: float) -> Judgement:
         verdict = Verdict.CORRECT if verdict else Verdict.WRONG
     elif verdict is None and reward is not None:
         verdict = Verdict.CORRECT if reward >= correct_from else Verdict.WRONG
-    if not isinstance(verdict, str) or verdict not in _NAMES or (reward is not None and not abs(reward) <= _LARGEST):
+    if (
+        not isinstance(verdict, str)
+        or verdict not in _NAMES
+        or (reward is not None and not abs(reward) <= LARGEST_REWARD)
+    ):
         return failure(f"returned {returned!r} ({type(returned).__name__}), which is not {CONTRACT}")
     if verdict == Verdict.ERROR:
         return failure(f"returned {returned!r}")

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from actors.verifier.judgement import DIED, Judgement, decode, failure
 from common.config import Config, ConfigError
-from common.tasks import default_verifier
+from common.tasks import verifier_function
 from common.types import AnswerForm, Verdict
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def pool_of(config: Config, num_workers: int | None = None, *, is_quiet: bool = 
     """The pool that a run's configuration asks for, not started."""
     settings = config.verifier
     return VerifierPool(
-        settings.function or default_verifier(config.task),
+        verifier_function(config),
         num_workers or settings.num_workers,
         settings.timeout_s,
         settings.memory_mb,

@@ -1,11 +1,9 @@
-"""From judgement to reward: the verifier's own number, or the configured value of the verdict, plus DAPO's soft
-penalty for overlong responses."""
+"""From judgement to reward: the verifier's own number, or what its verdict is worth, plus the overlong penalty."""
 
 from actors.verifier.judgement import Judgement
 from common.config import RewardConfig
+from common.rewards import NO_REWARD, overlong_penalty, verdict_reward
 from common.types import Verdict
-
-NO_REWARD = 0.0  # of a response on which the verifier failed: its group is not trained on
 
 
 def reward(judgement: Judgement, num_tokens: int, max_tokens: int, config: RewardConfig) -> float:
@@ -15,30 +13,7 @@ def reward(judgement: Judgement, num_tokens: int, max_tokens: int, config: Rewar
     """
     if judgement.verdict is Verdict.ERROR:
         return NO_REWARD
-    value = judgement.reward
-    if value is None:
-        value = {
-            Verdict.CORRECT: config.correct,
-            Verdict.WRONG: config.wrong,
-            Verdict.UNANSWERED: config.unanswered,
-            Verdict.TIMED_OUT: config.timed_out,
-        }[judgement.verdict]
+    value = verdict_reward(judgement.verdict, config) if judgement.reward is None else judgement.reward
     if config.overlong_penalty:
         value += overlong_penalty(num_tokens, max_tokens, config.overlong_buffer)
     return float(value)
-
-
-def overlong_penalty(num_tokens: int, max_tokens: int, buffer: int) -> float:
-    """Soft overlong punishment in [-1, 0] (DAPO, arXiv 2503.14476, eq. 13), with |y| = num_tokens:
-
-        0                                     |y| <= max_tokens - buffer
-        ((max_tokens - buffer) - |y|) / buffer   up to max_tokens
-        -1                                    beyond
-
-    Raises ValueError when the buffer does not fit into the response limit.
-    """
-    if not 0 < buffer <= max_tokens:
-        raise ValueError(
-            f"reward.overlong_buffer is {buffer}, but must be between 1 and rollout.max_tokens = {max_tokens}"
-        )
-    return max(-1.0, min(0.0, (max_tokens - buffer - num_tokens) / buffer))

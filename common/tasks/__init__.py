@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Protocol
 
-from common.config import ConfigError, OnBadRow, TaskConfig, TrainFile
+from common.config import Config, ConfigError, OnBadRow, TaskConfig, TrainFile
 from common.tasks import chain_sum, file, number_walk
 from common.tasks.file import DataFile
 from common.tasks.rows import BadRow, Problem, settle
@@ -111,6 +111,16 @@ def load_task(config: TaskConfig) -> Task:
 def default_verifier(config: TaskConfig) -> str:
     """The "module:function" that grades this task's responses, without making its data."""
     return file.VERIFIER if config.name == "file" else _PROCEDURAL[config.name][1]
+
+
+def verifier_function(config: Config) -> str:
+    """The "module:function" that grades a run's responses."""
+    return config.verifier.function or default_verifier(config.task)
+
+
+def is_own_verifier(config: Config) -> bool:
+    """Whether that is one of ours, which return a verdict and never a number."""
+    return verifier_function(config).partition(".")[0] in ("actors", "common")
 
 
 def _generate(config: TaskConfig) -> Task:

@@ -3,6 +3,9 @@
 A training prompt goes   pending -> leased(actor) -> buffered -> trained | dropped(reason)
 
 - Lease ids count up and are never used twice. A prompt that comes back is leased again first, under a new id.
+- An actor that is lost keeps its leases for transport.grace_s; when it greets again both sides say what they know.
+- A member answers for its failures (learner/rollouts/accounts.py). A prompt is given up when several members, or the
+  only one there is, have failed on it.
 - Admission: groups leased + buffered + trained stay below the window (learner/rollouts/pace.py), so that actors run
   ahead of the learner by at most `max_staleness` versions.
 - Consumption is in the order of lease ids, and a batch waits for its earlier leases; or, by `staleness.batching`, in
@@ -16,7 +19,7 @@ Everything to be sent is put into an outbox. learner/rollouts/service.py calls a
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from common.config import Config
 from common.types import (
@@ -38,9 +41,10 @@ from common.types import (
 )
 from learner.rollouts.archive import renumbered
 from learner.rollouts.batching import next_slots
+from learner.rollouts.contents import problem_with
 from learner.rollouts.counts import Counts
 from learner.rollouts.evaluation import Begun, EvalResult, Evaluation, asked
-from learner.rollouts.leases import Pending, Slot, Slots, eval_lease, is_over_age, problem_with, train_lease
+from learner.rollouts.leases import Pending, Slot, Slots, eval_lease, is_over_age, train_lease
 from learner.rollouts.members import Member, Members, Presence
 from learner.rollouts.pace import Pace
 from learner.rollouts.places import Outbox, Places
@@ -51,7 +55,8 @@ from learner.rollouts.verdicts import Verdicts, is_informative
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # of one prompt, before it is given up
+NOW = float("-inf")
+MAX_FAILURES = 3  # of one prompt, and on as many actors if there are so many, before it is given up
 
 
 class Coordinator:
@@ -62,7 +67,13 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: Config, stream: PromptStream, tokenize: Callable[[Prompt], Sequence[int] | Int32Array]
+        self,
+        config: Config,
+        stream: PromptStream,
+        tokenize: Callable[[Prompt], Sequence[int] | Int32Array],
+        *,
+        incarnation: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self._config = config
         self._stream = stream
@@ -70,16 +81,19 @@ class Coordinator:
         self._members = Members(config)
         self.pace = Pace(config)
         self._pending: deque[Pending] = deque()
-        self._slots = Slots()
+        self._vocab_size = vocab_size
+        self._slots = Slots(incarnation)
         self._evaluation: Evaluation | None = None
         self._counts = Counts()
         self._selection = Selection()
         self.verdicts = Verdicts(config)
         self.version = 0
         self.outbox = Outbox()
+        self.condemned: dict[str, str] = {}  # members that have to leave, and why; whoever dismisses them empties it
         self._places = Places()
         self._outdated: set[str] = set()  # ready members without the current version
-        self._check_s = float("-inf")  # when to look at every member next
+        self._resting: dict[str, float] = {}  # members that wait after a failure, and until when
+        self._check_s = NOW  # when to look at every member next
         self._speed = Speed(config)
 
     @property
@@ -95,38 +109,61 @@ class Coordinator:
         self._members.add(name, capacity, now)
         self._check_s = now
 
-    def ready(self, name: str, version: int, probe_logprobs: Float32Array) -> None:
-        """Its engine is up. Version 0 is the model folder that both sides have compared."""
+    def join_again(self, name: str, held: Iterable[int], finished: Iterable[int], now: float) -> None:
+        """A member has greeted again, or one that was another learner's has joined. It samples the leases `held`, and
+        keeps the groups of `finished`.
+
+        What both sides know stays leased. What did not reach it is leased again, what is not wanted any more is
+        cancelled.
+        """
         member = self._members[name]
-        member.presence, member.was_ready = Presence.READY, True
-        member.version = version if version == self.version and (version or self.pace.is_folder_version_0) else None
-        member.probe_logprobs = probe_logprobs
-        self._check_s = member.heard_s
+        member.heard_s = member.greeted_s = now
+        member.presence = Presence.READY if member.was_ready else Presence.JOINING
+        member.is_fresh &= member.was_ready
+        known, theirs = set(member.held), {*held, *finished}
+        self._revoke(member, [lease_id for lease_id in member.held if lease_id not in theirs])
+        for lease_id in sorted(known ^ theirs):
+            self._send(name, Cancel(lease_id=lease_id))
+        for lease_id in set(finished) - known:
+            if not self._counts.has_received(lease_id):
+                self._counts.drop(DropReason.UNKNOWN_LEASE, lease_id, name)
+        self._check_s = NOW
+        self._stand(member, now)
+
+    def ready(self, name: str, version: int, probe_logprobs: Float32Array) -> None:
+        """Its engine is up. Version 0 is the model folder that both sides have compared, if no learner has published to
+        it before."""
+        member = self._members[name]
+        if member.presence is Presence.JOINING:
+            member.presence = Presence.READY
+        member.was_ready = True
+        is_folder = member.is_fresh and self.pace.is_folder_version_0
+        member.version = version if version == self.version == 0 and is_folder else None
+        member.probe_logprobs = probe_logprobs if member.is_fresh else None
+        self._check_s = NOW
         self._stand(member, member.heard_s)
 
     def heard(self, name: str, now: float) -> None:
-        """Any message of a member. One that was lost takes part again, without the leases it had."""
-        member = self._members[name]
-        member.heard_s = now
-        if member.presence is Presence.LOST:
-            member.presence = Presence.READY if member.was_ready else Presence.JOINING
-            logger.warning("actor %s is back; the leases %s are no longer its own", name, member.void)
-            self._cancel_void(member)
-            self._check_s = now
-            self._stand(member, now)
+        """Any message of a member. One that was lost has to greet before it takes part again."""
+        self._members[name].heard_s = now
 
     def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
+        """Messages of one connection keep their order: what is neither listed nor here got lost with an earlier one."""
         member = self._members[name]
-        member.heartbeat = heartbeat
+        member.beat(heartbeat)
         self._send(name, Pulse(version=self.version))
-        limit_s = self._config.transport.heartbeat_timeout_s
-        overdue = [id_ for id_ in member.held if now - self._slots[id_].granted_s > limit_s]
-        if heartbeat.held_groups < len(overdue):
-            # a lease or a group went down with a broken connection; which of them cannot be known
-            logger.warning("actor %s samples %d groups, not %s", name, heartbeat.held_groups, overdue)
-            self._revoke(member)
-            self._cancel_void(member)
-            self._stand(member, now)
+        if member.presence is Presence.LOST:
+            return
+        listed, grace_s = set(heartbeat.lease_ids.tolist()), self._config.transport.grace_s
+        for lease_id in listed - member.held.keys():
+            self._send(name, Cancel(lease_id=lease_id))
+        missing = [
+            lease_id
+            for lease_id in member.held
+            if lease_id not in listed and now - max(self._slots[lease_id].granted_s, member.greeted_s) > grace_s
+        ]
+        if missing:  # a lease, or a group that is sent again, may be on its way, but not for so long
+            self.lose(name, f"it does not sample the leases {missing[:8]}")
 
     def drain(self, name: str) -> None:
         """It takes no new leases; what it holds may still come."""
@@ -141,12 +178,12 @@ class Coordinator:
         self._stand(member, member.heard_s)
 
     def lose(self, name: str, reason: str) -> None:
-        """Its leases go back to pending; it may come back."""
+        """It gets no more leases until it greets again; those that it has are kept for a while."""
         member = self._members[name]
         if member.presence is not Presence.LOST:
-            logger.warning("actor %s is lost (%s); it held the leases %s", name, reason, list(member.held))
-            member.presence = Presence.LOST
-            self._revoke(member)
+            logger.warning("actor %s is lost (%s); it holds the leases %s", name, reason, list(member.held))
+            member.presence, member.lost_s = Presence.LOST, member.heard_s
+            self._check_s = NOW
             self._stand(member, member.heard_s)
 
     def remove(self, name: str, reason: str, *, distrust: bool = False) -> None:
@@ -156,20 +193,28 @@ class Coordinator:
             return
         logger.info("actor %s leaves (%s); it held the leases %s", name, reason, list(member.held))
         self.outbox.discard(name)
+        self.condemned.pop(name, None)
         self._places.set(name, 0)
         self._outdated.discard(name)
-        self._revoke(member)
+        self._resting.pop(name, None)
+        self._revoke(member, list(member.held))
         if distrust and member.version is not None:
             for slot in reversed(list(self._slots.train.values())):
                 if slot.actor == name and slot.group is not None and slot.group.newest_version >= member.version:
                     self._withdraw(slot, DropReason.ACTOR_LOST)
 
     def tick(self, now: float) -> None:
-        """Declare silent members lost, nudge late ones, and judge who is fast enough; nothing before it is due."""
+        """Declare silent members lost, lease again what lost ones held for too long, nudge late ones, and judge who is
+        fast enough; nothing before it is due."""
         if now < self._check_s:
             return
         for name, reason in self._members.silent(now):
             self.lose(name, reason)
+        for member in self._members.bereft(now):
+            logger.warning(
+                "actor %s did not come back in time: its leases %s go to others", member.name, [*member.held]
+            )
+            self._revoke(member, list(member.held))
         for name in self._members.late(now):
             self._send(name, Pulse(version=self.version))
         self._speed.judge(self._members)
@@ -180,6 +225,8 @@ class Coordinator:
     def _stand(self, member: Member, now: float) -> None:
         """After any change of a member's presence, version, leases or speed: its room, and whether it needs weights."""
         self._places.set(member.name, member.free(self.version, now))
+        if member.account.waits_until_s > now:
+            self._resting[member.name] = member.account.waits_until_s
         if member.presence is Presence.READY and not member.is_current(self.version):
             self._outdated.add(member.name)
         else:
@@ -202,8 +249,29 @@ class Coordinator:
         recent_s = now - self._config.transport.heartbeat_timeout_s
         return any(member.presence is not Presence.LOST or member.heard_s > recent_s for member in self._members)
 
+    def member(self, name: str) -> Member:
+        """To be looked at."""
+        return self._members[name]
+
     def is_joining(self, name: str) -> bool:
         return self._members[name].presence is Presence.JOINING
+
+    def is_lost(self, name: str) -> bool:
+        return self._members[name].presence is Presence.LOST
+
+    def forgettable(self, now: float) -> list[str]:
+        """Members that are lost for so long that nobody waits for them."""
+        return self._members.forgettable(now)
+
+    def count_dismissal(self) -> None:
+        self._counts.totals["actors_dismissed"] += 1
+
+    def count_forgotten(self) -> None:
+        self._counts.totals["actors_forgotten"] += 1
+
+    def condemn(self, name: str, reason: str) -> None:
+        """This member has to leave."""
+        self.condemned.setdefault(name, reason)
 
     def waiting_for_weights(self) -> tuple[str, ...]:
         """Ready actors that do not hold the current version."""
@@ -213,19 +281,13 @@ class Coordinator:
         """What a ready actor scored with the model folder's weights, if those are the current version; else None."""
         return self._members[name].probe_logprobs if self.version == 0 and self.pace.is_folder_version_0 else None
 
-    def _revoke(self, member: Member) -> None:
-        """Every lease that it holds is void: the prompts return to the front of their queues, in order."""
-        held = [self._slots[lease_id] for lease_id in member.held]
-        member.void.extend(member.held)
-        member.held.clear()
-        member.num_evaluating = 0
-        for slot in reversed(held):
+    def _revoke(self, member: Member, lease_ids: Sequence[int]) -> None:
+        """These leases of its are void: the prompts return to the front of their queues, in order."""
+        for lease_id in reversed(lease_ids):
+            slot = self._slots[lease_id]
+            del member.held[lease_id]
+            member.num_evaluating -= slot.lease.purpose is Purpose.EVAL
             self._withdraw(slot, DropReason.ACTOR_LOST)
-
-    def _cancel_void(self, member: Member) -> None:
-        for lease_id in member.void:
-            self._send(member.name, Cancel(lease_id=lease_id))
-        member.void.clear()
 
     # ---- leases out
 
@@ -241,6 +303,9 @@ class Coordinator:
     def dispatch(self, now: float) -> None:
         """Grant leases while a current actor has room and there is something to sample."""
         self._buffer_finished(now)
+        for name in [name for name, until_s in self._resting.items() if now >= until_s]:
+            del self._resting[name]
+            self._stand(self._members[name], now)
         while (name := self._places.most()) is not None:
             member = self._members[name]
             slot = self._next_slot(member, now)
@@ -296,11 +361,14 @@ class Coordinator:
             self._counts.drop(DropReason.DUPLICATE if is_copy else DropReason.UNKNOWN_LEASE, group.lease_id, name)
             return
         slot = self._slots[group.lease_id]
-        problem = problem_with(group, slot.lease, max(self.version, member.version or 0))
+        newest = max(self.version, member.version or 0)
+        problem = problem_with(group, slot.lease, newest, self._config, self._vocab_size)
         if problem is not None:
             self._send(name, Refused(reason=f"group of lease {group.lease_id}: {problem}", fatal=False))
+            member.account.refuse(slot.prompt.uid, now)
             self._try_again(slot, DropReason.MALFORMED, problem, now)
             return
+        member.account.succeed()
         member.measure(group)
         self._release(member, slot, now)
         self._counts.failures.pop(slot.prompt.uid, None)
@@ -317,10 +385,13 @@ class Coordinator:
         if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
             self._forget(slot, reason)
 
-    def fail(self, name: str, failed: LeaseFailed) -> None:
+    def fail(self, name: str, failed: LeaseFailed, now: float) -> None:
         """The actor could not sample this lease."""
-        if failed.lease_id in self._members[name].held:
-            self._try_again(self._slots[failed.lease_id], None, failed.reason, self._members[name].heard_s)
+        member = self._members[name]
+        if failed.lease_id in member.held:
+            slot = self._slots[failed.lease_id]
+            member.account.fail(slot.prompt.uid, now)
+            self._try_again(slot, None, failed.reason, now)
         else:
             self._counts.drop(DropReason.UNKNOWN_LEASE, failed.lease_id, name)
 
@@ -330,16 +401,20 @@ class Coordinator:
         self._stand(member, now)
 
     def _try_again(self, slot: Slot, reason: DropReason | None, problem: str, now: float) -> None:
-        """Lease the prompt again, unless it has failed MAX_FAILURES times."""
-        uid = slot.prompt.uid
-        failures = self._counts.fail(uid)
-        self._release(self._members[slot.actor], slot, now)
-        logger.warning("prompt %s, failure %d on actor %s: %s", uid, failures, slot.actor, problem)
-        if failures < MAX_FAILURES:
+        """Lease the prompt again, unless it has failed too often; its actor has to answer for it."""
+        uid, member = slot.prompt.uid, self._members[slot.actor]
+        failures = self._counts.fail(uid, member.name)
+        self._release(member, slot, now)
+        self._check_s = NOW
+        logger.warning("prompt %s, failure %d on actor %s: %s", uid, failures.total(), member.name, problem)
+        if (verdict := member.account.verdict) is not None:
+            self.condemn(member.name, f"{verdict}, the last one: {problem}")
+        num_actors = min(MAX_FAILURES, max(1, len(self.members())))
+        if failures.total() < MAX_FAILURES or len(failures) < num_actors:
             self._withdraw(slot, reason)
             return
         del self._counts.failures[uid]
-        logger.error("prompt %s is given up after %d failures: %s", uid, MAX_FAILURES, problem)
+        logger.error("prompt %s is given up after %d failures: %s", uid, failures.total(), problem)
         self._forget(slot, DropReason.FAILED)
 
     def _withdraw(self, slot: Slot, reason: DropReason | None) -> None:

@@ -9,7 +9,16 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED_LEASES = 10_000  # ids of received groups, kept to tell a duplicate from an unknown lease
 
-_TOTALS = ("received_groups", "received_tokens", "generation_s", "verification_s", "lease_failures", "trained_groups")
+_TOTALS = (
+    "received_groups",
+    "received_tokens",
+    "generation_s",
+    "verification_s",
+    "lease_failures",
+    "trained_groups",
+    "actors_dismissed",
+    "actors_forgotten",
+)
 
 
 class Counts:
@@ -18,7 +27,7 @@ class Counts:
     def __init__(self) -> None:
         self.totals = dict.fromkeys(_TOTALS, 0.0)
         self.drops: Counter[DropReason] = Counter()
-        self.failures: Counter[str] = Counter()  # by prompt uid
+        self.failures: dict[str, Counter[str]] = {}  # by prompt uid: how often on which actor, since it was sampled
         self._received: dict[int, None] = {}
 
     def drop(self, reason: DropReason, lease_id: int, actor: str) -> None:
@@ -38,11 +47,12 @@ class Counts:
         """Whether a good group of this lease has come, as far as is remembered."""
         return lease_id in self._received
 
-    def fail(self, uid: str) -> int:
-        """One more failure of this prompt; how many in a row."""
-        self.failures[uid] += 1
+    def fail(self, uid: str, actor: str) -> Counter[str]:
+        """One more failure of this prompt; how many in a row on which actor."""
+        failures = self.failures.setdefault(uid, Counter())
+        failures[actor] += 1
         self.totals["lease_failures"] += 1
-        return self.failures[uid]
+        return failures
 
     def stats(self) -> dict[str, float]:
         return self.totals | {f"dropped/{reason}": self.drops[reason] for reason in DropReason}
@@ -51,10 +61,10 @@ class Counts:
         return {
             "totals": dict(self.totals),
             "drops": {str(reason): count for reason, count in self.drops.items()},
-            "failures": dict(self.failures),
+            "failures": {uid: dict(failures) for uid, failures in self.failures.items()},
         }
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
-        self.totals = dict(state["totals"])
+        self.totals |= state["totals"]
         self.drops = Counter({DropReason(reason): count for reason, count in state["drops"].items()})
-        self.failures = Counter(state["failures"])
+        self.failures = {uid: Counter(failures) for uid, failures in state["failures"].items()}

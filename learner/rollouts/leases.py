@@ -1,4 +1,4 @@
-"""Leases and what comes back for them: making one, keeping those that are out, checking a group against its lease."""
+"""Leases: making one, and keeping those that are out or buffered."""
 
 import hashlib
 from collections import Counter
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import Config, OverAge, StalenessConfig
-from common.types import CompletedGroup, Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
+from common.types import Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.evaluation import Evaluation
+
+LEASES_PER_LIFE = 1 << 20  # a longer life only takes ids of the next one, which begins after them
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,25 @@ class Slot:
 
 
 class Slots:
-    """The leases that are out or buffered, by id. Ids count up and are never used twice.
+    """The leases that are out or buffered, by id.
 
     `untrained` and `arrived` count the groups in `train` and in `buffered` by their oldest version; none is 0.
+
+    Ids count up and are never used twice in a run: each life (incarnation) of its learner begins a range of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, incarnation: int) -> None:
         self.train: dict[int, Slot] = {}  # ascending
         self.buffered: dict[int, Slot] = {}  # those of them that have a group, in order of arrival
         self.evaluation: dict[int, Slot] = {}
         self.untrained: Counter[int] = Counter()
         self.arrived: Counter[int] = Counter()
-        self.next_lease_id = 0
+        self.next_lease_id = incarnation * LEASES_PER_LIFE
+
+    def go_on_after(self, next_lease_id: int) -> None:
+        """After an earlier life that had come to `next_lease_id`, and perhaps some way further before it ended."""
+        lives = -(-next_lease_id // LEASES_PER_LIFE)
+        self.next_lease_id = max(self.next_lease_id, lives * LEASES_PER_LIFE)
 
     def __getitem__(self, lease_id: int) -> Slot:
         return self.train[lease_id] if lease_id in self.train else self.evaluation[lease_id]
@@ -120,21 +129,6 @@ def eval_lease(
         top_p=config.eval.top_p,
         top_k=config.eval.top_k,
     )
-
-
-def problem_with(group: CompletedGroup, lease: Lease, newest_version: int) -> str | None:
-    """Why this group cannot be what was leased, or None. CompletedGroup has checked that its lengths add up."""
-    if len(group.lengths) != lease.num_samples:
-        return f"{len(group.lengths)} completions instead of {lease.num_samples}"
-    if int(group.lengths.max()) > lease.max_tokens:
-        return f"a completion of {group.lengths.max()} tokens, the limit is {lease.max_tokens}"
-    if int(group.token_ids.min()) < 0:
-        return f"token id {group.token_ids.min()}"
-    if int(group.versions.min()) < 0 or int(group.versions.max()) > newest_version:
-        return f"versions {group.versions.min()} to {group.versions.max()}, but its newest is {newest_version}"
-    if not (np.isfinite(group.behavior_logprobs).all() and np.isfinite(group.rewards).all()):
-        return "log-probs or rewards that are not finite"
-    return None
 
 
 def is_over_age(staleness: StalenessConfig, group: TrajectoryGroup, version: int) -> bool:

@@ -5,14 +5,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.config import Config
-from common.types import CompletedGroup, Float32Array, Heartbeat, MemberId
+from common.types import MAX_CAPACITY, CompletedGroup, Float32Array, Heartbeat, MemberId
+from learner.rollouts.accounts import Account
 
 MEMORY = 0.2  # weight of the newest group in an actor's running mean
 RETRY = 50.0  # an actor that is too slow is tried with one lease again after this many times its last one
 
 
 class Presence(StrEnum):
-    """JOINING (greeted, engine not up yet) -> READY <-> LOST (silent or disconnected; may come back)."""
+    """JOINING (greeted, engine not up yet) -> READY <-> LOST (silent or disconnected).
+
+    A lost member comes back with a Hello that says what it holds. Its leases are kept for transport.grace_s, and it is
+    remembered for transport.reconnect_s.
+    """
 
     JOINING = "joining"
     READY = "ready"
@@ -27,13 +32,16 @@ class Member:
     number: int  # see MemberId
     capacity: int  # groups
     heard_s: float
+    is_fresh: bool = True  # until it is ready: its engine can have no other weights than the model folder's
     presence: Presence = Presence.JOINING
+    greeted_s: float = float("-inf")  # the last time that it did so again
+    lost_s: float = float("-inf")  # when it was heard for the last time before it was lost
     was_ready: bool = False
     version: int | None = None
     probe_logprobs: Float32Array | None = None  # [probe tokens - 1], as reported with Ready
     held: dict[int, None] = field(default_factory=dict)  # lease ids, oldest first
     num_evaluating: int = 0  # evaluation leases among them
-    void: list[int] = field(default_factory=list)  # leases taken from it, to be cancelled there
+    account: Account = field(default_factory=Account)
     leases_since_eval: int = 0  # training leases
     nudged_s: float = float("-inf")
     token_s: float | None = None  # time for a token of one response, a running mean
@@ -41,6 +49,7 @@ class Member:
     is_slow: bool = False  # too slow to be of use (learner/rollouts/speed.py)
     tried_s: float = float("-inf")  # when it was last granted a lease
     heartbeat: Heartbeat | None = None
+    baseline: Heartbeat | None = None  # what one that greets again had done before, which is counted already
 
     @property
     def id(self) -> MemberId:
@@ -55,7 +64,7 @@ class Member:
             return 0
         if self.is_slow:
             return int(not self.held and now - self.tried_s > RETRY * self.group_s)
-        return self.capacity - len(self.held)
+        return self.account.room(self.capacity, now) - len(self.held)
 
     def measure(self, group: CompletedGroup) -> None:
         """Its speed, from the longest response, because that is what a group takes its time for."""
@@ -63,6 +72,11 @@ class Member:
             token_s = group.generation_s / int(group.lengths.max())
             self.token_s = token_s if self.token_s is None else self.token_s + MEMORY * (token_s - self.token_s)
             self.group_s = group.generation_s
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        if self.heartbeat is None and not self.is_fresh:
+            self.baseline = heartbeat
+        self.heartbeat = heartbeat
 
 
 class Members:
@@ -86,12 +100,12 @@ class Members:
 
     def add(self, name: str, capacity: int, now: float) -> None:
         self._num_joined += 1
-        self._members[name] = Member(name, self._num_joined, capacity, heard_s=now)
+        self._members[name] = Member(name, self._num_joined, min(capacity, MAX_CAPACITY), heard_s=now)
 
     def pop(self, name: str) -> Member | None:
         member = self._members.pop(name, None)
         if member is not None:
-            _add_work(self.departed, member.heartbeat)
+            _add_work(self.departed, member)
         return member
 
     def ready(self) -> tuple[str, ...]:
@@ -101,7 +115,7 @@ class Members:
         """Generated tokens, busy and up seconds, from everybody's last heartbeat."""
         work = dict(self.departed)
         for member in self:
-            _add_work(work, member.heartbeat)
+            _add_work(work, member)
         return work
 
     def silent(self, now: float) -> list[tuple[str, str]]:
@@ -114,6 +128,15 @@ class Members:
             if member.presence is Presence.JOINING and silent_s > self._start_timeout_s:
                 found.append((member.name, f"not ready {silent_s:.0f} s after its greeting"))
         return found
+
+    def bereft(self, now: float) -> list[Member]:
+        """Lost members whose leases are not kept any longer."""
+        return [m for m in self if m.presence is Presence.LOST and m.held and now - m.lost_s >= self._transport.grace_s]
+
+    def forgettable(self, now: float) -> list[str]:
+        """Members that have been lost for so long that they have given up themselves."""
+        limit_s = self._transport.reconnect_s
+        return [m.name for m in self if m.presence is Presence.LOST and now - max(m.lost_s, m.heard_s) >= limit_s]
 
     def late(self, now: float) -> list[str]:
         """Ready members that missed two heartbeats, each at most once per heartbeat_s.
@@ -133,18 +156,18 @@ class Members:
         return [member.name for member in late]
 
     def next_check(self) -> float:
-        """When the next member can be silent or late, if nothing is heard until then."""
+        """When something becomes due for a member, if nothing is heard until then."""
+        return min((due_s for member in self for due_s in self._dues(member)), default=float("inf"))
+
+    def _dues(self, member: Member) -> Iterator[float]:
         silence_s, beat_s = self._transport.heartbeat_timeout_s, self._transport.heartbeat_s
-        return min(
-            (
-                member.heard_s + self._start_timeout_s
-                if member.presence is Presence.JOINING
-                else min(member.heard_s + silence_s, max(member.heard_s + 2 * beat_s, member.nudged_s + beat_s))
-                for member in self
-                if member.presence is not Presence.LOST
-            ),
-            default=float("inf"),
-        )
+        match member.presence:
+            case Presence.JOINING:
+                yield member.heard_s + self._start_timeout_s
+            case Presence.READY:
+                yield min(member.heard_s + silence_s, max(member.heard_s + 2 * beat_s, member.nudged_s + beat_s))
+            case Presence.LOST if member.held:
+                yield member.lost_s + self._transport.grace_s
 
     def describe(self, member: Member, now: float) -> str:
         held = list(member.held)
@@ -155,8 +178,9 @@ class Members:
         )
 
 
-def _add_work(work: dict[str, float], heartbeat: Heartbeat | None) -> None:
-    if heartbeat is not None:
-        work["generated_tokens"] += heartbeat.generated_tokens
-        work["busy_s"] += heartbeat.busy_s
-        work["uptime_s"] += heartbeat.uptime_s
+def _add_work(work: dict[str, float], member: Member) -> None:
+    for heartbeat, sign in ((member.heartbeat, 1), (member.baseline, -1)):
+        if heartbeat is not None:
+            work["generated_tokens"] += sign * heartbeat.generated_tokens
+            work["busy_s"] += sign * heartbeat.busy_s
+            work["uptime_s"] += sign * heartbeat.uptime_s

@@ -1,16 +1,21 @@
 """What each message from an actor leads to: greetings and their checks, routing to the coordinator, dismissals.
 
-An actor is known by its name; its ZeroMQ identity is that of one process. The latest process to greet under a name
-is the actor, an earlier one is told to leave. Used under the lock of learner/rollouts/service.py.
+An actor is known by its name; its ZeroMQ identity is that of one connection. A member that greets again, with what the
+last Welcome gave it, goes on over its new connection. Another process gets the name of a member that is lost; the
+name of one that seems to be there is a claim: the member is asked, and keeps its name when it is heard, loses it when
+its connection turns out to be closed or when it is silent for transport.grace_s.
+
+Used under the lock of learner/rollouts/service.py.
 """
 
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from common.agreement import shared_settings
 from common.config import Config
 from common.types import (
     JSON,
@@ -27,36 +32,33 @@ from common.types import (
     LearnerMessage,
     LeaseFailed,
     MemberId,
+    Pulse,
     Ready,
     Refused,
+    SayHello,
     Stop,
-    WeightsCommand,
     WeightsPhase,
     WeightsReport,
     Welcome,
 )
 from common.wire import WireError
+from learner.rollouts.commands import COMMANDS_PER_LIFE, Command
 from learner.rollouts.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected
+
 _NAME = re.compile(r"[\w.:-]{1,100}")
 
 
-@dataclass(eq=False)
-class Command:
-    """One phase of a publication under way: who has to report, and what they said."""
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A greeting under the name of a member that seems to be there."""
 
-    id: int
-    phase: WeightsPhase
-    version: int
-    targets: frozenset[MemberId]
-    reports: dict[MemberId, WeightsReport] = field(default_factory=dict)
-    gone: set[MemberId] = field(default_factory=set)  # lost or replaced before they reported
-
-    def missing(self) -> set[MemberId]:
-        """Those who may still report."""
-        return set(self.targets) - set(self.reports) - self.gone
+    identity: bytes
+    hello: Hello
+    since_s: float
 
 
 class Reception:
@@ -68,6 +70,8 @@ class Reception:
         coordinator: Coordinator,
         fingerprints: tuple[str, str],
         probe_token_ids: Sequence[int],
+        run_id: str = "",
+        incarnation: int = 0,
     ) -> None:
         self._config = config
         self._coordinator = coordinator
@@ -76,9 +80,12 @@ class Reception:
         self._identities: dict[str, bytes] = {}
         self._names: dict[bytes, str] = {}
         self._dismissed: dict[bytes, str] = {}  # why; answers what was under way
+        self._claims: dict[str, Claim] = {}  # by name
+        self._run_id, self._incarnation = run_id, incarnation
+        self._settings = shared_settings(config)
         self._direct: list[tuple[bytes, LearnerMessage]] = []
         self._commands: dict[int, Command] = {}  # by id, under way
-        self._num_commands = 0
+        self._num_commands = incarnation * COMMANDS_PER_LIFE  # an actor tells those of an earlier life by their ids
         self._stop: Stop | None = None
         self._judge: Callable[[Float32Array], str | None] | None = None
 
@@ -99,20 +106,23 @@ class Reception:
             self._stranger(identity, message)
         else:
             self._coordinator.heard(name, now)
-            self._route(identity, name, message, now)
+            self._route(name, message, now)
+            if name in self._identities and self._coordinator.is_lost(name):
+                self._direct.append((identity, SayHello(reason="it was lost from sight")))
+        self._dismiss_condemned()
 
-    def _route(self, identity: bytes, name: str, message: ActorMessage, now: float) -> None:
+    def _route(self, name: str, message: ActorMessage, now: float) -> None:
         match message:
             case Heartbeat():
                 self._coordinator.heartbeat(name, message, now)
             case CompletedGroup():
                 self._coordinator.receive(name, message, now)
             case LeaseFailed():
-                self._coordinator.fail(name, message)
+                self._coordinator.fail(name, message, now)
             case WeightsReport():
                 self._report(name, message)
             case Ready():
-                self._ready(identity, name, message)
+                self._ready(name, message)
             case Draining():
                 logger.info("actor %s finishes what it holds, and leaves", name)
                 self._coordinator.drain(name)
@@ -129,20 +139,88 @@ class Reception:
             logger.warning("actor %r refused: %s", hello.name[:100], problem)
             self._refuse(identity, problem, fatal=True)
             return
-        if identity in self._names:
-            self._part(self._names[identity], "it greeted again")
-        self.dismiss(hello.name, "a new process has its name")
+        if self._names.get(identity, hello.name) != hello.name:
+            self._part(self._names[identity], "it greeted under another name")
+        owner = self._identities.get(hello.name)
+        if owner is not None and self._is_member(hello):
+            self._welcome_back(identity, hello, now)
+        elif owner is None or owner == identity or self._coordinator.is_lost(hello.name):
+            self._admit(identity, hello, now)
+        else:
+            self._claim(identity, owner, hello, now)
+
+    def _is_member(self, hello: Hello) -> bool:
+        """Whether it comes from the process that is the member of its name."""
+        life = (self._run_id, self._incarnation, self._coordinator.member(hello.name).number)
+        return (hello.run_id, hello.incarnation, hello.number) == life
+
+    def _admit(self, identity: bytes, hello: Hello, now: float) -> None:
+        """A new member, which may have been another learner's."""
+        if self._identities.get(hello.name) == identity:
+            self._part(hello.name, "it greeted anew")
+        elif hello.name in self._identities:
+            self._send_away(hello.name, "another process has its name")
         self._identities[hello.name] = identity
         self._names[identity] = hello.name
         self._coordinator.join(hello.name, hello.capacity, now)
+        if hello.incarnation is not None:
+            self._coordinator.join_again(hello.name, hello.held.tolist(), hello.finished.tolist(), now)
+        self._welcome(identity, hello.name)
+        logger.info("actor %s joins with room for %d groups", hello.name, hello.capacity)
+
+    def _welcome_back(self, identity: bytes, hello: Hello, now: float) -> None:
+        """What it was told on an earlier connection and has not answered is told again."""
+        name = hello.name
+        del self._names[self._identities[name]]
+        self._identities[name] = identity
+        self._names[identity] = name
+        self._claims.pop(name, None)
+        self._coordinator.join_again(name, hello.held.tolist(), hello.finished.tolist(), now)
+        self._welcome(identity, name)
+        for command in self._commands.values():
+            self._direct += [(identity, command.message(m)) for m in command.missing() if m.name == name]
+        logger.info("actor %s is back, with %d leases and %d groups", name, len(hello.held), len(hello.finished))
+
+    def _welcome(self, identity: bytes, name: str) -> None:
         transport = self._config.transport
         welcome = Welcome(
+            run_id=self._run_id,
+            incarnation=self._incarnation,
+            number=self._coordinator.member(name).number,
+            settings=self._settings,
             heartbeat_s=transport.heartbeat_s,
             timeout_s=transport.heartbeat_timeout_s,
             probe_token_ids=self._probe_token_ids,
         )
         self._direct.append((identity, welcome))
-        logger.info("actor %s joins with room for %d groups", hello.name, hello.capacity)
+
+    def _claim(self, identity: bytes, owner: bytes, hello: Hello, now: float) -> None:
+        """The message to the owner finds out whether its connection is closed; `tick` and `undeliverable` decide."""
+        earlier = self._claims.get(hello.name)
+        if earlier is not None and earlier.identity != identity:
+            self._refuse_claim(earlier)
+        self._claims[hello.name] = Claim(identity=identity, hello=hello, since_s=now)
+        self._direct.append((owner, Pulse(version=self._coordinator.version)))
+
+    def _settle_claims(self, now: float) -> None:
+        for name, claim in list(self._claims.items()):
+            if name not in self._identities or self._coordinator.is_lost(name):
+                del self._claims[name]
+                self._admit(claim.identity, claim.hello, now)
+                continue
+            is_heard = self._coordinator.member(name).heard_s > claim.since_s
+            if not is_heard and now - claim.since_s < self._config.transport.grace_s:
+                continue
+            del self._claims[name]
+            if is_heard or self._coordinator.is_joining(name):  # an engine that starts keeps its actor from answering
+                self._refuse_claim(claim)
+            else:
+                self._admit(claim.identity, claim.hello, now)
+
+    def _refuse_claim(self, claim: Claim) -> None:
+        problem = f"another actor named {claim.hello.name} takes part: give this one another --name, or stop that one"
+        logger.warning("an actor is refused: %s", problem)
+        self._refuse(claim.identity, problem, fatal=True)
 
     def _misfit(self, hello: Hello) -> str | None:
         """Why this actor cannot take part, or None."""
@@ -159,10 +237,9 @@ class Reception:
             return "its tokenizer is another one; give it the learner's model.path"
         return None
 
-    def _ready(self, identity: bytes, name: str, ready: Ready) -> None:
-        if not self._coordinator.is_joining(name):
-            self._refuse(identity, "it is ready already", fatal=False)
-            return
+    def _ready(self, name: str, ready: Ready) -> None:
+        if self._coordinator.member(name).was_ready:
+            return  # it has greeted again
         logger.info("actor %s is ready with version %d", name, ready.version)
         self._coordinator.ready(name, ready.version, ready.probe_logprobs)
         self._check_folder(name)
@@ -182,13 +259,15 @@ class Reception:
     def _stranger(self, identity: bytes, message: ActorMessage) -> None:
         """From a process that is no member: it was dismissed, or the learner does not know it (yet)."""
         if isinstance(message, Bye):
-            self._dismissed.pop(identity, None)
+            self._forget(identity)
             return
         if isinstance(message, CompletedGroup):
             self._coordinator.drops[DropReason.UNKNOWN_LEASE] += 1
             self._direct.append((identity, Ack(lease_id=message.lease_id)))
-        reason = self._dismissed.get(identity)
-        self._refuse(identity, reason or "the learner does not know it; say hello", fatal=reason is not None)
+        if (reason := self._dismissed.get(identity)) is not None:
+            self._refuse(identity, reason, fatal=True)
+        else:
+            self._direct.append((identity, SayHello(reason="the learner does not know it")))
 
     def _malformed(self, identity: bytes, name: str | None, error: WireError) -> None:
         self._coordinator.drops[DropReason.MALFORMED] += 1
@@ -208,13 +287,37 @@ class Reception:
         if name not in self._identities:
             return
         logger.warning("actor %s is dismissed: %s", name, reason)
+        self._send_away(name, reason, distrust=distrust)
+        self._coordinator.count_dismissal()
+
+    def _send_away(self, name: str, reason: str, *, distrust: bool = False) -> None:
         identity = self._part(name, reason, distrust=distrust)
         self._dismissed[identity] = reason
+        if len(self._dismissed) > REMEMBERED:
+            del self._dismissed[next(iter(self._dismissed))]
         self._refuse(identity, reason, fatal=True)
+
+    def _forget(self, identity: bytes) -> None:
+        """Of one that is no member: why it is none, and whether it would like to be one."""
+        self._dismissed.pop(identity, None)
+        self._claims = {name: claim for name, claim in self._claims.items() if claim.identity != identity}
+
+    def _dismiss_condemned(self) -> None:
+        for name, reason in list(self._coordinator.condemned.items()):
+            self.dismiss(name, reason)
+
+    def tick(self, now: float) -> None:
+        """What time brings: the coordinator's part, names that are claimed, members that nobody waits for."""
+        self._coordinator.tick(now)
+        self._dismiss_condemned()
+        self._settle_claims(now)
+        for name in self._coordinator.forgettable(now):
+            self._part(name, f"it is forgotten after {self._config.transport.reconnect_s:g} s")
+            self._coordinator.count_forgotten()
 
     def undeliverable(self, identity: bytes) -> None:
         """Nobody of this identity is connected."""
-        self._dismissed.pop(identity, None)
+        self._forget(identity)
         if (name := self._names.get(identity)) is None:
             return
         if self._stop is None:
@@ -243,24 +346,27 @@ class Reception:
         """Send a phase to the ready actors among those named; the others count as gone."""
         present = set(self._coordinator.member_ids())
         self._num_commands += 1
-        command = Command(self._num_commands, phase, version, frozenset(payloads), gone=set(payloads) - present)
+        command = Command(self._num_commands, phase, version, dict(payloads), gone=set(payloads) - present)
         self._commands[command.id] = command
         for member in sorted(command.missing()):
-            message = WeightsCommand(
-                command_id=command.id, phase=phase, version=version, payload=dict(payloads[member])
-            )
-            self._direct.append((self._identities[member.name], message))
+            self._direct.append((self._identities[member.name], command.message(member)))
             if phase is WeightsPhase.START:
                 self._coordinator.loaded(member.name, None)  # no version is whole until FINISH
         return command
 
     def note_losses(self) -> None:
-        """Nobody waits for the report of an actor that is lost, or that has left."""
+        """Nobody waits for the report of an actor that is lost, or that has left.
+
+        One that comes back from the middle of a publication may be paused, or hold half a version: it is served again.
+        """
         if not self._commands:
             return
         present = set(self._coordinator.member_ids())
         for command in self._commands.values():
-            command.gone |= command.missing() - present
+            for member in command.missing() - present:
+                command.gone.add(member)
+                if self._coordinator.is_member(member):
+                    self._coordinator.loaded(member.name, None)
 
     def end(self, command: Command) -> None:
         """Reports that come later are not wanted."""

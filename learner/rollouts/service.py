@@ -74,8 +74,9 @@ class LearnerService:
     Any thread may call any method. Every wait takes a time-out whose message says who was waited for.
     `fingerprints` are those of `model_fingerprints`; `probe_token_ids` are sent to every actor that joins; `tokenize`
     gives a prompt's token ids; `shares` are those of PromptStream; `former_port` is that of the learner before, if any.
-    Without `keys` (common/keys.py) anybody who reaches the socket may take part, so it must be bound to loopback unless
-    transport.curve=off.
+    `run_id` and `incarnation` say which run this is and how often its learner was started (learner/rundir.py),
+    `vocab_size` how many tokens the model can draw. Without `keys` (common/keys.py) anybody who reaches the socket may
+    take part, so it must be bound to loopback unless transport.curve=off.
 
     With `turn_s` set, a wait raises StillWaiting after so many seconds, and at once after `interrupt`.
     """
@@ -88,8 +89,12 @@ class LearnerService:
         fingerprints: tuple[str, str],
         probe_token_ids: Sequence[int],
         shares: Sequence[Share] = (),
+        *,
         keys: LearnerKeys | None = None,
         former_port: int = 0,
+        run_id: str = "",
+        incarnation: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.turn_s = float("inf")
         self._config = config
@@ -97,8 +102,9 @@ class LearnerService:
         self._former_port = former_port
         self._waits: dict[str, float] = {}  # for what, and since when: those that StillWaiting has interrupted
         self._is_interrupted = False
-        self._coordinator = Coordinator(config, PromptStream(prompts, config.seed, shares), tokenize)
-        self._reception = Reception(config, self._coordinator, fingerprints, probe_token_ids)
+        stream = PromptStream(prompts, config.seed, shares)
+        self._coordinator = Coordinator(config, stream, tokenize, incarnation=incarnation, vocab_size=vocab_size)
+        self._reception = Reception(config, self._coordinator, fingerprints, probe_token_ids, run_id, incarnation)
         self._changed = threading.Condition()
         self._socket: LearnerSocket | None = None
         self._thread: threading.Thread | None = None
@@ -402,7 +408,7 @@ class LearnerService:
         with self._changed:
             for identity, message in arrived:
                 self._reception.handle(identity, message, now)
-            self._coordinator.tick(now)
+            self._reception.tick(now)
             if not self._is_stopping:
                 self._coordinator.dispatch(now)
             for identity, reply in self._reception.outgoing():

@@ -64,7 +64,7 @@ def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
     coordinator._stream.load_state_dict(state["stream"])
     coordinator.version = state["version"]
     coordinator.pace.load_state_dict(state["pace"])
-    coordinator._slots.next_lease_id = state["next_lease_id"]
+    coordinator._slots.go_on_after(state["next_lease_id"])
     coordinator._counts.load_state_dict(state["counts"])
     coordinator._selection.load_state_dict(state["selection"])
     coordinator.verdicts.load_state_dict(state["verdicts"])

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 
 from common.config import Config
-from common.tasks import default_verifier
+from common.tasks import verifier_function
 from common.types import JSON, CompletedGroup, DropReason, Purpose, Verdict
 
 logger = logging.getLogger(__name__)
@@ -80,10 +80,9 @@ class Verdicts:
             )
 
     def _describe_errors(self) -> str:
-        function = self._config.verifier.function or default_verifier(self._config.task)
         return (
-            f"verifier.function={function} failed on {self._num_errors} of {self._num_responses} responses (it "
-            f"{self._error})"
+            f"verifier.function={verifier_function(self._config)} failed on {self._num_errors} of "
+            f"{self._num_responses} responses (it {self._error})"
         )
 
     def _describe_dropped(self) -> str:

@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.greeting import Session
 from actors.main import Actor, Departure
 from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig
 from common.transport import ActorConnection
-from common.types import Bye, CompletedGroup, Draining, Lease, Prompt, Welcome
+from common.types import Bye, CompletedGroup, Draining, Lease, Prompt
 from learner.rollouts.service import LearnerService
-from tests.support.fake_actors import FINGERPRINTS, FakeActor, group, hello
+from tests.support.fake_actors import FINGERPRINTS, FakeActor, group
 
 PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(20)]
 CONFIG = Config(
     rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_tokens=8),
     algorithm=AlgorithmConfig(critic_warmup_steps=1),
     learner=LearnerConfig(steps=100),
-    actors=ActorsConfig(drain_s=0.5),
+    actors=ActorsConfig(drain_s=0.5, groups_in_flight=4),
 )
 ENGINE = SimpleNamespace(version=0, generated_tokens=0, busy_s=0.0)
 
@@ -39,12 +40,11 @@ def take_part(endpoint: str, draining: list[Any]) -> None:
 
     async def conversation() -> None:
         async with ActorConnection(endpoint, "leaves", 16) as connection:
-            await connection.send(hello("leaves", capacity=4))
-            welcome = await connection.receive(10.0)
-            assert isinstance(welcome, Welcome)
+            session = Session(CONFIG, connection)
+            await session.begin()
             event = asyncio.Event()
             draining.extend([asyncio.get_running_loop(), event])
-            await Actor(CONFIG, connection, ENGINE, None).serve(welcome, event)  # type: ignore[arg-type]
+            await Actor(session, ENGINE, None).serve(event)  # type: ignore[arg-type]
             await connection.send(Bye(error=None))
 
     asyncio.run(conversation())
@@ -62,6 +62,7 @@ def test_a_draining_actor_finishes_what_it_can_and_hands_back_the_rest(monkeypat
         return group(lease.lease_id, [0], lease.num_samples)
 
     monkeypatch.setattr("actors.main.complete", complete)
+    monkeypatch.setattr("actors.greeting.model_fingerprints", lambda path: FINGERPRINTS)
     with LearnerService(CONFIG, PROMPTS, lambda prompt: [1], FINGERPRINTS, []) as service:
         actor = threading.Thread(target=take_part, args=(service.endpoint, draining))
         actor.start()
@@ -113,7 +114,7 @@ def test_the_learner_is_told_that_nothing_more_is_wanted() -> None:
         sent.append(message)
 
     async def drained() -> None:
-        actor = Actor(CONFIG, SimpleNamespace(send=send), ENGINE, None)  # type: ignore[arg-type]
+        actor = Actor(Session(CONFIG, SimpleNamespace(send=send)), ENGINE, None)  # type: ignore[arg-type]
         event = asyncio.Event()
         event.set()
         await asyncio.wait_for(actor._drain(event), 10.0)

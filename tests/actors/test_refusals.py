@@ -11,10 +11,13 @@ from vllm.outputs import CompletionOutput, WeightVersionSpan
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from actors.engine import Engine, EngineError, RequestRefused
+from actors.greeting import Session
 from actors.main import Actor, main
 from common.config import Config, ModelConfig, VerifierConfig
-from common.types import CompletedGroup, FinishReason, LeaseFailed
+from common.transport import model_fingerprints
+from common.types import CompletedGroup, FinishReason, LeaseFailed, Prompt
 from common.wire import WireError
+from learner.rollouts.service import LearnerService
 from tests.support.fake_actors import group
 from tests.support.runs import ROOT
 from tests.support.vllm_support import lease
@@ -24,7 +27,10 @@ def test_an_actor_that_cannot_start_says_so_on_stderr(capsys: pytest.CaptureFixt
     config = Config(
         model=ModelConfig(path=str(ROOT / "configs/models/chain_sum")), verifier=VerifierConfig("nowhere:f")
     )
-    assert main(config, "tcp://127.0.0.1:1", "a") == 2
+    prompts = [Prompt(uid="p", text="", reference="")]
+    fingerprints = model_fingerprints(config.model.path)
+    with LearnerService(config, prompts, lambda prompt: [1], fingerprints, [1, 2]) as service:
+        assert main(config, service.endpoint, "a") == 2
     said = capsys.readouterr()
     assert 'error: actor a: verifier.function "nowhere:f" cannot be loaded' in said.err and said.out == ""
 
@@ -125,7 +131,7 @@ class NoVerifier:
 
 async def work(mailbox: Mailbox, llm: FakeLLM) -> BaseException | None:
     """How the task of one lease ended."""
-    actor = Actor(Config(), mailbox, engine_of(llm), NoVerifier())  # type: ignore[arg-type]
+    actor = Actor(Session(Config(), mailbox), engine_of(llm), NoVerifier())  # type: ignore[arg-type]
     actor._begin(lease(4))
     await asyncio.wait(list(actor._tasks.values()), timeout=10.0)
     assert actor._unacknowledged == {}

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 
 from actors.engine import Engine
+from actors.greeting import Session
 from actors.main import Actor
 from common.broadcast import BrokenTransfer
 from common.config import Config
@@ -83,7 +84,7 @@ class FailingEngine:
 def test_the_learner_is_told_which_errors_are_the_collectives() -> None:
     async def phases() -> list[WeightsReport]:
         connection = Connection(3)
-        actor = Actor(Config(), cast(Any, connection), cast(Any, FailingEngine()), cast(Any, None))
+        actor = Actor(Session(Config(), cast(Any, connection)), cast(Any, FailingEngine()), cast(Any, None))
         for command_id in (7, 8, 9):
             actor._phases.put_nowait(
                 WeightsCommand(command_id=command_id, phase=WeightsPhase.START, version=1, payload={})
@@ -99,3 +100,25 @@ def test_the_learner_is_told_which_errors_are_the_collectives() -> None:
         (8, "RuntimeError: out of memory", False),
         (9, None, False),
     ]
+
+
+def test_a_command_that_is_repeated_is_answered_again_and_carried_out_once() -> None:
+    """The learner repeats on a new connection what it has no report of."""
+
+    async def reports() -> list[WeightsReport]:
+        connection, engine = Connection(2), FailingEngine()
+        actor = Actor(Session(Config(), cast(Any, connection)), cast(Any, engine), cast(Any, None))
+        command = WeightsCommand(command_id=7, phase=WeightsPhase.START, version=1, payload={})
+        running = asyncio.create_task(actor._run_phases())
+        for _ in range(2):  # the second comes while the first is under way
+            await actor._take(command)
+        while actor._report is None:
+            await asyncio.sleep(0)
+        await actor._take(command)
+        await asyncio.wait_for(connection.is_over.wait(), 30.0)
+        running.cancel()
+        assert len(engine.errors) == 2
+        return connection.reports
+
+    first, second = asyncio.run(reports())
+    assert first == second

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import msgpack
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.types import (
+    MAX_LISTED,
     PROTOCOL_VERSION,
     Ack,
     Bye,
@@ -32,6 +33,7 @@ from common.types import (
     Welcome,
 )
 from common.wire import MAX_HEADER_BYTES, MAX_JSON_DEPTH, WireError, decode, encode
+from tests.support.fake_actors import heartbeat, hello
 
 MAX_BYTES = 1 << 20
 
@@ -79,10 +81,12 @@ messages: st.SearchStrategy[Any] = st.one_of(
     groups(),
     leases,
     st.builds(Hello, protocol_version=ints, name=texts, capacity=ints, model_fingerprint=texts,
-              tokenizer_fingerprint=texts),
+              tokenizer_fingerprint=texts, run_id=st.none() | texts, incarnation=st.none() | ints,
+              number=st.none() | ints, held=int32s, finished=int32s),
     st.builds(Ready, version=ints, probe_logprobs=float32s),
-    st.builds(Heartbeat, held_groups=ints, generated_tokens=ints, busy_s=floats, uptime_s=floats),
-    st.builds(Welcome, heartbeat_s=floats, timeout_s=floats, probe_token_ids=int32s),
+    st.builds(Heartbeat, lease_ids=int32s, generated_tokens=ints, busy_s=floats, uptime_s=floats),
+    st.builds(Welcome, run_id=texts, incarnation=ints, number=ints, settings=rows, heartbeat_s=floats,
+              timeout_s=floats, probe_token_ids=int32s),
     st.builds(WeightsCommand, command_id=ints, phase=st.sampled_from(WeightsPhase), version=ints, payload=rows),
     st.builds(WeightsReport, command_id=ints, phase=st.sampled_from(WeightsPhase), version=ints,
               error=st.none() | texts, is_shared=st.booleans(), probe_logprobs=float32s),
@@ -130,6 +134,19 @@ def with_header(parts: Any, frames: list[Any]) -> list[Any]:
 @given(messages)
 def test_every_message_comes_back_as_it_was(message: Message) -> None:
     assert_same(message, decode([bytes(frame) for frame in encode(message)], MAX_BYTES))
+
+
+@pytest.mark.parametrize("kind", [Hello, Heartbeat])
+def test_nobody_lists_more_leases_than_an_actor_can_have(kind: type) -> None:
+    many = np.arange(MAX_LISTED + 1, dtype=np.int32)
+    message = hello("a") if kind is Hello else heartbeat()
+    listed = "held" if kind is Hello else "lease_ids"
+    frames = encode(replace(message, **{listed: many[:-1]}))
+    assert_same(decode(frames, MAX_BYTES), replace(message, **{listed: many[:-1]}))
+    parts = header(message)
+    parts[3][0][2] = [len(many)]
+    with pytest.raises(WireError, match="4097 lease ids, more than the 4096"):
+        decode(with_header(parts, [many.tobytes(), *encode(message)[2:]]), MAX_BYTES)
 
 
 def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:

@@ -38,6 +38,15 @@ class Tensors:
         raise AssertionError("nothing is loaded here")
 
 
+def test_a_run_keeps_its_id_and_counts_the_starts_of_its_learner(tmp_path: Path) -> None:
+    (one, other) = (tmp_path / "one", tmp_path / "other")
+    for folder in (one, other):
+        folder.mkdir()
+    run_id, incarnation = next_incarnation(one)
+    assert incarnation == 1 and next_incarnation(one) == (run_id, 2)
+    assert next_incarnation(other)[0] != run_id
+
+
 def refusal(config: Config, world: World) -> str:
     with pytest.raises(ConfigError) as refused:
         agreed_standing(config, world)

@@ -6,9 +6,9 @@ staleness from the data.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from common.types import (
     Message,
     Ready,
     Refused,
+    SayHello,
     Stop,
     Verdict,
     WeightsCommand,
@@ -43,14 +44,35 @@ FINGERPRINTS = ("model", "tokenizer")
 NO_PROBE = np.empty(0, np.float32)
 
 
-def hello(name: str, capacity: int = 4, fingerprints: tuple[str, str] = FINGERPRINTS) -> Hello:
+def ids(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(values, np.int32)
+
+
+def hello(
+    name: str,
+    capacity: int = 4,
+    fingerprints: tuple[str, str] = FINGERPRINTS,
+    welcome: Welcome | None = None,
+    held: Iterable[int] = (),
+    finished: Iterable[int] = (),
+) -> Hello:
+    """`welcome`: the last that it got."""
     return Hello(
         protocol_version=PROTOCOL_VERSION,
         name=name,
         capacity=capacity,
         model_fingerprint=fingerprints[0],
         tokenizer_fingerprint=fingerprints[1],
+        run_id=None if welcome is None else welcome.run_id,
+        incarnation=None if welcome is None else welcome.incarnation,
+        number=None if welcome is None else welcome.number,
+        held=ids(*held),
+        finished=ids(*finished),
     )
+
+
+def heartbeat(*lease_ids: int, tokens: int = 7, busy_s: float = 0.5, uptime_s: float = 1.0) -> Heartbeat:
+    return Heartbeat(lease_ids=ids(*lease_ids), generated_tokens=tokens, busy_s=busy_s, uptime_s=uptime_s)
 
 
 def group(lease_id: int, versions: list[int], num_samples: int = 2, num_correct: int = 1) -> CompletedGroup:
@@ -142,6 +164,7 @@ class FakeActor:
             welcome = await self._receive()
             if not isinstance(welcome, Welcome):
                 return
+            self.welcome = welcome
             await self._send(Ready(version=self.version, probe_logprobs=NO_PROBE))
             self._ready.set()
             tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
@@ -163,7 +186,7 @@ class FakeActor:
 
     async def _beat(self) -> None:
         while True:
-            await self._send(Heartbeat(held_groups=len(self._held), generated_tokens=7, busy_s=0.5, uptime_s=1.0))
+            await self._send(heartbeat(*self._held))
             await asyncio.sleep(self.heartbeat_s)
 
     async def _listen(self) -> None:
@@ -179,6 +202,12 @@ class FakeActor:
                 case Stop() if not self.deaf_to_stop:
                     await self._send(Bye(error=None))
                     return
+                case SayHello():
+                    again = hello(self.name, self.capacity, self.fingerprints, self.welcome, self._held)
+                    await self._send(again)
+                case Welcome() as welcome:
+                    self.welcome = welcome
+                    await self._send(Ready(version=self.version, probe_logprobs=NO_PROBE))
                 case Refused(fatal=True):
                     return
                 case Ack():

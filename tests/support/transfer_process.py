@@ -17,11 +17,11 @@ import torch
 
 from common.config import ActorsConfig, RolloutConfig, TransportConfig, WeightsConfig
 from common.transport import ActorConnection
-from common.types import Bye, Heartbeat, Prompt, Ready, Stop, WeightsCommand, WeightsReport, Welcome
+from common.types import Bye, Prompt, Ready, Stop, WeightsCommand, WeightsReport, Welcome
 from learner.networks.model import load_policy
 from learner.publication.publisher import Publisher
 from learner.rollouts.service import LearnerService
-from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, hello
+from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, heartbeat, hello
 from tests.support.ranks import fork_server, set_environment
 from tests.support.tiny_models import VOCAB, tiny_run
 from tests.support.transfer_actors import Lost, TransferActor
@@ -115,5 +115,5 @@ def _report(actor: TransferActor, command: WeightsCommand) -> WeightsReport:
 
 async def _beat(connection: ActorConnection) -> None:
     while True:
-        await connection.send(Heartbeat(held_groups=0, generated_tokens=0, busy_s=0.0, uptime_s=0.0))
+        await connection.send(heartbeat())
         await asyncio.sleep(0.2)

@@ -3,8 +3,9 @@
 import pytest
 
 from actors.verifier.judgement import Judgement
-from actors.verifier.rewards import overlong_penalty, reward
+from actors.verifier.rewards import reward
 from common.config import RewardConfig
+from common.rewards import overlong_penalty
 from common.types import Verdict
 
 

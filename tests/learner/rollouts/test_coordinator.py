@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,11 +27,11 @@ from common.config import (
     WeightsConfig,
 )
 from common.types import (
+    MAX_CAPACITY,
     Ack,
     Cancel,
     CompletedGroup,
     DropReason,
-    Heartbeat,
     Lease,
     LeaseFailed,
     Prompt,
@@ -45,8 +45,8 @@ from learner.rollouts.coordinator import MAX_FAILURES, Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.selection import Fate
-from learner.rollouts.snapshot import restore, take
-from tests.support.fake_actors import NO_PROBE, group
+from learner.rollouts.snapshot import Snapshot, restore, take
+from tests.support.fake_actors import NO_PROBE, group, heartbeat
 
 PROMPTS = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(7)]
 HELDOUT = [Prompt(uid=f"h{i}", text=f"{i}", reference="") for i in range(3)]
@@ -95,11 +95,25 @@ class Process:
 
     capacity: int
     version: int = 0
+    life: int | None = None  # of the learner whose weights it holds; None: the model folder's
     is_ready: bool = False
     is_lost: bool = False
     leases: dict[int, Lease] = field(default_factory=dict)
     started_at: dict[int, int] = field(default_factory=dict)  # version at which each lease was begun
     sent: list[int] = field(default_factory=list)
+    kept: dict[int, CompletedGroup] = field(default_factory=dict)  # finished while it was lost
+
+
+@dataclass
+class Saved:
+    """A checkpoint, and what the test knows of its moment."""
+
+    kept: Snapshot
+    drawn: list[str]
+    trained: list[str]
+    steps: int
+    version: int
+    warmup: int
 
 
 def assert_selection(stats: dict[str, float], buffered: list[CompletedGroup]) -> None:
@@ -129,14 +143,15 @@ class Interleavings(RuleBasedStateMachine):
     def begin(self, has_gate: bool, **settings: Any) -> None:
         self.config = make_config(gate=0.5 if has_gate else None, **settings)
         self.stream = CountingStream()
-        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1])
+        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1], incarnation=1)
         self.warmup = self.config.algorithm.critic_warmup_steps
-        self.now, self.steps, self.version = 0.0, 0, 0
+        self.now, self.steps, self.version, self.life = 0.0, 0, 0, 1
         self.processes: dict[str, Process] = {}
         self.trained: list[str] = []
         self.trained_leases: list[int] = []
         self.is_evaluating = False
         self.kept = 0  # finished groups that resumes found in their checkpoints
+        self.save()
         for name in NAMES[:2]:
             self.join(name, 4)
             self.get_ready(name)
@@ -154,23 +169,33 @@ class Interleavings(RuleBasedStateMachine):
                 case Lease():
                     assert process.is_ready
                     assert process.version >= self.version, "a lease for an actor without the current version"
+                    assert process.life in (None, self.life), "a lease for an actor with weights of a lost future"
                     assert len(process.leases) < process.capacity
                     process.leases[message.lease_id] = message
                     process.started_at[message.lease_id] = process.version
                 case Cancel(lease_id=lease_id):
                     process.leases.pop(lease_id, None)
+                    process.kept.pop(lease_id, None)
                 case Ack() | Pulse():
                     pass
                 case other:
                     raise AssertionError(f"unexpected {other}")
+        for name in list(self.coordinator.condemned):
+            self.leave_now(name)
 
     def complete(self, name: str, lease_id: int, num_correct: int) -> None:
+        self.send(name, self.finished(name, lease_id, num_correct))
+
+    def finished(self, name: str, lease_id: int, num_correct: int) -> CompletedGroup:
         process = self.processes[name]
         lease = process.leases.pop(lease_id)
-        process.sent.append(lease_id)
         versions = list(range(process.started_at[lease_id], process.version + 1))
+        return group(lease_id, versions[-8:], lease.num_samples, num_correct)
+
+    def send(self, name: str, completed: CompletedGroup) -> None:
+        self.processes[name].sent.append(completed.lease_id)
         self.coordinator.heard(name, self.now)
-        self.coordinator.receive(name, group(lease_id, versions[-8:], lease.num_samples, num_correct), self.now)
+        self.coordinator.receive(name, completed, self.now)
 
     def present(self, condition: Callable[[Process], bool] = lambda process: True) -> list[str]:
         return sorted(n for n, p in self.processes.items() if not p.is_lost and condition(p))
@@ -210,7 +235,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def make_trouble(self, data: st.DataObject) -> None:
-        troubles: list[Callable[[st.DataObject], None]] = [self.restart_the_learner, self.greet]
+        troubles: list[Callable[[st.DataObject], None]] = [self.restart_the_learner, self.greet, self.let_time_pass]
         if self.processes:
             troubles.append(self.leave)
         if self.present():
@@ -242,21 +267,44 @@ class Interleavings(RuleBasedStateMachine):
         lease_id = data.draw(st.sampled_from(sorted(self.processes[name].leases)))
         del self.processes[name].leases[lease_id]
         self.coordinator.heard(name, self.now)
-        self.coordinator.fail(name, LeaseFailed(lease_id=lease_id, reason="no"))
+        self.coordinator.fail(name, LeaseFailed(lease_id=lease_id, reason="no"), self.now)
+
+    def let_time_pass(self, data: st.DataObject) -> None:
+        """Those who are there say what they sample; those who are not may have been lost for too long."""
+        self.now += data.draw(st.sampled_from([0.5, 4.0, 8.0, 20.0]))
+        for name in self.present():
+            self.coordinator.heard(name, self.now)
+            self.coordinator.heartbeat(name, heartbeat(*self.processes[name].leases), self.now)
+        self.coordinator.tick(self.now)
 
     def vanish(self, data: st.DataObject) -> None:
+        """It goes on sampling."""
         name = data.draw(st.sampled_from(self.present()))
         self.coordinator.lose(name, "test")
-        self.processes[name].is_lost = True
+        process = self.processes[name]
+        process.is_lost = True
+        for lease_id in data.draw(st.sets(st.sampled_from(sorted(process.leases)))) if process.leases else ():
+            process.kept[lease_id] = self.finished(name, lease_id, num_correct=1)
 
     def come_back(self, data: st.DataObject) -> None:
-        """Perhaps with a group that it finished meanwhile, which nobody waits for any more."""
+        """It says something, is told to greet, and says what it holds."""
         name = data.draw(st.sampled_from(sorted(n for n, p in self.processes.items() if p.is_lost)))
         process = self.processes[name]
         process.is_lost = False
         self.coordinator.heard(name, self.now)
         if process.leases and data.draw(st.booleans()):
             self.complete(name, min(process.leases), num_correct=1)
+        self.greet_again(name)
+
+    def greet_again(self, name: str) -> None:
+        process = self.processes[name]
+        self.coordinator.join_again(name, process.leases, process.kept, self.now)
+        self.settle()
+        for completed in list(process.kept.values()):
+            before = self.coordinator.stats()["received_groups"]
+            self.send(name, completed)
+            assert self.coordinator.stats()["received_groups"] == before + 1, "it was wanted"
+        process.kept.clear()
 
     def leave(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.processes)))
@@ -264,25 +312,45 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.remove(name, "test", distrust=data.draw(st.booleans()))
 
     def restart_the_learner(self, data: st.DataObject) -> None:
-        """From a checkpoint, perhaps with other settings; the actors greet again as new processes."""
+        """From a checkpoint, perhaps an old one, perhaps with other settings; the actors live on and greet again."""
         self.config = replace(
             self.config,
             rollout=replace(self.config.rollout, prompts_per_step=data.draw(st.integers(1, 3))),
             staleness=replace(self.config.staleness, max_staleness=data.draw(st.integers(0, 3))),
             weights=WeightsConfig(publish_every=data.draw(st.integers(1, 3))),
         )
-        kept = take(self.coordinator, self.now)
-        self.kept += len(kept.groups)
-        drawn = self.stream.drawn
+        if data.draw(st.booleans()):
+            self.save()
+        saved, self.life = self.saved, self.life + 1
+        self.kept += len(saved.kept.groups)
         self.stream = CountingStream()
-        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1])
-        restore(self.coordinator, replace(kept, state=json.loads(json.dumps(kept.state))))
-        if kept.evaluation is not None:
-            self.coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version), kept.evaluation)
-        self.stream.drawn = drawn
-        names, self.processes = list(self.processes), {}
-        for name in names:
-            self.join(name, 4)
+        self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1], incarnation=self.life)
+        restore(self.coordinator, replace(saved.kept, state=json.loads(json.dumps(saved.kept.state))))
+        self.stream.drawn, self.trained = list(saved.drawn), list(saved.trained)
+        self.steps, self.version, self.warmup = saved.steps, saved.version, saved.warmup
+        self.is_evaluating = saved.kept.evaluation is not None
+        if saved.kept.evaluation is not None:
+            self.coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version), saved.kept.evaluation)
+        for name, process in self.processes.items():
+            process.is_lost, process.life = False, process.life or 0  # nobody knows what it holds
+            process.sent.clear()
+            self.coordinator.join(name, process.capacity, self.now)
+            self.coordinator.join_again(name, process.leases, process.kept, self.now)
+            if process.is_ready:
+                self.coordinator.ready(name, process.version, NO_PROBE)
+        self.settle()
+        for process in self.processes.values():
+            assert not process.kept and all(lease_id >> 20 == self.life for lease_id in process.leases)
+
+    def save(self) -> None:
+        self.saved = Saved(
+            take(self.coordinator, self.now),
+            list(self.stream.drawn),
+            list(self.trained),
+            self.steps,
+            self.version,
+            self.warmup,
+        )
 
     @rule()
     def evaluate(self) -> None:
@@ -324,15 +392,17 @@ class Interleavings(RuleBasedStateMachine):
         self.version += 1
         ready = self.present(lambda p: p.is_ready)
         for name in data.draw(st.sets(st.sampled_from(ready))) if ready else ():
-            self.processes[name].version = self.version
-            self.coordinator.loaded(name, self.version)
+            self.load(name)
+
+    def load(self, name: str) -> None:
+        self.processes[name].version, self.processes[name].life = self.version, self.life
+        self.coordinator.loaded(name, self.version)
 
     @rule()
     @precondition(lambda self: self.coordinator.waiting_for_weights())
     def publish_again(self) -> None:
         for name in self.coordinator.waiting_for_weights():
-            self.processes[name].version = self.version
-            self.coordinator.loaded(name, self.version)
+            self.load(name)
         self.settle()
 
     @invariant()
@@ -415,8 +485,8 @@ TestInterleavings = Interleavings.TestCase
 # ---- one behaviour at a time
 
 
-def make(config: Config, *actors: str, capacity: int = 100) -> Coordinator:
-    coordinator = Coordinator(config, PromptStream(PROMPTS, seed=0), lambda prompt: [1])
+def make(config: Config, *actors: str, capacity: int = 100, prompts: Sequence[Prompt] = PROMPTS) -> Coordinator:
+    coordinator = Coordinator(config, PromptStream(prompts, seed=0), lambda prompt: [1])
     for name in actors:
         coordinator.join(name, capacity, 0.0)
         coordinator.ready(name, 0, NO_PROBE)
@@ -504,6 +574,9 @@ def test_prompts_of_a_lost_actor_are_leased_first_and_in_order() -> None:
     coordinator = make(make_config(max_staleness=3), "a", capacity=3)
     first = granted(coordinator)
     coordinator.lose("a", "test")
+    coordinator.tick(4.9)
+    assert not coordinator.drops, "it may come back"
+    coordinator.tick(5.1)
     assert coordinator.drops[DropReason.ACTOR_LOST] == 3
     coordinator.join("b", 4, 0.0)
     coordinator.ready("b", 0, NO_PROBE)
@@ -512,16 +585,103 @@ def test_prompts_of_a_lost_actor_are_leased_first_and_in_order() -> None:
     assert [lease.lease_id for _, lease in second] == [3, 4, 5, 6]
 
 
-def test_an_actor_that_comes_back_is_told_to_forget_its_leases() -> None:
+def test_a_lost_connection_costs_nothing_when_the_actor_is_back_within_the_grace_period() -> None:
+    coordinator = make(make_config(), "a", capacity=4)
+    leases = granted(coordinator)
+    coordinator.lose("a", "test")
+    assert coordinator.members() == () and granted(coordinator) == []
+    coordinator.tick(4.0)
+    coordinator.join_again("a", held=[2, 3], finished=[0, 1], now=4.0)
+    assert coordinator.members() == ("a",) and not coordinator.outbox
+    finish(coordinator, leases)
+    assert not coordinator.drops
+    assert ids(coordinator.take_batch()) == [0, 1]
+
+
+def test_an_actor_that_comes_back_later_is_told_to_forget_its_leases() -> None:
     coordinator = make(make_config(), "a", capacity=2)
     leases = granted(coordinator)
     coordinator.lose("a", "test")
-    assert coordinator.members() == ()
-    coordinator.heard("a", 1.0)
+    coordinator.tick(6.0)
+    coordinator.join_again("a", held=[0], finished=[1], now=7.0)
     assert [message for _, message in coordinator.outbox] == [Cancel(lease_id=0), Cancel(lease_id=1)]
-    finish(coordinator, leases)
+    assert coordinator.drops == {DropReason.ACTOR_LOST: 2, DropReason.UNKNOWN_LEASE: 1}, "a group was sampled in vain"
+    finish(coordinator, leases[:1])
     assert coordinator.drops[DropReason.UNKNOWN_LEASE] == 2
     assert len(granted(coordinator)) == 2
+
+
+def test_what_did_not_reach_an_actor_is_leased_again_when_it_is_back() -> None:
+    coordinator = make(make_config(), "a", capacity=2)
+    first = granted(coordinator)
+    coordinator.lose("a", "test")
+    coordinator.join_again("a", held=[1], finished=[], now=1.0)
+    assert list(coordinator.outbox) == [("a", Cancel(lease_id=0))], "it may be on its way still"
+    ((_, again),) = granted(coordinator)
+    assert again.prompt_uid == first[0][1].prompt_uid
+
+
+def test_a_group_that_is_sent_again_may_take_its_time() -> None:
+    coordinator = make(make_config(), "a", capacity=2)
+    leases = granted(coordinator)
+    coordinator.lose("a", "test")
+    coordinator.join_again("a", held=[1], finished=[0], now=8.0)
+    coordinator.heartbeat("a", heartbeat(1), 8.1)
+    assert not coordinator.is_lost("a")
+    finish(coordinator, leases[:1])
+    coordinator.heartbeat("a", heartbeat(1), 14.0)
+    assert not coordinator.is_lost("a") and not coordinator.drops
+
+
+def test_a_group_that_was_received_is_no_drop_when_its_ack_got_lost() -> None:
+    coordinator = make(make_config(), "a", capacity=2)
+    finish(coordinator, granted(coordinator)[:1])
+    coordinator.outbox.clear()
+    coordinator.lose("a", "test")
+    coordinator.join_again("a", held=[1], finished=[0], now=1.0)
+    assert list(coordinator.outbox) == [("a", Cancel(lease_id=0))]
+    assert not coordinator.drops
+
+
+def test_a_lease_that_is_not_wanted_any_more_is_cancelled_again_when_a_heartbeat_lists_it() -> None:
+    coordinator = make(make_config(), "a", capacity=2)
+    granted(coordinator)
+    coordinator.heartbeat("a", heartbeat(0, 1, 77), 1.0)
+    assert [m for _, m in coordinator.outbox if isinstance(m, Cancel)] == [Cancel(lease_id=77)]
+
+
+def test_an_actor_that_was_another_learners_is_served_with_weights_whatever_it_claims_to_hold() -> None:
+    for version in (0, 3):
+        coordinator = make(make_config())
+        coordinator.set_version(version, version)
+        coordinator.join("a", 2, 0.0)
+        coordinator.join_again("a", held=[5], finished=[], now=0.0)
+        coordinator.ready("a", version, NO_PROBE)
+        assert coordinator.waiting_for_weights() == ("a",)
+        assert coordinator.folder_probe("a") is None
+
+
+def test_the_work_that_an_actor_did_for_an_earlier_learner_is_not_counted_again() -> None:
+    coordinator = make(make_config())
+    coordinator.join("a", 1, 0.0)
+    coordinator.join_again("a", held=[], finished=[], now=0.0)
+    coordinator.heartbeat("a", heartbeat(tokens=1000, uptime_s=50.0), 0.0)
+    coordinator.heartbeat("a", heartbeat(tokens=1007, uptime_s=51.0), 0.0)
+    coordinator.remove("a", "test")
+    assert (coordinator.stats()["generated_tokens"], coordinator.stats()["uptime_s"]) == (7.0, 1.0)
+
+
+def test_an_actor_that_says_that_it_has_room_for_everything_leaves_some_for_others() -> None:
+    coordinator = make(make_config(max_staleness=10_000), "greedy", capacity=2**40)
+    assert len(granted(coordinator)) == MAX_CAPACITY < coordinator.pace.window
+
+
+def test_an_actor_that_is_lost_for_long_is_forgotten() -> None:
+    coordinator = make(make_config(), "a", "b")
+    coordinator.lose("a", "test")
+    coordinator.heard("b", 599.0)
+    assert coordinator.forgettable(599.0) == []
+    assert coordinator.forgettable(600.0) == ["a"]
 
 
 def test_silence_is_noticed_after_a_nudge() -> None:
@@ -534,6 +694,8 @@ def test_silence_is_noticed_after_a_nudge() -> None:
     coordinator.tick(10.1)
     assert coordinator.members() == ()
     coordinator.heard("a", 11.0)
+    assert coordinator.members() == (), "it has to say what it holds"
+    coordinator.join_again("a", held=[], finished=[], now=11.0)
     assert coordinator.members() == ("a",)
 
 
@@ -583,24 +745,69 @@ def test_a_group_of_another_actors_lease_is_not_taken() -> None:
 )
 def test_a_group_that_is_not_what_was_leased_is_refused_and_sampled_again(spoil) -> None:
     coordinator = make(make_config(), "a")
-    ((_, lease), *_) = granted(coordinator)
+    ((_, lease), *others) = granted(coordinator)
     coordinator.receive("a", spoil(group(lease.lease_id, [0])), 0.0)
     assert coordinator.drops == {DropReason.MALFORMED: 1}
     assert any(isinstance(message, Refused) and not message.fatal for _, message in coordinator.outbox)
+    finish(coordinator, others)
     ((_, again),) = granted(coordinator)
     assert again.prompt_uid == lease.prompt_uid
 
 
-def test_a_prompt_that_keeps_failing_is_given_up_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+def test_after_three_groups_that_were_refused_an_actor_has_to_leave() -> None:
+    coordinator = make(make_config(max_staleness=9), "a")
+    leases = granted(coordinator)
+    for i, (_, lease) in enumerate(leases[:3]):
+        assert not coordinator.condemned
+        coordinator.receive("a", group(lease.lease_id, [-1]), 0.0)
+        finish(coordinator, [leases[-1 - i]])
+    assert coordinator.condemned == {"a": "3 of its groups were refused, the last one: token id -1"}
+
+
+def test_a_prompt_that_keeps_failing_on_the_only_actor_is_given_up_and_replaced(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a")
     ((_, lease),) = granted(coordinator)
-    for _ in range(MAX_FAILURES):
-        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="too long"))
-        failed, ((_, lease),) = lease, granted(coordinator)
+    for i in range(MAX_FAILURES):
+        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="too long"), now=20.0 * i)
+        failed, ((_, lease),) = lease, granted(coordinator, now=20.0 * (i + 1))
     assert lease.prompt_uid != failed.prompt_uid
     assert coordinator.drops == {DropReason.FAILED: 1}
     assert coordinator.stats()["lease_failures"] == MAX_FAILURES
     assert f"prompt {failed.prompt_uid} is given up after 3 failures: too long" in caplog.text
+    assert not coordinator.condemned, "one prompt that cannot be sampled is not the actor's fault"
+
+
+def test_an_actor_that_fails_every_lease_costs_no_prompt_beside_good_ones_and_has_to_leave() -> None:
+    prompts = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(100)]
+    coordinator = make(make_config(max_staleness=10_000), "bad", "good", capacity=3, prompts=prompts)
+    now, num_taken, sampled = 0.0, 0, list[tuple[str, Lease]]()
+    while not coordinator.condemned:
+        assert now < 60.0, "it is still there"
+        now += 0.1
+        leases = granted(coordinator, now)
+        finish(coordinator, sampled)
+        sampled = [(name, lease) for name, lease in leases if name == "good"]
+        for _, lease in [item for item in leases if item not in sampled]:
+            coordinator.fail("bad", LeaseFailed(lease_id=lease.lease_id, reason="CUDA error"), now)
+        while coordinator.take_batch() is not None:
+            num_taken += 1
+    assert coordinator.condemned == {"bad": "it failed on 8 prompts in a row, the last one: CUDA error"}
+    assert not coordinator.drops and num_taken > 10
+    assert coordinator.stats()["lease_failures"] < 20
+
+
+def test_a_prompt_is_given_up_when_every_actor_there_is_has_failed_on_it() -> None:
+    coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a", "b", capacity=1)
+    now, failed = 0.0, Counter[str]()
+    while not coordinator.drops[DropReason.FAILED]:
+        ((name, lease),) = granted(coordinator, now) or [("", None)]
+        if lease is not None:
+            coordinator.fail(name, LeaseFailed(lease_id=lease.lease_id, reason="no"), now)
+            failed[name] += 1
+        now += 0.5
+    assert len(failed) == 2 and failed.total() == MAX_FAILURES
 
 
 def test_a_group_that_got_too_old_is_dropped_and_its_prompt_sampled_again() -> None:
@@ -808,9 +1015,11 @@ def test_an_evaluation_survives_its_actor_and_uses_the_same_seeds_every_time() -
 def test_an_evaluation_whose_prompt_cannot_be_sampled_ends_all_the_same() -> None:
     coordinator = make(make_config(), "a")
     coordinator.evaluate(Evaluation(HELDOUT[:1], 2, 1.0, version=0))
-    for _ in range(MAX_FAILURES):
-        ((_, lease),) = [item for item in granted(coordinator) if item[1].purpose is Purpose.EVAL]
-        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"))
+    for i in range(MAX_FAILURES):
+        leases = granted(coordinator, now=20.0 * i)
+        finish(coordinator, [item for item in leases if item[1].purpose is Purpose.TRAIN])
+        ((_, lease),) = [item for item in leases if item[1].purpose is Purpose.EVAL]
+        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"), now=20.0 * i)
     result = coordinator.poll_evaluation()
     assert result is not None
     assert (result.num_failed, result.num_samples, result.accuracy) == (1, 0, 0.0)
@@ -820,12 +1029,15 @@ def test_held_out_prompts_that_could_not_be_sampled_or_judged_count_as_wrong() -
     coordinator = make(make_config(prompts_per_step=9), "a")
     coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
     leases: dict[str, Lease] = {}
-    failures = 0
+    failures, now = 0, 0.0
     while (result := coordinator.poll_evaluation()) is None:
-        for _, lease in [item for item in granted(coordinator) if item[1].purpose is Purpose.EVAL]:
+        now += 20.0
+        granted_now = granted(coordinator, now)
+        finish(coordinator, [item for item in granted_now if item[1].purpose is Purpose.TRAIN])
+        for _, lease in [item for item in granted_now if item[1].purpose is Purpose.EVAL]:
             leases[lease.prompt_uid] = lease
             if lease.prompt_uid == "h0":
-                coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"))
+                coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"), now)
                 failures += 1
             else:
                 both = group(lease.lease_id, [0], num_correct=2)
@@ -850,21 +1062,21 @@ def test_the_window_is_sampled_when_it_is_full_and_everything_has_arrived() -> N
 def test_a_lease_that_got_lost_on_the_way_is_found_by_the_heartbeats() -> None:
     coordinator = make(make_config(prompts_per_step=1), "a")
     leases = granted(coordinator)
-    beat = Heartbeat(held_groups=1, generated_tokens=0, busy_s=0.0, uptime_s=0.0)
-    coordinator.heartbeat("a", beat, 9.0)
-    assert coordinator.drops[DropReason.ACTOR_LOST] == 0, "it may be on the way still"
-    coordinator.heartbeat("a", beat, 11.0)
-    assert [m for _, m in coordinator.outbox if isinstance(m, Cancel)] == [Cancel(lease_id=0), Cancel(lease_id=1)]
-    assert [lease.prompt_uid for _, lease in granted(coordinator)] == [lease.prompt_uid for _, lease in leases]
+    coordinator.heartbeat("a", heartbeat(1), 4.0)
+    assert not coordinator.is_lost("a"), "it may be on the way still"
+    coordinator.heartbeat("a", heartbeat(1), 6.0)
+    assert coordinator.is_lost("a"), "it has to say what it holds"
+    coordinator.join_again("a", held=[1], finished=[], now=6.1)
+    assert [m for _, m in coordinator.outbox if isinstance(m, Cancel)] == [Cancel(lease_id=0)]
+    assert [lease.prompt_uid for _, lease in granted(coordinator)] == [leases[0][1].prompt_uid]
 
 
 def test_work_of_actors_that_left_stays_counted() -> None:
     coordinator = make(make_config(), "a")
     for tokens in (5, 10):
-        beat = Heartbeat(held_groups=9, generated_tokens=tokens, busy_s=tokens / 10, uptime_s=1.0)
-        coordinator.heartbeat("a", beat, 0.0)
+        coordinator.heartbeat("a", heartbeat(tokens=tokens, busy_s=tokens / 10), 0.0)
     coordinator.join("a", 1, 0.0)
-    coordinator.heartbeat("a", Heartbeat(held_groups=0, generated_tokens=3, busy_s=0.1, uptime_s=0.5), 0.0)
+    coordinator.heartbeat("a", heartbeat(tokens=3, busy_s=0.1, uptime_s=0.5), 0.0)
     stats = coordinator.stats()
     assert (stats["generated_tokens"], stats["uptime_s"]) == (13, 1.5)
     assert stats["busy_s"] == pytest.approx(1.1)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig
 from common.types import (
     Bye,
+    Cancel,
     Draining,
-    Heartbeat,
     Lease,
     LeaseFailed,
     MemberId,
@@ -21,24 +21,46 @@ from common.types import (
     Stop,
     WeightsPhase,
     WeightsReport,
+    Welcome,
 )
 from common.wire import WireError
+from learner.rollouts.commands import Command
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
-from learner.rollouts.reception import Command, Reception
-from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, hello
+from learner.rollouts.reception import Reception
+from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, heartbeat, hello, ids
 
 PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(5)]
 IDENTITIES = (b"1", b"2", b"3")
 
+
+def welcome(run_id: str, incarnation: int, number: int) -> Welcome:
+    return Welcome(
+        run_id=run_id,
+        incarnation=incarnation,
+        number=number,
+        settings={},
+        heartbeat_s=1.0,
+        timeout_s=1.0,
+        probe_token_ids=ids(),
+    )
+
+
 small = st.integers(-1, 6)
 phases = st.sampled_from(WeightsPhase)
 sayings: st.SearchStrategy[Any] = st.one_of(
-    st.builds(hello, st.sampled_from("ab"), st.integers(0, 3)),
+    st.builds(
+        hello,
+        st.sampled_from("ab"),
+        st.integers(0, 3),
+        welcome=st.none() | st.builds(welcome, st.sampled_from(["run", "other"]), st.integers(0, 1), small),
+        held=st.lists(small, max_size=3),
+        finished=st.lists(small, max_size=3),
+    ),
     st.builds(Ready, version=small, probe_logprobs=st.just(NO_PROBE)),
     st.builds(group, small, st.lists(small, min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 3)),
-    st.builds(Heartbeat, held_groups=small, generated_tokens=small, busy_s=st.just(0.1), uptime_s=st.just(1.0)),
+    st.builds(lambda lease_ids: heartbeat(*lease_ids), st.lists(small, max_size=4)),
     st.builds(LeaseFailed, lease_id=small, reason=st.just("no")),
     st.builds(
         WeightsReport,
@@ -71,7 +93,7 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
         learner=LearnerConfig(steps=100),
     )
     coordinator = Coordinator(config, PromptStream(PROMPTS, 0), lambda prompt: [1])
-    reception = Reception(config, coordinator, FINGERPRINTS, [1, 2])
+    reception = Reception(config, coordinator, FINGERPRINTS, [1, 2], run_id="run")
     now, version = 0.0, 0
     commands: list[Command] = []
     for kind, subject, detail in history:
@@ -97,7 +119,7 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
                 reception.dismiss(subject, "test", distrust=kind == "distrust")
             case "disconnect":
                 reception.undeliverable(subject)
-        coordinator.tick(now)
+        reception.tick(now)
         coordinator.dispatch(now)
         reception.note_losses()
         assert {identity for identity, _ in reception.outgoing()} <= set(IDENTITIES)
@@ -171,3 +193,101 @@ def test_with_other_weights_than_the_folders_an_actor_is_served_first(version: i
     become_ready(reception, a=WRONG)
     assert sent(coordinator, reception, "a") == []
     assert coordinator.waiting_for_weights() == ("a",)
+
+
+# ---- members that come back, and those that have to leave
+
+
+def replies(reception: Reception, identity: bytes) -> list[Any]:
+    return [message for to, message in reception.outgoing() if to == identity]
+
+
+def welcomed(reception: Reception, name: str, identity: bytes, now: float = 0.0) -> Welcome:
+    reception.handle(identity, hello(name), now)
+    reception.handle(identity, Ready(version=0, probe_logprobs=NO_PROBE), now)
+    (welcome,) = [message for message in replies(reception, identity) if isinstance(message, Welcome)]
+    return welcome
+
+
+def test_a_member_goes_on_over_a_new_connection_and_is_told_again_what_it_has_not_answered() -> None:
+    coordinator, reception = make_reception()
+    welcome = welcomed(reception, "a", b"old")
+    coordinator.dispatch(0.0)
+    leases = replies(reception, b"old")
+    (member,) = coordinator.member_ids()
+    command = reception.begin(WeightsPhase.PAUSE, 1, {member: {"x": 1}})
+    assert replies(reception, b"old") == [command.message(member)]
+    reception.handle(b"new", hello("a", welcome=welcome, held=[lease.lease_id for lease in leases]), 1.0)
+    again = replies(reception, b"new")
+    assert isinstance(again[0], Welcome) and again[0].number == welcome.number
+    assert again[1:] == [command.message(member)]
+    assert coordinator.member_ids() == (member,) and not coordinator.drops
+    assert replies(reception, b"old") == []
+
+
+def test_who_is_lost_in_the_middle_of_a_publication_is_served_again() -> None:
+    coordinator, reception = make_reception()
+    welcome = welcomed(reception, "a", b"1")
+    command = reception.begin(WeightsPhase.PAUSE, 1, {member: {} for member in coordinator.member_ids()})
+    reception.undeliverable(b"1")
+    reception.note_losses()
+    assert not command.missing()
+    reception.end(command)
+    reception.handle(b"1", hello("a", welcome=welcome), 1.0)
+    assert coordinator.waiting_for_weights() == ("a",), "its engine may be paused"
+
+
+def test_a_greeting_that_is_repeated_on_its_connection_is_no_other_process() -> None:
+    """The learner may have asked for it twice."""
+    _, reception = make_reception()
+    for number in (1, 2):
+        reception.handle(b"1", hello("a", welcome=welcome("earlier", 7, 3), held=[5]), 0.0)
+        answers = replies(reception, b"1")
+        assert [type(answer) for answer in answers] == [Welcome, Cancel]
+        assert answers[0].number == number
+    assert reception.names == ("a",)
+
+
+def test_a_member_that_is_condemned_leaves_and_is_told_why() -> None:
+    coordinator, reception = make_reception()
+    welcomed(reception, "a", b"1")
+    coordinator.dispatch(0.0)
+    for lease in replies(reception, b"1")[:3]:
+        reception.handle(b"1", group(lease.lease_id, [-1]), 0.0)
+    reason = "3 of its groups were refused, the last one: token id -1"
+    assert replies(reception, b"1")[-1] == Refused(reason=reason, fatal=True)
+    assert reception.names == () and coordinator.stats()["actors_dismissed"] == 1
+
+
+def test_an_actor_that_is_lost_for_long_is_forgotten_and_may_greet_as_a_new_member() -> None:
+    coordinator, reception = make_reception()
+    old = welcomed(reception, "a", b"1")
+    reception.undeliverable(b"1")
+    reception.tick(599.0)
+    assert reception.names == ("a",)
+    reception.tick(601.0)
+    assert reception.names == () and coordinator.stats()["actors_forgotten"] == 1
+    reception.handle(b"2", hello("a", welcome=old, held=[0]), 602.0)
+    again, cancel = replies(reception, b"2")
+    assert again.number == old.number + 1 and cancel == Cancel(lease_id=0)
+
+
+def test_of_two_claims_to_a_name_the_later_one_stands() -> None:
+    _, reception = make_reception()
+    welcomed(reception, "a", b"1")
+    for identity in (b"2", b"3"):
+        reception.handle(identity, hello("a"), 1.0)
+    assert [message.fatal for message in replies(reception, b"2")] == [True]
+    reception.undeliverable(b"1")
+    reception.tick(1.1)
+    assert [type(message) for message in replies(reception, b"3")] == [Welcome]
+
+
+def test_a_claim_goes_with_its_connection() -> None:
+    _, reception = make_reception()
+    welcomed(reception, "a", b"1")
+    reception.handle(b"2", hello("a"), 1.0)
+    reception.handle(b"2", Bye(error="it has waited for too long"), 2.0)
+    reception.undeliverable(b"1")
+    reception.tick(3.0)
+    assert replies(reception, b"2") == []

@@ -35,6 +35,7 @@ from common.types import (
     Prompt,
     Pulse,
     Refused,
+    SayHello,
     Stop,
     TrajectoryGroup,
     Verdict,
@@ -63,7 +64,7 @@ def make_config(**staleness: Any) -> Config:
         staleness=StalenessConfig(**({"max_staleness": 1} | staleness)),
         learner=LearnerConfig(steps=1000),
         actors=ActorsConfig(start_timeout_s=5.0),
-        transport=TransportConfig(heartbeat_s=0.1, heartbeat_timeout_s=5.0),
+        transport=TransportConfig(heartbeat_s=0.1, heartbeat_timeout_s=5.0, grace_s=0.5),
     )
 
 
@@ -163,7 +164,7 @@ def test_actors_stay_when_the_learner_crashes_and_find_the_next_one_at_the_same_
         assert actor.received_any(Stop) is None
         with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], former_port=port) as second:
             assert second.endpoint.endswith(f":{port}")
-            until(lambda: actor.received_any(Refused) is not None)  # it is heard there; a hello would make it a member
+            until(lambda: actor.received_any(SayHello) is not None)
             with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], former_port=port) as third:
                 assert not third.endpoint.endswith(f":{port}"), "taken: any other one will do"
 
@@ -283,8 +284,9 @@ def test_an_actor_that_is_silent_for_a_while_comes_back() -> None:
         until(lambda: service.stats()["buffered_groups"] == service.stats()["window_groups"])
         until(lambda: not service.members())
         assert service.stats()["buffered_groups"] == 8, "what has arrived stays"
-        actor.say(group(0, [0]))  # any message is a sign of life
+        actor.say(group(0, [0]))  # any message is a sign of life, and the answer a request to greet
         until(lambda: service.members() == ("a",))
+        assert actor.received_any(SayHello) == SayHello(reason="it was lost from sight")
 
 
 # ---- who takes part
@@ -332,26 +334,64 @@ def test_a_welcome_has_the_heartbeats_and_the_probe(service: LearnerService) -> 
     (welcome,) = talk(service, hello("a"))
     assert isinstance(welcome, Welcome)
     assert (welcome.heartbeat_s, welcome.timeout_s) == (0.1, 5.0)
+    assert (welcome.run_id, welcome.incarnation, welcome.number) == ("", 0, 1)
+    assert welcome.settings["reward.correct"] == 1.0
     assert welcome.probe_token_ids.tolist() == [1, 2, 3]
 
 
-def test_the_newest_process_of_a_name_is_the_actor(service: LearnerService) -> None:
-    with FakeActor(service.endpoint, "a", delay_s=lambda lease: FOREVER_S) as old:
+NAME_TAKEN = "another actor named a takes part: give this one another --name, or stop that one"
+
+
+def test_a_live_name_is_refused(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a") as old:
         service.wait_for_members(1, 10.0)
+        assert talk(service, hello("a")) == [Refused(reason=NAME_TAKEN, fatal=True)]
+        assert len(service.take_batch(10.0)) == 4
+        assert old.received_any(Refused) is None
+
+
+def test_a_restarted_actor_has_its_name_at_once(service: LearnerService) -> None:
+    """Whether or not the learner has noticed the end of its first process, and whether or not that was ready."""
+    for _ in range(3):
+        with FakeActor(service.endpoint, "a", delay_s=lambda lease: FOREVER_S) as old:
+            until(old.leases)
+        started = time.monotonic()
+        assert isinstance(talk(service, hello("a"))[0], Welcome)
+        assert time.monotonic() - started < 1.0
+    with FakeActor(service.endpoint, "a"):
+        assert len(service.take_batch(10.0)) == 4
+
+
+def test_the_name_of_an_actor_that_does_not_answer_is_taken_over_after_the_grace_period(
+    service: LearnerService,
+) -> None:
+    with FakeActor(service.endpoint, "a", delay_s=lambda lease: FOREVER_S, heartbeat_s=FOREVER_S) as old:
+        until(lambda: service.stats()["in_flight_groups"] == 4)
         with FakeActor(service.endpoint, "a") as new:
             old.join()
-            assert old.received_any(Stop) is None
             refusal = old.received_any(Refused)
-            assert refusal is not None and "new process" in refusal.reason
+            assert refusal is not None and "another process has its name" in refusal.reason
             until(lambda: service.members() == ("a",))
             assert len(service.take_batch(10.0)) == 4
             assert new.leases()
 
 
+def test_an_actor_whose_engine_starts_keeps_its_name_without_a_word(service: LearnerService) -> None:
+    endpoint = service.endpoint
+
+    async def start_and_wait() -> None:
+        async with ActorConnection(endpoint, "a", 16) as connection:
+            await connection.send(hello("a"))
+            assert isinstance(await connection.receive(5.0), Welcome)
+            assert await asyncio.to_thread(talk, service, hello("a")) == [Refused(reason=NAME_TAKEN, fatal=True)]
+
+    asyncio.run(start_and_wait())
+
+
 def test_a_stranger_is_asked_to_greet_and_its_group_is_not_kept(service: LearnerService) -> None:
     answers = talk(service, group(5, [0]), num_answers=2)
     assert answers[0] == Ack(lease_id=5)
-    assert answers[1] == Refused(reason="the learner does not know it; say hello", fatal=False)
+    assert answers[1] == SayHello(reason="the learner does not know it")
     assert service.stats()["dropped/unknown_lease"] == 1
 
 

@@ -1,0 +1,283 @@
+"""An actor that loses its connection or its learner, and finds them again. No engine is started."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.greeting import ActorError
+from common.config import (
+    AlgorithmConfig,
+    Config,
+    LearnerConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    StalenessConfig,
+    TransportConfig,
+    VerifierConfig,
+)
+from common.launcher import reserve_port
+from common.transport import model_fingerprints
+from common.types import DropReason, Prompt, WeightsPhase
+from learner.rollouts.archive import read_about
+from learner.rollouts.service import LearnerService, MembersWaiting
+from learner.rollouts.snapshot import read_snapshot, write_snapshot
+from tests.support.live_actor import LiveActor
+from tests.support.proxy import Proxy
+from tests.support.runs import ROOT
+
+PROMPTS = [Prompt(uid=f"p{i}", text=str(i), reference="") for i in range(400)]
+PUBLICATION = (
+    WeightsPhase.PAUSE,
+    WeightsPhase.START,
+    WeightsPhase.UPDATE,
+    WeightsPhase.FINISH,
+    WeightsPhase.RESUME,
+)
+
+
+START_S = 100.0  # a process may take long on busy cores
+
+
+def make_config(**transport: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=str(ROOT / "configs/models/chain_sum")),
+        rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_tokens=8),
+        algorithm=AlgorithmConfig(critic_warmup_steps=0),
+        staleness=StalenessConfig(max_staleness=2),
+        learner=LearnerConfig(steps=1000),
+        transport=TransportConfig(**({"heartbeat_s": 0.1, "heartbeat_timeout_s": 5.0, "grace_s": 2.0} | transport)),
+    )
+
+
+def make_service(config: Config, **identity: Any) -> LearnerService:
+    fingerprints = model_fingerprints(config.model.path)
+    return LearnerService(config, PROMPTS, lambda prompt: [1, 2], fingerprints, [1, 2], **identity)
+
+
+def publish(service: LearnerService, version: int) -> None:
+    for phase in PUBLICATION:
+        service.command(phase, version, {member: {} for member in service.member_ids()}, 5.0)
+
+
+def train(service: LearnerService, version: int) -> list[str]:
+    """One step at `version`; the prompts that were trained."""
+    while True:
+        try:
+            groups = service.take_batch(20.0)
+            break
+        except MembersWaiting:
+            publish(service, version)
+    for item in groups:
+        assert item.completed.token_ids.tolist() == item.completed.versions.tolist()
+        assert 0 <= version - item.oldest_version <= 2
+    return [item.lease.prompt_uid for item in groups]
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.005)
+
+
+def drops(service: LearnerService) -> dict[str, float]:
+    stats = service.stats()
+    return {reason: stats[f"dropped/{reason}"] for reason in DropReason if stats[f"dropped/{reason}"]}
+
+
+# ---- connections
+
+
+def test_connections_that_are_cut_cost_no_group() -> None:
+    """What is sampled while the connection is cut arrives afterwards, and is trained once."""
+    config = make_config()
+    with ExitStack() as stack:
+        service = stack.enter_context(make_service(config))
+        proxy = stack.enter_context(Proxy(service.endpoint))
+        actor = stack.enter_context(LiveActor(config, proxy.endpoint, delay_s=0.1))
+        uids = []
+        for version in range(8):
+            uids += train(service, version)
+            service.wait_for_members(1, 10.0)
+            publish(service, version + 1)
+            service.set_version(version + 1, version + 1)
+            if version % 2:
+                until(lambda: actor.actor._tasks)
+                proxy.cut()
+        assert len(set(uids)) == len(uids) == 32
+        until(lambda: service.stats()["received_groups"] == len(actor.engine.sampled))
+        assert drops(service).keys() <= {DropReason.ACTOR_LOST, DropReason.DUPLICATE}, "on its way, or sent again"
+        assert len(set(actor.engine.sampled)) == len(actor.engine.sampled)
+        service.wait_for_members(1, 10.0)
+        assert [member.number for member in service.member_ids()] == [1], "it is the same member"
+
+
+def test_a_half_open_connection_is_replaced_and_the_leases_stay() -> None:
+    config = make_config(heartbeat_timeout_s=0.6, grace_s=5.0)
+    with ExitStack() as stack:
+        service = stack.enter_context(make_service(config))
+        proxy = stack.enter_context(Proxy(service.endpoint))
+        actor = stack.enter_context(LiveActor(config, proxy.endpoint, delay_s=1.0))
+        until(lambda: len(actor.actor._tasks) == 12)
+        proxy.freeze()
+        until(lambda: not service.members())
+        until(service.members)
+        assert len(train(service, 0)) == 4
+        assert drops(service) == {}
+        assert [member.number for member in service.member_ids()] == [1]
+
+
+def test_an_actor_whose_learner_does_not_come_back_ends_with_one_sentence() -> None:
+    config = make_config(heartbeat_timeout_s=0.3, reconnect_s=0.8)
+    with make_service(config) as service, Proxy(service.endpoint) as proxy:
+        actor = LiveActor(config, proxy.endpoint)
+        with actor:
+            service.wait_for_members(1, 5.0)
+            proxy.close()
+            actor.join()
+    assert "'a' heard nothing from the learner at tcp://127.0.0.1:" in str(actor.failure)
+    assert "(transport.reconnect_s=0.8)" in str(actor.failure)
+
+
+# ---- learners
+
+
+def serve(config: Config, folder: Path, incarnation: int, num_steps: int) -> None:
+    """A learner process: one step, one publication and one checkpoint after the other, the last of them for good."""
+    service = make_service(config, run_id="run", incarnation=incarnation)
+    file, version, uids = folder / "state.bin", 0, []
+    if file.is_file():
+        kept, about = read_snapshot(file, time.monotonic())
+        service.restore(kept)
+        version, uids = about["version"], about["uids"]
+    with service:
+        service.wait_for_members(1, START_S)
+        publish(service, version)
+        service.set_version(version, version)
+        while version < num_steps:
+            uids += train(service, version)
+            version += 1
+            publish(service, version)
+            service.set_version(version, version)
+            (folder / f"step-{incarnation}").write_text(str(version))
+            if version % 3 == 0:
+                write_snapshot(folder / "state.tmp", service.snapshot(), {"version": version, "uids": uids})
+                (folder / "state.tmp").rename(file)
+        (folder / "drops").write_text(json.dumps(drops(service)))
+
+
+@pytest.mark.slow
+def test_an_actor_outlives_learners_that_are_killed_and_every_prompt_is_trained_once(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        config = make_config(port=stack.enter_context(reserve_port()), heartbeat_timeout_s=START_S)
+        context, actor = multiprocessing.get_context("forkserver"), None
+        for incarnation, kill_at in ((1, 5), (2, 11), (3, None)):
+            process = context.Process(target=serve, args=(config, tmp_path, incarnation, 18))
+            process.start()
+            stack.callback(process.kill)
+            if actor is None:
+                actor = LiveActor(config, f"tcp://127.0.0.1:{config.transport.port}", delay_s=0.03)
+                stack.enter_context(actor)
+            if kill_at is None:
+                process.join(START_S)
+                assert process.exitcode == 0
+                continue
+            reached = tmp_path / f"step-{incarnation}"
+            until(lambda file=reached, step=kill_at: file.is_file() and int(file.read_text() or 0) >= step, START_S)
+            process.kill()
+            process.join(10.0)
+        assert actor is not None
+        actor.join()
+        assert actor.failure is None, "the last learner sent it home"
+    uids = read_about(tmp_path / "state.bin")["about"]["uids"]
+    assert len(uids) == len(set(uids)) == 18 * 4
+    assert json.loads((tmp_path / "drops").read_text()).keys() <= {DropReason.UNKNOWN_LEASE}
+    assert {lease_id >> 20 for lease_id in actor.engine.sampled} == {1, 2, 3}
+
+
+def replaced_by(config: Config, restarted: Config, **identity: Any) -> str:
+    """How an actor ends when its learner's place is taken by another one."""
+    with ExitStack() as stack:
+        port = stack.enter_context(reserve_port())
+        with_port = [replace(c, transport=replace(c.transport, port=port)) for c in (config, restarted)]
+        first = make_service(with_port[0], run_id="run", incarnation=1)
+        first.__enter__()
+        actor = stack.enter_context(LiveActor(with_port[0], f"tcp://127.0.0.1:{port}"))
+        first.wait_for_members(1, 5.0)
+        die(first)
+        with make_service(with_port[1], **({"run_id": "run", "incarnation": 2} | identity)):
+            actor.join()
+    return str(actor.failure)
+
+
+def die(service: LearnerService) -> None:
+    """Without a word to anybody, as when its process is killed."""
+    with service._changed:
+        service._is_closing = True
+        assert service._socket is not None and service._thread is not None
+        service._socket.wake()
+    service._thread.join(10.0)
+
+
+def test_a_learner_of_another_run_in_the_same_place_ends_an_actor() -> None:
+    config = make_config()
+    assert "trains another run now (other, not run): start this actor again" in replaced_by(
+        config, config, run_id="other"
+    )
+
+
+def test_a_learner_that_was_restarted_with_what_only_a_new_start_can_give_ends_an_actor() -> None:
+    config = make_config()
+    slower = replace(config, verifier=VerifierConfig(timeout_s=9.0))
+    assert "verifier.timeout_s was 3.0 and is 9.0 since the learner was started again" in replaced_by(config, slower)
+
+
+def test_other_rewards_reach_an_actor_when_its_learner_is_restarted() -> None:
+    with ExitStack() as stack:
+        config = make_config(port=stack.enter_context(reserve_port()))
+        first = make_service(config, run_id="run", incarnation=1)
+        first.__enter__()
+        stack.enter_context(LiveActor(config, first.endpoint))
+        first.wait_for_members(1, 5.0)
+        die(first)
+        doubled = replace(config, reward=RewardConfig(correct=2.0))
+        with make_service(doubled, run_id="run", incarnation=2) as second:
+            second.wait_for_members(1, 10.0)
+            publish(second, 0)
+            assert {float(r) for item in second.take_batch(10.0) for r in item.completed.rewards} == {2.0}
+
+
+def test_an_engine_that_slept_when_its_learner_died_is_awake_for_the_next() -> None:
+    with ExitStack() as stack:
+        config = make_config(port=stack.enter_context(reserve_port()))
+        config = replace(config, actors=replace(config.actors, sleep_while_training=True))
+        first = make_service(config, run_id="run", incarnation=1)
+        first.__enter__()
+        actor = stack.enter_context(LiveActor(config, first.endpoint))
+        first.wait_for_members(1, 5.0)
+        first.command(WeightsPhase.SLEEP, 0, {member: {} for member in first.member_ids()}, 5.0)
+        die(first)
+        with make_service(config, run_id="run", incarnation=2) as second:
+            second.wait_for_members(1, 10.0)
+            assert len(train(second, 0)) == 4
+            assert actor.engine.phases == [WeightsPhase.SLEEP, WeightsPhase.WAKE, *PUBLICATION]
+
+
+def test_a_name_that_is_taken_ends_the_second_actor_with_one_sentence() -> None:
+    config = make_config()
+    with make_service(config) as service, LiveActor(config, service.endpoint):
+        service.wait_for_members(1, 5.0)
+        second = LiveActor(config, service.endpoint)
+        with pytest.raises(AssertionError, match="did not begin"), second:
+            pass
+        assert isinstance(second.failure, ActorError)
+        assert "another actor named a takes part: give this one another --name" in str(second.failure)
+        assert len(train(service, 0)) == 4
