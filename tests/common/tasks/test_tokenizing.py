@@ -83,12 +83,6 @@ def test_a_tokenizer_that_does_not_load_is_one_sentence(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value) and "trust_remote_code" in str(caught.value)
 
 
-def test_the_learner_offers_the_same_function(tmp_path: Path) -> None:
-    import learner.main
-
-    assert learner.main.tokenizing is tokenizing
-
-
 def test_the_fingerprint_covers_the_template(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path, template=TEMPLATE)
     before = fingerprint(ModelConfig(path=path))
