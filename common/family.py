@@ -3,6 +3,7 @@
 What a supervisor decides is in common/processes.py; this is how it is done.
 """
 
+import math
 import os
 import selectors
 import signal
@@ -19,6 +20,7 @@ import psutil
 from common.child import Child
 from common.control import CONTROL_VARIABLE, ControlSocket, answer, read_request
 from common.processtree import Guardian, adopt_orphans, descendants, family, kill, reap_adopted
+from common.stopping import is_echo
 from common.types import JSON
 
 KILL_S = 4.0  # for SIGKILL to take effect
@@ -46,7 +48,8 @@ class Family:
         self._run_dir = run_dir
         self._foreign = {process.pid for process in descendants()}
         self._guardian = Guardian()
-        self.interrupts: list[int] = []  # SIGINT and SIGTERM so far, and SIGPIPE for a console that went away
+        self.interrupts: list[int] = []  # SIGINT and SIGTERM so far (no echo), SIGPIPE for a console that went away
+        self._interrupted_at = math.inf  # monotonic, of the first
 
     def __enter__(self) -> Self:
         adopt_orphans()
@@ -88,8 +91,15 @@ class Family:
             elif isinstance(key.fileobj, socket.socket):
                 self._hear(key.fileobj)
             else:
-                numbers = os.read(key.fd, 4096)
-                self.interrupts += [number for number in numbers if number != signal.SIGCHLD]
+                for number in os.read(key.fd, 4096):
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        now = time.monotonic()
+        if number == signal.SIGCHLD or (self.interrupts and is_echo(number, now - self._interrupted_at)):
+            return
+        self._interrupted_at = min(self._interrupted_at, now)
+        self.interrupts.append(number)
 
     def drain(self, child: Child) -> None:
         """What an ended child had still written."""
@@ -150,7 +160,7 @@ class Family:
             sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.interrupts.append(signal.SIGPIPE)
+            self._note(signal.SIGPIPE)
 
     def _listen_to_signals(self) -> None:
         """SIGCHLD, SIGINT and SIGTERM become bytes on a pipe from now on."""

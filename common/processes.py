@@ -10,7 +10,7 @@ A follower that is given up does not end the run, because others may take part, 
 know who does; they ask here (common/control.py) whether somebody may still come, and end the run when nobody may.
 
 The first SIGINT or SIGTERM asks the leaders to finish (they save a checkpoint and send all actors home), the second
-ends everything at once.
+ends everything at once, unless it is an echo of the first (common/stopping.py).
 """
 
 import math
@@ -237,9 +237,9 @@ class Supervisor:
         if all(leader.has_finished for leader in self._leaders):  # and has sent the followers home
             staying = [child for child in self._followers if child.is_ready or not self._interrupts]
             self._wait(staying, FAREWELL_S, patience)
-        for group, number in ((self._followers, signal.SIGINT), (self._leaders, signal.SIGTERM)):
+        for group in (self._followers, self._leaders):
             for child in group:
-                child.send_signal(number)
+                child.send_signal(signal.SIGINT)  # never an echo of what it was told before
             self._wait(group, STOP_S, patience)
         return outcome
 

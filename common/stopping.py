@@ -1,10 +1,15 @@
-"""How a role is asked to stop: the first SIGINT or SIGTERM lets it finish, the second ends it at once."""
+"""How a role is asked to stop: the first SIGINT or SIGTERM lets it finish, the second ends it at once.
 
+Slurm and torchrun both tell every process of a job, so that one request comes as two SIGTERM: see `is_echo`.
+"""
+
+import math
 import os
 import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -12,6 +17,7 @@ from typing import Self
 from common.causes import disk_problem
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+ECHO_S = 5.0  # from the first signal: SIGTERM is no second request, but the same one from somebody else
 
 
 class Interrupted(Exception):
@@ -36,17 +42,25 @@ def is_crash(error: BaseException | None) -> bool:
     return isinstance(error, Exception) and not isinstance(error, foreseen) and disk_problem(error, ".") is None
 
 
+def is_echo(number: int, since_first_s: float) -> bool:
+    """Whether the signal `number`, so long after the first one, asks for nothing new. SIGINT, which a person sends,
+    always does."""
+    return number == signal.SIGTERM and since_first_s < ECHO_S
+
+
 class StopSignals:
     """SIGINT and SIGTERM to this process, as a context manager of the main thread.
 
     At first a signal raises Interrupted in the main thread, wherever that is. After `defer` it is only noted as
     `number`, for whoever asks between two pieces of work. A thread reads the signals from a pipe, so that the second
-    counts while the main thread is inside a collective, and so does the end of `timeout_s` after the first (None: who
-    has sent it sees to that). Either ends the process on the spot, with exit code 128 + number.
+    (no echo) counts while the main thread is inside a collective, and so does the end of `timeout_s` after the first
+    (None: who has sent it sees to that). Either ends the process on the spot, with exit code 128 + number.
     """
 
     def __init__(self, timeout_s: float | None) -> None:
         self.number: int | None = None  # of the first signal
+        self._first_at = math.inf  # monotonic
+        self._has_raised = False
         self._timeout_s = timeout_s
         self._is_deferred = False
         self._wake: Callable[[], None] = lambda: None
@@ -77,13 +91,14 @@ class StopSignals:
             wake()
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._is_deferred:
+        if not self._is_deferred and not self._has_raised:
+            self._has_raised = True  # an echo would interrupt what the first one has begun to clean up
             raise Interrupted(number)
 
     def _watch(self) -> None:
         """Until the other end of the pipe is closed."""
         while True:
-            ready, _, _ = select.select([self._reader], [], [], None if self.number is None else self._timeout_s)
+            ready, _, _ = select.select([self._reader], [], [], self._time_left())
             if not ready:
                 assert self.number is not None
                 self._leave(self.number, f"no stop within {self._timeout_s:g} s of {_name(self.number)}: killed")
@@ -94,11 +109,18 @@ class StopSignals:
                 if number in NUMBERS:
                     self._note(number)
 
+    def _time_left(self) -> float | None:
+        if self.number is None or self._timeout_s is None:
+            return None
+        return max(0.0, self._first_at + self._timeout_s - time.monotonic())
+
     def _note(self, number: int) -> None:
-        if self.number is not None:
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._first_at = number, now
+            self._wake()
+        elif not is_echo(number, now - self._first_at):
             self._leave(number, f"ended at once by a second signal, {_name(number)}")
-        self.number = number
-        self._wake()
 
     def _leave(self, number: int, how: str) -> None:
         print(f"error: {how}; what was done since the newest checkpoint is lost", file=sys.stderr, flush=True)

@@ -336,6 +336,15 @@ def test_leaders_that_do_not_finish_are_killed_and_that_is_said(log_dir: Path) -
     assert message.startswith("interrupted by SIGTERM; learner-0 did not stop within 0.5 s (learner.stop_timeout_s)")
 
 
+def test_a_sigterm_that_comes_twice_within_a_moment_is_one_interrupt(log_dir: Path) -> None:
+    process = start(log_dir, [leader(finishes(143, after_s=1.0), is_echoed=True)], stop_s=LIMIT_S)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)  # two signals at once would be one
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (143, "interrupted by SIGTERM", "saved")
+
+
 def test_a_second_interrupt_ends_the_patience(log_dir: Path) -> None:
     stubborn = IGNORE_TERM + "print('up', flush=True); " + SLEEP
     process = start(log_dir, [leader(stubborn, is_echoed=True)], stop_s=LIMIT_S)

@@ -7,13 +7,15 @@ import sys
 
 import pytest
 
-from common.stopping import Interrupted, RunEnds, is_crash
+from common.stopping import ECHO_S, Interrupted, RunEnds, is_crash, is_echo
 from tests.support.runs import ROOT
 
 LIMIT_S = 60.0
 BLOCKED = """
-import ctypes, threading
-from common.stopping import Interrupted, StopSignals
+import ctypes
+import common.stopping
+from common.stopping import StopSignals
+common.stopping.ECHO_S = {echo_s}
 with StopSignals({timeout_s}) as signals:
     signals.defer(lambda: print("noted", signals.number, flush=True))
     print("up", flush=True)
@@ -21,12 +23,16 @@ with StopSignals({timeout_s}) as signals:
     while True: libc.sleep(1000)  # what a collective is: it goes on when a signal has come
 """
 EARLY = """
-import time
+import signal, time
 from common.stopping import Interrupted, StopSignals
 try:
     with StopSignals(60.0):
-        print("up", flush=True)
-        time.sleep(1000)
+        try:
+            print("up", flush=True)
+            time.sleep(1000)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            print("cleaned up")
 except Interrupted as interrupt:
     print(interrupt, interrupt.number)
 """
@@ -40,29 +46,63 @@ def start(code: str) -> "subprocess.Popen[str]":
     return process
 
 
-def test_the_first_signal_is_noted_and_the_second_ends_the_process_at_once() -> None:
-    process = start(BLOCKED.format(timeout_s=60.0))
+def blocked(timeout_s: float = LIMIT_S, echo_s: float = ECHO_S) -> "subprocess.Popen[str]":
+    return start(BLOCKED.format(timeout_s=timeout_s, echo_s=echo_s))
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_a_second_sigint_ends_the_process_at_once(first: signal.Signals) -> None:
+    process = blocked()
     assert process.stdout is not None
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "noted 15\n"
+    process.send_signal(first)
+    assert process.stdout.readline() == f"noted {first}\n"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert errors.startswith("error: ended at once by a second signal, SIGINT; what was done since")
 
 
+def test_a_sigterm_that_comes_twice_within_a_moment_asks_once() -> None:
+    """From Slurm, and from torchrun, which Slurm has told too."""
+    process = blocked(timeout_s=1.0)
+    assert process.stdout is not None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "noted 15\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, output) == (143, "")
+    assert errors.startswith("error: no stop within 1 s of SIGTERM"), "the second has neither ended nor prolonged it"
+
+
+def test_a_sigterm_that_comes_again_later_ends_the_process_at_once() -> None:
+    process = blocked(echo_s=0.0)
+    assert process.stdout is not None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "noted 15\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 143
+    assert errors.startswith("error: ended at once by a second signal, SIGTERM")
+
+
+def test_only_sigterm_has_an_echo_and_not_for_long() -> None:
+    assert is_echo(signal.SIGTERM, 0.0) and is_echo(signal.SIGTERM, ECHO_S - 0.01)
+    assert not is_echo(signal.SIGTERM, ECHO_S)
+    assert not is_echo(signal.SIGINT, 0.0) and not is_echo(signal.SIGPIPE, 0.0)
+
+
 def test_who_does_not_stop_in_time_is_ended_and_says_so() -> None:
-    process = start(BLOCKED.format(timeout_s=0.3))
+    process = blocked(timeout_s=0.3)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, output) == (143, "noted 15\n")
     assert errors.startswith("error: no stop within 0.3 s of SIGTERM: killed")
 
 
-def test_a_signal_before_there_is_work_is_an_exception() -> None:
+def test_a_signal_before_there_is_work_is_an_exception_and_its_echo_is_none() -> None:
     process = start(EARLY)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=LIMIT_S)[0] == "interrupted by SIGTERM 15\n"
+    assert process.communicate(timeout=LIMIT_S)[0] == "cleaned up\ninterrupted by SIGTERM 15\n"
 
 
 FORESEEN = [ValueError(), TimeoutError(), Interrupted(2), RunEnds(None), OSError(errno.ENOSPC, "")]
