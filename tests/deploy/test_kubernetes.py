@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from common.loading import load_config
-from tests.support.deployments import Actor, Learner, actor_of, learner_of
+from tests.support.deployments import Actor, Learner, actor_of, check_keys_fit, learner_of
 from tests.support.runs import ROOT
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -112,6 +112,14 @@ def test_mounts_volumes_and_what_they_hold_agree(kind: str) -> None:
     if "runs" in volumes:
         claim = volumes["runs"]["persistentVolumeClaim"]["claimName"]
         assert claim == only("PersistentVolumeClaim")["metadata"]["name"]
+
+
+def test_the_keys_of_learner_and_actors_fit_each_other(learner: Learner, actor: Actor, tmp_path: Path) -> None:
+    volumes = {}
+    for role, kind in (("learner", "Job"), ("actor", "Deployment")):
+        (volumes[role],) = [volume for volume in pod(kind)["volumes"] if volume["name"] == "keys"]
+        assert {"name": "keys", "mountPath": "/keys", "readOnly": True} in container(kind)["volumeMounts"]
+    check_keys_fit(learner, actor, volumes, tmp_path)
 
 
 def test_the_run_directory_is_on_the_volume_that_all_ranks_share(learner: Learner) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from common.loading import load_config
-from tests.support.deployments import Programs, actor_of, learner_of
+from tests.support.deployments import Programs, actor_of, check_keys_fit, learner_of
 from tests.support.runs import ROOT
 
 HEADER, LEARNER, ACTORS = yaml.safe_load_all((ROOT / "deploy" / "skypilot.yaml").read_text())
@@ -42,7 +42,15 @@ def test_the_group_ends_with_its_learner() -> None:
     assert HEADER["primary_tasks"] == [LEARNER["name"]] == ["learner"]
 
 
-def test_learner_and_actors_fit_each_other(programs: Programs) -> None:
+def keys_volume(task: dict[str, Any]) -> dict[str, Any]:
+    spec = task["config"]["kubernetes"]["pod_config"]["spec"]
+    assert spec["containers"] == [{"volumeMounts": [{"name": "keys", "mountPath": "/keys", "readOnly": True}]}]
+    (volume,) = spec["volumes"]
+    assert volume["name"] == "keys"
+    return dict(volume)
+
+
+def test_learner_and_actors_fit_each_other(programs: Programs, tmp_path: Path) -> None:
     run_task(programs, LEARNER, 1)
     for rank in range(ACTORS["num_nodes"]):
         run_task(programs, ACTORS, rank)
@@ -56,6 +64,8 @@ def test_learner_and_actors_fit_each_other(programs: Programs) -> None:
     actors = [actor_of(call) for call in programs.calls(".venv/bin/python")]
     assert {actor.connect for actor in actors} == {f"tcp://{head}:{learner.config.transport.port}"}
     assert len({actor.name for actor in actors}) == ACTORS["num_nodes"]
+    volumes = {"learner": keys_volume(LEARNER), "actor": keys_volume(ACTORS)}
+    check_keys_fit(learner, actors[0], volumes, tmp_path / "keys")
     theirs = load_config(actors[0].config_files, actors[0].overrides)
     assert (theirs.model, theirs.device, theirs.reward) == (
         learner.config.model,

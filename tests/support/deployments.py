@@ -4,14 +4,18 @@ A stand-in writes down its arguments; `torchrun` and `python` then end as a test
 """
 
 import os
+import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.run
 
 import run
 from common.config import Config
+from common.keys import LearnerKeys, actor_keys, make_keys
 from common.loading import load_config
 from tests.support.runs import ROOT
 
@@ -90,6 +94,7 @@ class Actor:
 
     connect: str
     name: str
+    keys: str | None
     config_files: list[str]
     overrides: list[str]
 
@@ -99,4 +104,22 @@ def actor_of(call: list[str]) -> Actor:
     assert (ROOT / script).samefile(ROOT / "run.py")
     arguments = run._parse(rest)
     assert arguments.command is run._actor
-    return Actor(arguments.connect, arguments.name, arguments.config, arguments.overrides)
+    return Actor(arguments.connect, arguments.name, arguments.keys, arguments.config, arguments.overrides)
+
+
+def check_keys_fit(learner: Learner, actor: Actor, volumes: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Fails unless learner and actor get along with the keys that docs/cluster.md says to make, where `volumes` mounts
+    them: by role, the `keys` volume of its pod, mounted at /keys."""
+    assert learner.config.transport.keys == actor.keys == "/keys"
+    make_keys(folder / "KEYS")
+    command = (ROOT / "docs" / "cluster.md").read_text().partition("create secret generic async-vapo-keys")[2]
+    secret = {Path(path).name: folder / path for path in re.findall(r"--from-file=(\S+)", command)}
+    for role, volume in volumes.items():
+        assert volume["secret"]["secretName"] == "async-vapo-keys"
+        for item in volume["secret"]["items"]:
+            (folder / role / item["path"]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(secret[item["key"]], folder / role / item["path"])
+    theirs, ours = actor_keys(learner.config, actor.name, folder / "actor"), LearnerKeys(folder / "learner")
+    assert theirs is not None and theirs.learner == ours.own.public
+    assert ours.callback("", theirs.own.public)
+    assert not (folder / "actor" / "learner.key_secret").exists()
