@@ -89,7 +89,7 @@ class LearnerProcesses:
     delay_s: Callable[[Lease], float] = lambda lease: 0.0  # of the actor
 
     def start(self, stack: ExitStack) -> None:
-        """Returns when the actor is a member, just before the first step."""
+        """Returns when the learner's socket is open."""
         run_dir, num_ranks = self.config.run_dir, self.config.learner.ranks
         (run_dir / "endpoint").unlink(missing_ok=True)
         port = stack.enter_context(reserve_port())
@@ -102,8 +102,11 @@ class LearnerProcesses:
         while not (run_dir / "endpoint").is_file():
             assert time.monotonic() < deadline and self.is_running(), self.log()
             time.sleep(0.02)
+
+    def join(self, stack: ExitStack) -> None:
+        """Returns when the actor is a member, just before the first step."""
         self.actor = FakeActor(
-            (run_dir / "endpoint").read_text(),
+            (self.config.run_dir / "endpoint").read_text(),
             "actor",
             fingerprints=model_fingerprints(self.config.model.path),
             complete=replayed,
@@ -150,7 +153,9 @@ def learner(
     num_ranks: int = 1,
     *others: str,
     delay_s: Callable[[Lease], float] = lambda lease: 0.0,
+    until: Callable[[LearnerProcesses], None] = lambda processes: None,
 ) -> Iterator[LearnerProcesses]:
+    """A learner and its actor, which joins when `until` returns."""
     overrides = [*SETTINGS, f"runs_dir={tmp_path}", f"name={name}", f"learner.ranks={num_ranks}", *others]
     config = load_config([], overrides)
     config = replace(config, model=replace(config.model, path=str(ROOT / config.model.path)))
@@ -159,6 +164,8 @@ def learner(
     with ExitStack() as stack:
         processes = LearnerProcesses(config, delay_s=delay_s)
         processes.start(stack)
+        until(processes)
+        processes.join(stack)
         yield processes
 
 
