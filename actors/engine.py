@@ -11,38 +11,19 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from actors.sampling import Completion, Drawn, EngineError, RequestRefused, Sample, Sampling, drawn_by, read
 from common.broadcast import BrokenTransfer
 from common.config import Config, Device, KVCache
 from common.memory import utilization
 from common.placement import plan_here
-from common.types import FinishReason, Float32Array, Int32Array, Lease
+from common.types import FinishReason, Float32Array, Int32Array, Lease, Progress
 
 TRANSFER_ENGINE = "async_vapo_{}"  # our name in vLLM's registry for the engine of a weights.backend
 MAX_REASON = 500  # characters of what the engine says that travel to the learner
-
-
-class EngineError(RuntimeError):
-    """The engine could not be started or has died; the message is one sentence."""
-
-
-class RequestRefused(ValueError):
-    """The engine lives but did not sample this request: its content, or a fault that concerns it alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One sampled response of L tokens, the end-of-sequence token or stop string included when it was drawn."""
-
-    token_ids: Int32Array  # [L]
-    behavior_logprobs: Float32Array  # [L], at the sampling temperature
-    versions: Int32Array  # [L], stamped by the engine
-    finish_reason: FinishReason
-    text: str
 
 
 class Engine:
@@ -64,7 +45,8 @@ class Engine:
         self._busy_s = 0.0
         self._is_updating = False  # between the phases START and FINISH
         self.version = 0
-        self.generated_tokens = 0
+        self._sampling: dict[int, Sampling] = {}  # by lease id, until `forget`
+        self._forgotten_tokens = 0
 
     async def start(self) -> None:
         """Starts the engine with the model folder's weights as version 0. Raises EngineError when that fails."""
@@ -95,16 +77,44 @@ class Engine:
         running = time.monotonic() - self._busy_since if self._busy_since is not None else 0.0
         return self._busy_s + running
 
-    async def sample(self, lease: Lease) -> list[Completion]:
-        """All `lease.num_samples` completions of the lease, in order.
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens drawn since start, those of leases under way included."""
+        return self._forgotten_tokens + sum(sampling.num_drawn() for sampling in self._sampling.values())
 
-        Raises RequestRefused when this lease cannot be sampled, EngineError when the engine is dead.
+    async def sample(self, lease: Lease) -> list[Completion]:
+        """All `lease.num_samples` completions of the lease, in order, each continued from its prefix.
+
+        Until `forget`, `num_drawn` and `progress` tell how far it is. Raises RequestRefused when this lease cannot be
+        sampled, EngineError when the engine is dead.
         """
-        with self._refusing():
-            output = await self._run(lease.prompt_token_ids, self._parameters(lease), f"lease-{lease.lease_id}")
-        completions = [_completion(item) for item in sorted(output.outputs, key=lambda item: item.index)]
-        self.generated_tokens += sum(len(completion.token_ids) for completion in completions)
-        return completions
+        request_ids = [f"lease-{lease.lease_id}-{next(self._request_ids)}" for _ in range(lease.num_samples)]
+        sampling = self._sampling[lease.lease_id] = Sampling(lease, request_ids, self._state_of)
+        tasks = [asyncio.create_task(self._complete(lease, sample)) for sample in sampling.samples]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def num_drawn(self, lease_id: int) -> int:
+        """Tokens drawn for this lease so far, its prefix not counted; 0 when it has not begun."""
+        return self._sampling[lease_id].num_drawn() if lease_id in self._sampling else 0
+
+    def progress(self, lease_id: int) -> Progress | None:
+        """What has been drawn for this lease since the last call, a bounded part of it; None when that is nothing."""
+        return self._sampling[lease_id].progress() if lease_id in self._sampling else None
+
+    def progress_again(self) -> None:
+        """`progress` of every lease begins anew: what it returned may not have arrived."""
+        for sampling in self._sampling.values():
+            sampling.send_again()
+
+    def forget(self, lease_id: int) -> None:
+        """The lease is done, or nobody waits for it. Its tokens stay counted."""
+        if (sampling := self._sampling.pop(lease_id, None)) is not None:
+            self._forgotten_tokens += sampling.num_drawn()
 
     def decode(self, token_ids: Int32Array) -> str:
         """The text of these tokens, special ones included."""
@@ -120,20 +130,66 @@ class Engine:
             max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
         )
         with self._refusing():
-            output = await self._run(token_ids, parameters, "probe")
+            output = await self._run(token_ids, parameters, f"probe-{next(self._request_ids)}")
         pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
         return np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
 
-    def _parameters(self, lease: Lease) -> Any:
+    async def _complete(self, lease: Lease, sample: Sample) -> Completion:
+        """Samples what its prefix lacks."""
+        with self._refusing():
+            parameters = self._parameters(lease, sample)
+            sample.completion = self._read_prefix(lease, sample, parameters)
+            if sample.completion is None:
+                token_ids = np.concatenate([lease.prompt_token_ids, sample.prefix.token_ids])
+                output = (await self._run(token_ids, parameters, sample.request_id)).outputs[0]
+                sample.completion = self._joined(lease, sample, parameters, output)
+        return sample.completion
+
+    def _read_prefix(self, lease: Lease, sample: Sample, parameters: Any) -> Completion | None:
+        """The completion, when the prefix is all of it."""
+        prefix, reason = sample.prefix, sample.prefix_finish_reason
+        if not len(prefix):
+            return None
+        reading = self._read(lease, prefix, parameters, ends_with_token=False)
+        if reason is FinishReason.STOP and not reading.is_stopped:
+            reading = self._read(lease, prefix, parameters, ends_with_token=True)
+        if reading.is_stopped:
+            reason = FinishReason.STOP
+        elif reason is None and len(prefix) >= lease.max_tokens:
+            reason = FinishReason.LENGTH
+        return None if reason is None else Completion.of(prefix.cut(0, reading.num_tokens), reason, reading.text)
+
+    def _joined(self, lease: Lease, sample: Sample, parameters: Any, output: Any) -> Completion:
+        """Prefix and output. A stop string that lies across the seam, which the engine could not see, ends it there."""
+        completion = _completion(output)
+        if not len(sample.prefix):
+            return completion
+        joined = sample.prefix.then(completion)
+        ends_with_token = completion.finish_reason is FinishReason.STOP and not isinstance(output.stop_reason, str)
+        reading = self._read(lease, joined, parameters, ends_with_token=ends_with_token)
+        reason = FinishReason.STOP if reading.is_stopped else completion.finish_reason
+        return Completion.of(joined.cut(0, reading.num_tokens), reason, reading.text)
+
+    def _read(self, lease: Lease, drawn: Drawn, parameters: Any, *, ends_with_token: bool) -> Any:
+        tokenizer = self._llm.get_tokenizer()
+        return read(tokenizer, lease.prompt_token_ids, drawn.token_ids, parameters, ends_with_token=ends_with_token)
+
+    def _state_of(self, request_id: str) -> Any:
+        """What vLLM's output processor has of a running request; None before it has begun and after its end."""
+        processor = self._llm.output_processor
+        for internal_id in processor.external_req_ids.get(request_id, ()):
+            return processor.request_states.get(internal_id)
+        return None
+
+    def _parameters(self, lease: Lease, sample: Sample) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         special = self._special_tokens
         return SamplingParams(
-            n=lease.num_samples,
             temperature=lease.temperature,
-            max_tokens=lease.max_tokens,
-            seed=lease.seed,
+            max_tokens=max(1, lease.max_tokens - len(sample.prefix)),
+            seed=sample.seed,
             top_p=lease.top_p,
             top_k=lease.top_k,
             min_p=0.0,
@@ -200,10 +256,9 @@ class Engine:
         self._paused = False
         self._track()
 
-    async def _run(self, token_ids: Int32Array, parameters: Any, label: str) -> Any:
+    async def _run(self, token_ids: Int32Array, parameters: Any, request_id: str) -> Any:
         """The final output of one request. Cancelling the caller aborts the request in the engine."""
         prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"version-{self.version}"}
-        request_id = f"{label}-{next(self._request_ids)}"
         self._in_flight += 1
         self._track()
         try:
@@ -248,23 +303,11 @@ def _completion(output: Any) -> Completion:
     """Raises RequestRefused for one that did not end by itself, EngineError for one that does not add up."""
     if output.finish_reason not in set(FinishReason) or not output.token_ids:
         raise RequestRefused(f"a completion of {len(output.token_ids)} tokens ended with {output.finish_reason!r}")
-    versions = np.empty(len(output.token_ids), dtype=np.int32)
-    for span in output.weight_versions:
-        versions[span.start : span.end] = int(span.version)
-    covered = sum(span.end - span.start for span in output.weight_versions)
-    if covered != len(versions) or len(output.logprobs.logprobs) != len(versions):
-        raise EngineError(
-            f"the engine returned {len(versions)} tokens with {covered} version stamps and "
-            f"{len(output.logprobs.logprobs)} log-probs"
-        )
-    return Completion(
-        token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        behavior_logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
-        versions=versions,
-        finish_reason=FinishReason(output.finish_reason),
-        # The engine cuts the stop string off the text; the policy drew it, so it is trained and graded.
-        text=output.text + (output.stop_reason if isinstance(output.stop_reason, str) else ""),
-    )
+    spans = [(span.version, span.start, span.end) for span in output.weight_versions]
+    drawn = drawn_by(output.token_ids, output.logprobs.logprobs, spans)
+    # The engine cuts the stop string off the text; the policy drew it, so it is trained and graded.
+    text = output.text + (output.stop_reason if isinstance(output.stop_reason, str) else "")
+    return Completion.of(drawn, FinishReason(output.finish_reason), text)
 
 
 def _set_environment(config: Config) -> None:

@@ -151,6 +151,7 @@ class Actor:
         else:
             for group in self._unacknowledged.values():
                 await self._connection.send(group)
+            self._engine.progress_again()  # what the old connection had not delivered is lost
         await self._connection.send(Ready(version=self._engine.version, probe_logprobs=NO_PROBE))
 
     def _begin_anew(self) -> None:
@@ -206,6 +207,7 @@ class Actor:
                     await self._has_less_to_do.wait()
         except TimeoutError:
             logger.warning("the leases %s go back unfinished", [*self._tasks, *self._unacknowledged])
+            await self.flush_progress()
 
     async def _run_phases(self) -> None:
         while True:
@@ -247,11 +249,26 @@ class Actor:
                 await self._engine.wake()
         return NO_PROBE
 
+    async def flush_progress(self) -> None:
+        """Sends all that was drawn for the leases under way: whoever gets them next goes on from there."""
+        while await self._send_progress():
+            pass
+
+    async def _send_progress(self) -> bool:
+        """One message for each lease that has grown; whether there was one."""
+        news = [progress for lease_id in self._tasks if (progress := self._engine.progress(lease_id)) is not None]
+        for progress in news:
+            await self._connection.send(progress)
+        return bool(news)
+
     async def _beat(self, ready_at: float) -> None:
         while True:
+            await self._send_progress()
+            lease_ids = sorted(self._tasks)
             await self._connection.send(
                 Heartbeat(
-                    lease_ids=np.array(list(self._tasks), dtype=np.int32),
+                    lease_ids=np.array(lease_ids, dtype=np.int32),
+                    lease_tokens=np.array([self._engine.num_drawn(id_) for id_ in lease_ids], dtype=np.int32),
                     generated_tokens=self._engine.generated_tokens,
                     busy_s=self._engine.busy_s,
                     uptime_s=time.monotonic() - ready_at,

@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 
-from actors.engine import Completion, Engine
+from actors.engine import Engine
+from actors.sampling import Completion
 from actors.verifier.pool import VerifierPool
 from actors.verifier.rewards import reward
 from common.config import RewardConfig
@@ -20,6 +21,13 @@ async def complete(lease: Lease, engine: Engine, verifier: VerifierPool, rewards
 
     Raises RequestRefused when the engine cannot sample it; cancelling it aborts the engine's requests.
     """
+    try:
+        return await _complete(lease, engine, verifier, rewards)
+    finally:
+        engine.forget(lease.lease_id)  # what it has drawn could be asked for until here
+
+
+async def _complete(lease: Lease, engine: Engine, verifier: VerifierPool, rewards: RewardConfig) -> CompletedGroup:
     started = time.monotonic()
     completions = await engine.sample(lease)
     sampled = time.monotonic()

@@ -25,11 +25,13 @@ from common.types import (
     ActorMessage,
     Bye,
     CompletedGroup,
+    Draining,
     FinishReason,
     Heartbeat,
     Hello,
     LeaseFailed,
     Message,
+    Progress,
     Ready,
     Verdict,
     WeightsPhase,
@@ -71,10 +73,25 @@ def messages() -> list[Message]:
         capacity=4,
         model_fingerprint="f" * 64,
         tokenizer_fingerprint="e" * 64,
+        run_id="r",
+        incarnation=2,
+        number=3,
+        held=np.array([7, 8], np.int32),
+        finished=np.array([9], np.int32),
     )
-    beat = Heartbeat(held_groups=1, generated_tokens=99, busy_s=0.5, uptime_s=1.0)
+    ids = np.array([7], np.int32)
+    beat = Heartbeat(lease_ids=ids, lease_tokens=ids, generated_tokens=99, busy_s=0.5, uptime_s=1.0)
+    progress = Progress(
+        lease_id=7,
+        starts=np.array([0, 4], np.int32),
+        lengths=group.lengths,
+        token_ids=group.token_ids,
+        behavior_logprobs=group.behavior_logprobs,
+        versions=group.versions,
+        finish_reasons=(None, FinishReason.STOP),
+    )
     return [
-        group, report, hello, beat, Ready(version=0, probe_logprobs=probe), LeaseFailed(lease_id=3, reason="long"),
+        group, report, hello, beat, progress, Draining(), Ready(version=0, probe_logprobs=probe), LeaseFailed(lease_id=3, reason="long"),
         Bye(error=None),
     ]  # fmt: skip
 

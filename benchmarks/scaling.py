@@ -226,14 +226,17 @@ def measure_turns(num_actors: int = 500, places: int = 16) -> dict[str, float]:
     leases = [(name, message) for name, message in coordinator.outbox if isinstance(message, Lease)]
     coordinator.outbox.clear()
     lengths, versions = np.full(2, 4, np.int32), np.zeros(8, np.int32)
-    beat = Heartbeat(held_groups=places, generated_tokens=0, busy_s=0.0, uptime_s=0.0)
+    held: dict[str, list[int]] = {}
+    for name, lease in leases:
+        held.setdefault(name, []).append(lease.lease_id)
+    beats = {name: heartbeat(ids) for name, ids in held.items()}
     groups = [(name, completed(lease.lease_id, lengths, versions, 1.0)) for name, lease in leases[:2000]]
     turns: list[float] = []
     for i, (name, group) in enumerate(groups):
         now = i * 1e-3
         started = time.process_time()
         coordinator.heard(name, now)
-        coordinator.heartbeat(name, beat, now)
+        coordinator.heartbeat(name, beats[name], now)
         coordinator.receive(name, group, now)
         coordinator.tick(now)
         coordinator.waiting_for_weights()
@@ -248,6 +251,11 @@ def measure_turns(num_actors: int = 500, places: int = 16) -> dict[str, float]:
         "turn_mean_ms": 1e3 * statistics.mean(turns),
         "turn_max_ms": 1e3 * max(turns),
     }
+
+
+def heartbeat(lease_ids: Sequence[int]) -> Heartbeat:
+    ids = np.array(lease_ids, np.int32)
+    return Heartbeat(lease_ids=ids, lease_tokens=np.zeros_like(ids), generated_tokens=0, busy_s=0.0, uptime_s=0.0)
 
 
 def render(rows: Sequence[Row]) -> str:

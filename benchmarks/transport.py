@@ -55,11 +55,13 @@ from common.types import (
     Welcome,
 )
 from common.wire import decode, encode, pack, unpack
-from learner.rollouts.leases import problem_with, train_lease
+from learner.rollouts.contents import problem_with
+from learner.rollouts.leases import train_lease
 from learner.rollouts.service import BatchTimeout, LearnerService
 
 RESPONSES, TOKENS = 16, 8192
 MAX_MB = 64
+NO_IDS = np.empty(0, np.int32)
 NOBODY = np.empty(0, np.float32)
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -144,12 +146,12 @@ def receive_bare(socket: LearnerSocket, count: int) -> None:
 
 def receive_ours(socket: LearnerSocket, count: int) -> None:
     config = Config(rollout=RolloutConfig(group_size=RESPONSES, max_tokens=TOKENS))
-    lease = train_lease(config, 0, Prompt(uid="p", text="", reference=""), [1, 2, 3])
+    lease = train_lease(config, 0, Prompt(uid="p", text="", reference=""), [1, 2, 3], None)
     while count:
         socket.poll(1.0)
         for _, message in socket.receive():
             assert isinstance(message, CompletedGroup)
-            assert problem_with(message, lease, 0) is None
+            assert problem_with(message, lease, 0, config, None) is None
             count -= 1
 
 
@@ -200,6 +202,11 @@ def simulate(endpoint: str, folder: str, names: list[str], hold_s: float, out: C
                 capacity=1,
                 model_fingerprint="m",
                 tokenizer_fingerprint="t",
+                run_id=None,
+                incarnation=None,
+                number=None,
+                held=NO_IDS,
+                finished=NO_IDS,
             )
             channel.send(pack(encode(hello)))
             poller.register(channel, zmq.POLLIN)
@@ -208,6 +215,7 @@ def simulate(endpoint: str, folder: str, names: list[str], hold_s: float, out: C
         due: list[tuple[float, int, int]] = [(beat, i, -1) for i, beat in enumerate(beats)]
         heapq.heapify(due)
         sent_s = [0.0] * len(names)
+        held: list[list[int]] = [[] for _ in names]
         latencies: list[float] = []
         left = len(names)
         while left and not out.poll(0):
@@ -218,6 +226,7 @@ def simulate(endpoint: str, folder: str, names: list[str], hold_s: float, out: C
                         channel.send(pack(encode(Ready(version=0, probe_logprobs=NOBODY))))
                     case Lease(lease_id=lease_id):
                         i = places[channel]
+                        held[i].append(lease_id)
                         if sent_s[i]:
                             latencies.append(now - sent_s[i])
                         heapq.heappush(due, (now + hold_s * (0.5 + draw.random()), i, lease_id))
@@ -227,9 +236,12 @@ def simulate(endpoint: str, folder: str, names: list[str], hold_s: float, out: C
                 _, i, lease_id = heapq.heappop(due)
                 if lease_id >= 0:
                     sent_s[i] = time.monotonic()
+                    held[i].remove(lease_id)
                     sockets[i].send(pack(encode(group(lease_id, 4, 32))))
                 else:
-                    beat = Heartbeat(held_groups=1, generated_tokens=0, busy_s=0.0, uptime_s=0.0)
+                    ids = np.array(held[i], np.int32)
+                    drawn = np.zeros_like(ids)
+                    beat = Heartbeat(lease_ids=ids, lease_tokens=drawn, generated_tokens=0, busy_s=0.0, uptime_s=0.0)
                     sockets[i].send(pack(encode(beat)))
                     heapq.heappush(due, (time.monotonic() + 5.0, i, -1))
         out.send(latencies)

@@ -318,6 +318,12 @@ class TransportConfig:
     port: int = 0  # 0: any free port
     heartbeat_s: float = 0.5
     heartbeat_timeout_s: float = 30.0  # silence after which a peer counts as lost, and an actor connects anew
+    # A lease that has not grown for so long, while its engine was busy, is taken back; an engine that drew nothing for
+    # twice as long has to leave. More than the engine ever needs for its first token
+    lease_timeout_s: float = 60.0
+    # A lease that keeps a batch waiting is leased again to an actor with room when it takes this multiple of the median
+    # time and is this many times slower
+    straggler_factor: float = 3.0
     # From the loss of an actor until its leases go to others. Then a broken connection costs nothing that was sampled
     grace_s: float = 5.0
     # How long an actor tries to reach a learner that it has lost, and the learner remembers an actor that it has lost

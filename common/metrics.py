@@ -7,7 +7,8 @@ Values are floats; a mapping (staleness/hist: version gap -> tokens) is a histog
 reads, and how it reduces it over a run:
 
     version, tokens/generated, tokens/trained,
-    drops/REASON, verdicts/VERDICT                              counts since the run began: the last value
+    drops/REASON, verdicts/VERDICT                              counts since the run began: the last value, as of
+    dropped_tokens/REASON, tokens/prefix                        which the summary shows none
     time/step_s                                                 wall time since the last step's line: the sum
     throughput/*_per_s, actors/idle_fraction,
     learner/idle_fraction                                       mean weighted by time/step_s

@@ -1,10 +1,10 @@
 """The records that cross a process boundary, in flow order.
 
-    Prompt -> Lease -> CompletedGroup -> TrajectoryGroup     what is sampled and trained
+    Prompt -> Lease -> Progress, CompletedGroup -> TrajectoryGroup     what is sampled and trained
     Hello, Ready, Heartbeat, Draining, Bye / Welcome, SayHello, ...    who takes part
-    WeightsCommand -> WeightsReport                          who holds which weights
+    WeightsCommand -> WeightsReport                                    who holds which weights
 
-Axes: n members of a group, L tokens of one completion, T tokens of all n completions laid end to end.
+Axes: n members of a group, L tokens of one completion, T tokens of all n completions laid end to end, P of n prefixes.
 
 Example, n = 2 with completions of 3 and 2 tokens (T = 5):
 
@@ -78,6 +78,8 @@ class DropReason(StrEnum):
 
     STALE = "stale"  # its oldest token was over max_staleness versions old at consumption
     ACTOR_LOST = "actor_lost"  # its actor missed heartbeats, said bye or was refused: back to pending
+    HUNG = "hung"  # its engine made no progress with it: back to pending
+    STRAGGLER = "straggler"  # it kept the next batch waiting on a slow actor: back to pending
     DUPLICATE = "duplicate"  # a second copy of a group already received
     UNKNOWN_LEASE = "unknown_lease"  # a group for a lease that this actor does not hold
     MALFORMED = "malformed"  # failed validation on arrival
@@ -117,9 +119,21 @@ class Prompt:
     row: dict[str, JSON] = field(default_factory=dict)
 
 
+def _no_ints() -> Int32Array:
+    return np.empty(0, dtype=np.int32)
+
+
+def _no_floats() -> Float32Array:
+    return np.empty(0, dtype=np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """Learner -> actor: sample `num_samples` completions of this prompt, verify them and send them as one group."""
+    """Learner -> actor: sample `num_samples` completions of this prompt, verify them and send them as one group.
+
+    The prefix is what an earlier holder of the prompt has sampled: each completion goes on from there, and the group
+    holds its tokens with the log-probs and versions given here. Raises ValueError when its lengths do not add up.
+    """
 
     lease_id: int
     purpose: Purpose
@@ -134,6 +148,63 @@ class Lease:
     stop: tuple[str, ...] = ()  # strings that end a completion, which holds them
     top_p: float = 1.0  # less only in evaluations
     top_k: int = 0  # 0: all tokens; otherwise only in evaluations
+    prefix_lengths: Int32Array = field(default_factory=_no_ints)  # [n]; or empty: none has a prefix
+    prefix_token_ids: Int32Array = field(default_factory=_no_ints)  # [P]
+    prefix_behavior_logprobs: Float32Array = field(default_factory=_no_floats)  # [P]
+    prefix_versions: Int32Array = field(default_factory=_no_ints)  # [P]
+    prefix_finish_reasons: tuple[FinishReason | None, ...] = ()  # [n], None: goes on; or empty as the lengths
+
+    def __post_init__(self) -> None:
+        _check_tokens(
+            f"lease {self.lease_id}",
+            self.prefix_lengths,
+            (self.prefix_token_ids, self.prefix_behavior_logprobs, self.prefix_versions),
+        )
+        if len(self.prefix_lengths) not in (0, self.num_samples):
+            raise ValueError(
+                f"lease {self.lease_id}: {len(self.prefix_lengths)} prefixes for {self.num_samples} completions"
+            )
+        if len(self.prefix_finish_reasons) != len(self.prefix_lengths):
+            raise ValueError(
+                f"lease {self.lease_id}: {len(self.prefix_finish_reasons)} finish reasons for "
+                f"{len(self.prefix_lengths)} prefixes"
+            )
+
+
+def _check_tokens(what: str, lengths: Int32Array, per_token: tuple[npt.NDArray[Any], ...]) -> None:
+    """Raises ValueError unless every array has as many tokens as the lengths, none of them negative, add up to."""
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    if any(len(array) != num_tokens for array in per_token) or (len(lengths) and int(lengths.min()) < 0):
+        raise ValueError(
+            f"{what}: the lengths {lengths[:8].tolist()} sum to {num_tokens} over {len(lengths)} completions, but it "
+            f"carries {tuple(map(len, per_token))} tokens, log-probs and versions"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Actor -> learner: tokens of a lease under way that were drawn since the last such message.
+
+    Positions count from the start of a completion, a prefix included. Raises ValueError when the lengths do not add up.
+    """
+
+    lease_id: int
+    starts: Int32Array  # [n], tokens of each completion that were sent before
+    lengths: Int32Array  # [n], of the new ones
+    token_ids: Int32Array  # [T]
+    behavior_logprobs: Float32Array  # [T]
+    versions: Int32Array  # [T]
+    finish_reasons: tuple[FinishReason | None, ...]  # [n], None: it is being sampled, or not all of it has been sent
+
+    def __post_init__(self) -> None:
+        what = f"progress of lease {self.lease_id}"
+        _check_tokens(what, self.lengths, (self.token_ids, self.behavior_logprobs, self.versions))
+        n = len(self.lengths)
+        if n == 0 or len(self.starts) != n or len(self.finish_reasons) != n or int(self.starts.min()) < 0:
+            raise ValueError(
+                f"{what}: {n} lengths, {len(self.finish_reasons)} finish reasons, and the starts "
+                f"{self.starts[:8].tolist()}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +315,10 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """Actor -> learner, every heartbeat_s: counters since the actor started."""
+    """Actor -> learner, every heartbeat_s: the leases under way, and counters since the actor started."""
 
-    lease_ids: Int32Array  # leases under way
+    lease_ids: Int32Array  # [leases] that it samples or verifies
+    lease_tokens: Int32Array  # [leases], tokens that it has drawn for each so far, a prefix not counted
     generated_tokens: int
     busy_s: float  # time with at least one request scheduled and generation not paused
     uptime_s: float  # time since Ready
@@ -338,6 +410,8 @@ def _check_listed(*lists: Int32Array) -> None:
         raise ValueError(f"{longest} lease ids, more than the {MAX_LISTED} that an actor can have")
 
 
-ActorMessage: TypeAlias = Hello | Ready | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Draining | Bye
+ActorMessage: TypeAlias = (
+    Hello | Ready | Progress | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Draining | Bye
+)
 LearnerMessage: TypeAlias = Welcome | SayHello | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop
 Message: TypeAlias = ActorMessage | LearnerMessage

@@ -115,6 +115,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "transport.heartbeat_timeout_s": (0, LONGEST_S, False),
     "transport.grace_s": (0, LONGEST_S, True),
     "transport.reconnect_s": (0, LONGEST_S, True),
+    "transport.lease_timeout_s": (0, LONGEST_S, False),
+    "transport.straggler_factor": (1, INF, True),
     "transport.max_message_mb": (1, INF, True),
     "eval.every": (0, INF, True),
     "eval.num_prompts": (1, INF, True),
@@ -274,6 +276,12 @@ def _check_transport(config: Config) -> None:
         reconnect < grace,
         f"transport.reconnect_s={reconnect:g} must be at least transport.grace_s={grace:g}, for which a lost actor's "
         "leases are kept",
+    )
+    patience = config.transport.lease_timeout_s
+    refuse_if(
+        patience < 2 * beat,
+        f"transport.lease_timeout_s={patience:g} must be at least twice transport.heartbeat_s={beat:g}, after which "
+        "leases report how far they are",
     )
 
 

@@ -216,7 +216,9 @@ class Leader:
             for name, count in counters.items()
             if name.startswith("dropped/")
         }
-        rates |= {name: count for name, count in counters.items() if name.startswith(("verdicts/", "transport/"))}
+        shown = ("verdicts/", "transport/", "dropped_tokens/")
+        rates |= {name: count for name, count in counters.items() if name.startswith(shown)}
+        rates["tokens/prefix"] = counters["prefix_tokens"]
         rates |= selection_metrics(change)
         self._counters, self._recorded_at = counters, now
         return rates

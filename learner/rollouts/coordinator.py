@@ -2,15 +2,18 @@
 
 A training prompt goes   pending -> leased(actor) -> buffered -> trained | dropped(reason)
 
-- Lease ids count up and are never used twice. A prompt that comes back is leased again first, under a new id.
+- Lease ids count up and are never used twice. A prompt that comes back is leased again first, under a new id, with what
+  was sampled of its responses: the next actor goes on from there.
 - An actor that is lost keeps its leases for transport.grace_s; when it greets again both sides say what they know.
 - A member answers for its failures (learner/rollouts/accounts.py). A prompt is given up when several members, or the
   only one there is, have failed on it.
 - Admission: groups leased + buffered + trained stay below the window (learner/rollouts/pace.py), so that actors run
   ahead of the learner by at most `max_staleness` versions.
-- Consumption is in the order of lease ids, and a batch waits for its earlier leases; or, by `staleness.batching`, in
-  that of arrival, except that what would get too old goes first (learner/rollouts/batching.py). Either way the
-  admission window keeps every group young enough; the gate at consumption holds for whatever an actor sends.
+- A lease is taken from an actor whose engine does not get on with it, or much slower than others (clock.py).
+- Consumption is in the order of the prompt stream, also for a prompt that came back, and a batch waits for its earlier
+  leases; or, by `staleness.batching`, in that of arrival, except that what would get too old goes first
+  (learner/rollouts/batching.py). Either way the admission window keeps every group young enough; the gate at
+  consumption holds for whatever an actor sends.
 - Evaluation leases count nowhere in the above. They have all the room before the first step and whenever no training
   lease may go out, else at most `eval.share` of it.
 
@@ -18,10 +21,11 @@ Everything to be sent is put into an outbox. learner/rollouts/service.py calls a
 """
 
 import logging
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from common.config import Config
+from common.config import Batching, Config, OverAge
 from common.types import (
     Ack,
     Cancel,
@@ -33,20 +37,24 @@ from common.types import (
     LearnerMessage,
     LeaseFailed,
     MemberId,
+    Progress,
     Prompt,
     Pulse,
     Purpose,
     Refused,
     TrajectoryGroup,
 )
+from learner.rollouts import overdue
 from learner.rollouts.archive import renumbered
 from learner.rollouts.batching import next_slots
-from learner.rollouts.contents import problem_with
+from learner.rollouts.clock import LeaseTimes
+from learner.rollouts.contents import problem_with, problem_with_tokens
 from learner.rollouts.counts import Counts
 from learner.rollouts.evaluation import Begun, EvalResult, Evaluation, asked
-from learner.rollouts.leases import Pending, Slot, Slots, eval_lease, is_over_age, train_lease
+from learner.rollouts.leases import Slot, Slots, eval_lease, grown, is_over_age, train_lease
 from learner.rollouts.members import Member, Members, Presence
 from learner.rollouts.pace import Pace
+from learner.rollouts.partial import Partial, Pending
 from learner.rollouts.places import Outbox, Places
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.selection import Fate, Selection
@@ -92,9 +100,11 @@ class Coordinator:
         self.condemned: dict[str, str] = {}  # members that have to leave, and why; whoever dismisses them empties it
         self._places = Places()
         self._outdated: set[str] = set()  # ready members without the current version
-        self._resting: dict[str, float] = {}  # members that wait after a failure, and until when
+        self._resting: dict[str, float] = {}  # members that get no leases for a while, and until when
         self._check_s = NOW  # when to look at every member next
         self._speed = Speed(config)
+        self._times = LeaseTimes(config.transport)
+        self._stragglers_s = NOW  # when they were looked for
 
     @property
     def drops(self) -> Counter[DropReason]:
@@ -164,6 +174,12 @@ class Coordinator:
         ]
         if missing:  # a lease, or a group that is sent again, may be on its way, but not for so long
             self.lose(name, f"it does not sample the leases {missing[:8]}")
+            return
+        if member.clock.beat(heartbeat) and member.is_hung:
+            logger.warning("the engine of actor %s gets on again", name)
+            member.is_hung = False
+        self._revoke_overdue(member, now)
+        self._stand(member, now)
 
     def drain(self, name: str) -> None:
         """It takes no new leases; what it holds may still come."""
@@ -197,6 +213,8 @@ class Coordinator:
         self._places.set(name, 0)
         self._outdated.discard(name)
         self._resting.pop(name, None)
+        if distrust and member.version is not None:
+            self._forget_partial(member, member.version)
         self._revoke(member, list(member.held))
         if distrust and member.version is not None:
             for slot in reversed(list(self._slots.train.values())):
@@ -204,8 +222,11 @@ class Coordinator:
                     self._withdraw(slot, DropReason.ACTOR_LOST)
 
     def tick(self, now: float) -> None:
-        """Declare silent members lost, lease again what lost ones held for too long, nudge late ones, and judge who is
-        fast enough; nothing before it is due."""
+        """Declare silent members lost, lease again what lost ones held for too long, nudge late ones, judge who is fast
+        enough, and take leases from those that are too slow; nothing before it is due."""
+        if now - self._stragglers_s >= self._config.transport.heartbeat_s:
+            self._stragglers_s = now
+            self._revoke_stragglers(now)
         if now < self._check_s:
             return
         for name, reason in self._members.silent(now):
@@ -225,8 +246,8 @@ class Coordinator:
     def _stand(self, member: Member, now: float) -> None:
         """After any change of a member's presence, version, leases or speed: its room, and whether it needs weights."""
         self._places.set(member.name, member.free(self.version, now))
-        if member.account.waits_until_s > now:
-            self._resting[member.name] = member.account.waits_until_s
+        if (until_s := max(member.account.waits_until_s, member.rest.until_s)) > now:
+            self._resting[member.name] = until_s
         if member.presence is Presence.READY and not member.is_current(self.version):
             self._outdated.add(member.name)
         else:
@@ -281,13 +302,50 @@ class Coordinator:
         """What a ready actor scored with the model folder's weights, if those are the current version; else None."""
         return self._members[name].probe_logprobs if self.version == 0 and self.pace.is_folder_version_0 else None
 
-    def _revoke(self, member: Member, lease_ids: Sequence[int]) -> None:
-        """These leases of its are void: the prompts return to the front of their queues, in order."""
-        for lease_id in reversed(lease_ids):
+    def hung(self) -> list[tuple[str, str]]:
+        """Members that have to leave because their engines have been hanging for too long, with the reason."""
+        return self._members.hung()
+
+    def _revoke(self, member: Member, lease_ids: Sequence[int], reason: DropReason = DropReason.ACTOR_LOST) -> None:
+        """These leases of its are void: their prompts return to their queues, with what was sampled of them. An actor
+        that still samples one is told so when it lists it."""
+        for lease_id in lease_ids:
             slot = self._slots[lease_id]
             del member.held[lease_id]
             member.num_evaluating -= slot.lease.purpose is Purpose.EVAL
-            self._withdraw(slot, DropReason.ACTOR_LOST)
+            self._withdraw(slot, reason, keeps_partial=True)
+
+    def _revoke_overdue(self, member: Member, now: float) -> None:
+        """An engine that stands still gets no lease until it moves. One that gets on with others only rests, so that
+        the lease goes elsewhere."""
+        transport = self._config.transport
+        if hung := overdue.hung(member, self._slots, transport):
+            logger.error("the engine of actor %s stands still; it held the leases %s", member.name, hung)
+            member.is_hung = True
+            self._revoke(member, hung, DropReason.HUNG)
+        elif stuck := overdue.stuck(member, self._slots, transport):
+            logger.warning("actor %s does not get on with the leases %s", member.name, stuck)
+            member.rest.begin(now, transport.lease_timeout_s)
+            self._revoke(member, stuck, DropReason.HUNG)
+            for lease_id in stuck:
+                self._send(member.name, Cancel(lease_id=lease_id))
+
+    def _revoke_stragglers(self, now: float) -> None:
+        room = {member.name: max(0, member.free(self.version, now)) for member in self._members}
+        for slot in list(overdue.stragglers(self._slots, self._times, room, len(self._pending), now)):
+            logger.warning("actor %s is too slow with lease %d", slot.actor, slot.lease.lease_id)
+            member = self._members[slot.actor]
+            member.rest.begin(now, self._times.limit_s)
+            self._revoke(member, [slot.lease.lease_id], DropReason.STRAGGLER)
+            self._send(member.name, Cancel(lease_id=slot.lease.lease_id))
+            self._stand(member, now)
+
+    def _forget_partial(self, member: Member, version: int) -> None:
+        """What it may have sampled with wrong weights, called `version`, is not handed on."""
+        for slot in map(self._slots.__getitem__, member.held):
+            if slot.partial is not None and slot.num_tokens and slot.partial.newest_version >= version:
+                self._counts.dropped_tokens[DropReason.ACTOR_LOST] += slot.num_tokens
+                slot.partial = None
 
     # ---- leases out
 
@@ -303,9 +361,7 @@ class Coordinator:
     def dispatch(self, now: float) -> None:
         """Grant leases while a current actor has room and there is something to sample."""
         self._buffer_finished(now)
-        for name in [name for name, until_s in self._resting.items() if now >= until_s]:
-            del self._resting[name]
-            self._stand(self._members[name], now)
+        self._end_rests(now)
         while (name := self._places.most()) is not None:
             member = self._members[name]
             slot = self._next_slot(member, now)
@@ -318,28 +374,66 @@ class Coordinator:
             self._send(name, slot.lease)
             self._buffer_finished(now)
 
+    def _end_rests(self, now: float) -> None:
+        """Of those whose time is over; of all, when nobody else would get leases."""
+        if not self._resting:
+            return
+        able = [member for member in self._members if member.is_current(self.version) and not member.is_hung]
+        if all(member.rest.until_s > now for member in able):
+            for member in able:
+                member.rest.until_s = now
+                self._resting[member.name] = member.account.waits_until_s
+        for name in [name for name, until_s in self._resting.items() if now >= until_s]:
+            del self._resting[name]
+            self._stand(self._members[name], now)
+
     def _buffer_finished(self, now: float) -> None:
         """What a checkpoint held of finished groups takes its place in the order when all before it have theirs."""
         while self._pending and self.admitted < self.pace.window and (group := self._pending[0].group) is not None:
-            group = renumbered(group, self._slots.next_lease_id)
-            prompt, oldest = self._pending.popleft().prompt, group.oldest_version
-            slot = self._slots.add(Slot(group.lease, prompt, group.actor, granted_s=now, oldest_version=oldest))
-            self._slots.buffer(slot, group)
+            group, pending = renumbered(group, self._slots.next_lease_id), self._pending.popleft()
+            oldest = group.oldest_version
+            slot = Slot(group.lease, pending.prompt, pending.turn, group.actor, granted_s=now, oldest_version=oldest)
+            self._slots.buffer(self._slots.add(slot), group)
             self._selection.add(Fate.SAMPLED, group.completed)
 
     def _next_slot(self, member: Member, now: float) -> Slot | None:
         lease_id, evaluation = self._slots.next_lease_id, self._evaluation
         if evaluation is not None and evaluation.pending and self._may_evaluate(member):
-            prompt = evaluation.pending.popleft()
-            lease = eval_lease(self._config, lease_id, prompt, self._tokenize(prompt), evaluation)
+            pending = evaluation.pending.popleft()
+            prompt, partial = pending.prompt, pending.partial
+            lease = eval_lease(self._config, lease_id, prompt, self._tokenize(prompt), partial, evaluation)
             member.leases_since_eval = 0
         elif self.admitted < self.pace.window:
-            prompt = self._pending.popleft().prompt if self._pending else self._stream.next()
-            lease = train_lease(self._config, lease_id, prompt, self._tokenize(prompt))
+            pending = self._next_pending()
+            prompt, partial = pending.prompt, self._young_enough(pending)
+            lease = train_lease(self._config, lease_id, prompt, self._tokenize(prompt), partial)
             member.leases_since_eval += 1
         else:
             return None
-        return self._slots.add(Slot(lease, prompt, member.name, granted_s=now, oldest_version=self.version))
+        self._counts.totals["prefix_tokens"] += len(lease.prefix_token_ids)
+        oldest = partial.oldest_version if partial is not None and partial.num_tokens else self.version
+        slot = Slot(lease, prompt, pending.turn, member.name, granted_s=now, oldest_version=oldest, partial=partial)
+        return self._slots.add(slot)
+
+    def _next_pending(self) -> Pending:
+        if self._pending:
+            return self._pending.popleft()
+        return Pending(prompt=self._stream.next(), turn=self._slots.next_turn())
+
+    def _young_enough(self, pending: Pending) -> Partial | None:
+        """What is known of it, unless its oldest token could be too old when the group is trained. With
+        `first_finished` its turn does not tell when that is: only tokens of this version are kept."""
+        partial, staleness = pending.partial, self._config.staleness
+        if partial is None or not partial.num_tokens or staleness.over_age is OverAge.mask:
+            return partial
+        version, bound = self.version, 0
+        if staleness.batching is Batching.admission_order:
+            version += self.pace.versions_until(self._slots.num_before(pending.turn))
+            bound = staleness.max_staleness
+        if version - partial.oldest_version <= bound:
+            return partial
+        self._counts.dropped_tokens[DropReason.STALE] += partial.num_tokens
+        return None
 
     def _may_evaluate(self, member: Member) -> bool:
         """While training waits, evaluation gets `eval.share` of an actor's leases and of its room, but one at least, so
@@ -363,13 +457,15 @@ class Coordinator:
         slot = self._slots[group.lease_id]
         newest = max(self.version, member.version or 0)
         problem = problem_with(group, slot.lease, newest, self._config, self._vocab_size)
+        if problem is None and slot.partial is not None:
+            problem = slot.partial.problem_with(group)
         if problem is not None:
             self._send(name, Refused(reason=f"group of lease {group.lease_id}: {problem}", fatal=False))
             member.account.refuse(slot.prompt.uid, now)
             self._try_again(slot, DropReason.MALFORMED, problem, now)
             return
         member.account.succeed()
-        member.measure(group)
+        self._time(slot, group, member, now)
         self._release(member, slot, now)
         self._counts.failures.pop(slot.prompt.uid, None)
         self._counts.receive(group)
@@ -381,9 +477,37 @@ class Coordinator:
             return
         self._selection.add(Fate.SAMPLED, group)
         self._speed.add(group)
+        slot.partial = None
         self._slots.buffer(slot, TrajectoryGroup(lease=slot.lease, actor=name, completed=group, arrived_s=now))
         if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
             self._forget(slot, reason)
+
+    def progress(self, name: str, progress: Progress) -> None:
+        """Tokens of a lease under way; of one that the actor does not hold any more they are not wanted."""
+        member = self._members[name]
+        if progress.lease_id not in member.held:
+            return
+        slot, problem = self._slots[progress.lease_id], None
+        if len(progress.token_ids):
+            newest = max(self.version, member.version or 0)
+            drawn = (progress.token_ids, progress.behavior_logprobs, progress.versions)
+            problem = problem_with_tokens(*drawn, newest, self._vocab_size)
+        if problem is None:
+            slot.partial = slot.partial or Partial(slot.lease.num_samples)
+            problem = slot.partial.add(progress, slot.lease)
+        if problem is not None:
+            logger.warning("progress of lease %d of actor %s: %s", progress.lease_id, name, problem)
+            self._counts.dropped_tokens[DropReason.MALFORMED] += len(progress.token_ids)
+            self._send(name, Refused(reason=f"progress of lease {progress.lease_id}: {problem}", fatal=False))
+
+    def _time(self, slot: Slot, group: CompletedGroup, member: Member, now: float) -> None:
+        """Training leases set the pace for each other."""
+        seconds, num_steps = now - slot.granted_s, grown(group.lengths, slot.lease)
+        member.measure(group.generation_s, num_steps)
+        if slot.lease.purpose is Purpose.TRAIN:
+            if not self._times.is_straggler(seconds, num_steps):
+                member.rest.end()
+            self._times.add(seconds, num_steps)
 
     def fail(self, name: str, failed: LeaseFailed, now: float) -> None:
         """The actor could not sample this lease."""
@@ -417,26 +541,32 @@ class Coordinator:
         logger.error("prompt %s is given up after %d failures: %s", uid, failures.total(), problem)
         self._forget(slot, DropReason.FAILED)
 
-    def _withdraw(self, slot: Slot, reason: DropReason | None) -> None:
-        """The prompt goes back to the front of the queue that it came from."""
-        self._remove(slot, reason)
+    def _withdraw(self, slot: Slot, reason: DropReason | None, *, keeps_partial: bool = False) -> None:
+        """The prompt goes back to its place in the queue that it came from."""
+        self._remove(slot, reason, 0 if keeps_partial else slot.num_tokens)
+        pending = Pending(prompt=slot.prompt, partial=slot.partial if keeps_partial else None, turn=slot.turn)
+        insort(self._queue_of(slot), pending, key=lambda waiting: waiting.turn)
+
+    def _queue_of(self, slot: Slot) -> deque[Pending]:
         if slot.lease.purpose is Purpose.TRAIN:
-            self._pending.appendleft(Pending(slot.prompt))
-        else:
-            assert self._evaluation is not None
-            self._evaluation.pending.appendleft(slot.prompt)
+            return self._pending
+        assert self._evaluation is not None
+        return self._evaluation.pending
 
     def _forget(self, slot: Slot, reason: DropReason) -> None:
         """The prompt is done with for this epoch; the stream's next takes its place."""
-        self._remove(slot, reason)
+        self._remove(slot, reason, slot.num_tokens)
         if slot.lease.purpose is Purpose.EVAL:
             assert self._evaluation is not None
             self._evaluation.fail()
 
-    def _remove(self, slot: Slot, reason: DropReason | None) -> None:
+    def _remove(self, slot: Slot, reason: DropReason | None, num_lost: int) -> None:
+        """With it so many tokens are lost."""
         self._slots.remove(slot)
         if reason is not None:
-            self._counts.drop(reason, slot.lease.lease_id, slot.actor)
+            self._counts.drop(reason, slot.lease.lease_id, slot.actor, num_lost)
+        else:
+            self._counts.dropped_tokens[DropReason.FAILED] += num_lost
         if slot.group is not None:
             self._selection.add(Fate.DROPPED, slot.group.completed)
 

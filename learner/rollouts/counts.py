@@ -18,6 +18,7 @@ _TOTALS = (
     "trained_groups",
     "actors_dismissed",
     "actors_forgotten",
+    "prefix_tokens",  # that a lease was handed out with: drawn before by another holder, and not drawn again
 )
 
 
@@ -27,11 +28,14 @@ class Counts:
     def __init__(self) -> None:
         self.totals = dict.fromkeys(_TOTALS, 0.0)
         self.drops: Counter[DropReason] = Counter()
+        self.dropped_tokens: Counter[DropReason] = Counter()
         self.failures: dict[str, Counter[str]] = {}  # by prompt uid: how often on which actor, since it was sampled
         self._received: dict[int, None] = {}
 
-    def drop(self, reason: DropReason, lease_id: int, actor: str) -> None:
+    def drop(self, reason: DropReason, lease_id: int, actor: str, num_tokens: int = 0) -> None:
+        """`num_tokens` are those that go down with it."""
         self.drops[reason] += 1
+        self.dropped_tokens[reason] += num_tokens
         logger.info("lease %d of actor %s dropped: %s", lease_id, actor, reason)
 
     def receive(self, group: CompletedGroup) -> None:
@@ -55,16 +59,20 @@ class Counts:
         return failures
 
     def stats(self) -> dict[str, float]:
-        return self.totals | {f"dropped/{reason}": self.drops[reason] for reason in DropReason}
+        groups = {f"dropped/{reason}": self.drops[reason] for reason in DropReason}
+        tokens = {f"dropped_tokens/{reason}": self.dropped_tokens[reason] for reason in DropReason}
+        return self.totals | groups | tokens
 
     def state_dict(self) -> dict[str, JSON]:
         return {
             "totals": dict(self.totals),
             "drops": {str(reason): count for reason, count in self.drops.items()},
+            "dropped_tokens": {str(reason): count for reason, count in self.dropped_tokens.items()},
             "failures": {uid: dict(failures) for uid, failures in self.failures.items()},
         }
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         self.totals |= state["totals"]
         self.drops = Counter({DropReason(reason): count for reason, count in state["drops"].items()})
+        self.dropped_tokens = Counter({DropReason(reason): n for reason, n in state["dropped_tokens"].items()})
         self.failures = {uid: Counter(failures) for uid, failures in state["failures"].items()}

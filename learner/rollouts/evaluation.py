@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from common.config import Config
 from common.types import JSON, CompletedGroup, FinishReason, Prompt, Verdict
+from learner.rollouts.partial import Pending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,13 @@ class Evaluation:
     temperature: float
     version: int
     started_s: float = 0.0  # on the coordinator's clock
-    pending: deque[Prompt] = field(init=False)
+    pending: deque[Pending] = field(init=False)
     _groups: list[CompletedGroup] = field(default_factory=list, init=False)
     _num_failed: int = field(default=0, init=False)
     _ended_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.pending = deque(self.prompts)
+        self.pending = deque(Pending(prompt=prompt, turn=turn) for turn, prompt in enumerate(self.prompts))
         self._ended_s = self.started_s
 
     def add(self, group: CompletedGroup, now: float) -> None:
@@ -70,7 +71,7 @@ class Evaluation:
         """For a checkpoint; `leased` are the prompts that are out."""
         return Begun(
             asked=asked(config, self),
-            pending=tuple(prompt.uid for prompt in [*leased, *self.pending]),
+            pending=tuple(prompt.uid for prompt in [*leased, *(waiting.prompt for waiting in self.pending)]),
             groups=tuple(self._groups),
             num_failed=self._num_failed,
             seconds=now - self.started_s,
@@ -79,7 +80,7 @@ class Evaluation:
     def go_on(self, begun: Begun, now: float) -> None:
         """From where it was, with what it had; the time in between does not count."""
         prompts = {prompt.uid: prompt for prompt in self.prompts}
-        self.pending = deque(prompts[uid] for uid in begun.pending)
+        self.pending = deque(Pending(prompt=prompts[uid], turn=turn) for turn, uid in enumerate(begun.pending))
         self._groups, self._num_failed = list(begun.groups), begun.num_failed
         self.started_s, self._ended_s = now - begun.seconds, now
 

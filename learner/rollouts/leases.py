@@ -1,25 +1,20 @@
 """Leases: making one, and keeping those that are out or buffered."""
 
-import hashlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from common.config import Config, OverAge, StalenessConfig
+from common.seeds import hashed
 from common.types import Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.evaluation import Evaluation
+from learner.rollouts.partial import Partial, Pending
 
 LEASES_PER_LIFE = 1 << 20  # a longer life only takes ids of the next one, which begins after them
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A training prompt that waits to be leased, or, after a resume, to be buffered with what was sampled for it."""
-
-    prompt: Prompt
-    group: TrajectoryGroup | None = None
 
 
 @dataclass
@@ -28,10 +23,33 @@ class Slot:
 
     lease: Lease
     prompt: Prompt
+    turn: int  # see Pending
     actor: str
     granted_s: float
     oldest_version: int  # of its tokens: of those that may come while it is out, then of those that came
+    partial: Partial | None = None  # what is known of it while it is out, its prefix included
     group: TrajectoryGroup | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Known so far."""
+        if self.group is not None:
+            return len(self.group.completed.token_ids)
+        return self.partial.num_tokens if self.partial is not None else 0
+
+    @property
+    def is_sampled(self) -> bool:
+        """All of it has been drawn; at most its verification is missing."""
+        return self.group is not None or (self.partial is not None and self.partial.is_sampled)
+
+    @property
+    def num_steps(self) -> int:
+        """Tokens by which the completion that grew most has grown under this lease, as far as is known."""
+        return grown(self.partial.lengths, self.lease) if self.partial is not None else 0
+
+    def pending(self) -> Pending:
+        """Its prompt, to be leased again where this lease ends."""
+        return Pending(prompt=self.prompt, group=self.group, partial=self.partial, turn=self.turn)
 
 
 class Slots:
@@ -39,16 +57,20 @@ class Slots:
 
     `untrained` and `arrived` count the groups in `train` and in `buffered` by their oldest version; none is 0.
 
+    `train` is in the order in which the prompts came from the stream: one that is leased again has a new id and its old
+    turn.
+
     Ids count up and are never used twice in a run: each life (incarnation) of its learner begins a range of its own.
     """
 
     def __init__(self, incarnation: int) -> None:
-        self.train: dict[int, Slot] = {}  # ascending
+        self.train: dict[int, Slot] = {}  # ascending turns
         self.buffered: dict[int, Slot] = {}  # those of them that have a group, in order of arrival
         self.evaluation: dict[int, Slot] = {}
         self.untrained: Counter[int] = Counter()
         self.arrived: Counter[int] = Counter()
         self.next_lease_id = incarnation * LEASES_PER_LIFE
+        self._num_turns = 0
 
     def go_on_after(self, next_lease_id: int) -> None:
         """After an earlier life that had come to `next_lease_id`, and perhaps some way further before it ended."""
@@ -63,15 +85,27 @@ class Slots:
         """Training leases without a group."""
         return len(self.train) - len(self.buffered)
 
+    def next_turn(self) -> int:
+        """The place behind all others."""
+        self._num_turns += 1
+        return self._num_turns
+
+    def num_before(self, turn: int) -> int:
+        """Training leases that are consumed before a prompt of this turn."""
+        return bisect_left(list(self.train.values()), turn, key=lambda slot: slot.turn)
+
     def add(self, slot: Slot) -> Slot:
         """`slot` under next_lease_id, which its lease must have."""
         assert slot.lease.lease_id == self.next_lease_id
         self.next_lease_id += 1
         if slot.lease.purpose is Purpose.EVAL:
             self.evaluation[slot.lease.lease_id] = slot
-        else:
-            self.train[slot.lease.lease_id] = slot
-            self.untrained[slot.oldest_version] += 1
+            return slot
+        last = next(reversed(self.train.values()), None)
+        self.train[slot.lease.lease_id] = slot
+        self.untrained[slot.oldest_version] += 1
+        if last is not None and slot.turn < last.turn:
+            self.train = dict(sorted(self.train.items(), key=lambda item: item[1].turn))
         return slot
 
     def buffer(self, slot: Slot, group: TrajectoryGroup) -> None:
@@ -94,7 +128,9 @@ class Slots:
             _count_down(self.arrived, slot.oldest_version)
 
 
-def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int] | Int32Array) -> Lease:
+def train_lease(
+    config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int] | Int32Array, partial: Partial | None
+) -> Lease:
     return Lease(
         lease_id=lease_id,
         purpose=Purpose.TRAIN,
@@ -103,15 +139,21 @@ def train_lease(config: Config, lease_id: int, prompt: Prompt, token_ids: Sequen
         reference=prompt.reference,
         row=prompt.row,
         num_samples=config.rollout.group_size,
-        seed=_hashed(f"{config.seed}/lease/{lease_id}"),
+        seed=hashed(f"{config.seed}/lease/{lease_id}"),
         temperature=config.rollout.temperature,
         max_tokens=config.rollout.max_tokens,
         stop=tuple(config.rollout.stop),
+        **_prefix(partial, config.rollout.group_size),
     )
 
 
 def eval_lease(
-    config: Config, lease_id: int, prompt: Prompt, token_ids: Sequence[int] | Int32Array, evaluation: Evaluation
+    config: Config,
+    lease_id: int,
+    prompt: Prompt,
+    token_ids: Sequence[int] | Int32Array,
+    partial: Partial | None,
+    evaluation: Evaluation,
 ) -> Lease:
     """Every evaluation of a run uses the same seeds, so that two of them differ by their weights alone."""
     return Lease(
@@ -122,13 +164,23 @@ def eval_lease(
         reference=prompt.reference,
         row=prompt.row,
         num_samples=evaluation.samples_per_prompt,
-        seed=_hashed(f"{config.seed}/eval/{prompt.uid}"),
+        seed=hashed(f"{config.seed}/eval/{prompt.uid}"),
         temperature=evaluation.temperature,
         max_tokens=config.rollout.max_tokens,
         stop=tuple(config.rollout.stop),
         top_p=config.eval.top_p,
         top_k=config.eval.top_k,
+        **_prefix(partial, evaluation.samples_per_prompt),
     )
+
+
+def _prefix(partial: Partial | None, num_samples: int) -> dict[str, Any]:
+    return (partial or Partial(num_samples)).prefix()
+
+
+def grown(lengths: Int32Array, lease: Lease) -> int:
+    """Tokens by which the completion that grew most has grown beyond its prefix. `lengths` are those of today."""
+    return int((lengths - lease.prefix_lengths).max())
 
 
 def is_over_age(staleness: StalenessConfig, group: TrajectoryGroup, version: int) -> bool:
@@ -141,8 +193,3 @@ def _count_down(counts: Counter[int], version: int) -> None:
     counts[version] -= 1
     if not counts[version]:
         del counts[version]
-
-
-def _hashed(text: str) -> int:
-    """31 bits. Neighbouring leases must not get neighbouring seeds: an engine may add the sample's index."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.config import Config
-from common.types import MAX_CAPACITY, CompletedGroup, Float32Array, Heartbeat, MemberId
+from common.types import MAX_CAPACITY, Float32Array, Heartbeat, MemberId
 from learner.rollouts.accounts import Account
+from learner.rollouts.clock import EngineClock, Rest
 
 MEMORY = 0.2  # weight of the newest group in an actor's running mean
 RETRY = 50.0  # an actor that is too slow is tried with one lease again after this many times its last one
@@ -49,6 +50,9 @@ class Member:
     is_slow: bool = False  # too slow to be of use (learner/rollouts/speed.py)
     tried_s: float = float("-inf")  # when it was last granted a lease
     heartbeat: Heartbeat | None = None
+    clock: EngineClock = field(default_factory=EngineClock)
+    is_hung: bool = False  # its engine draws no tokens; its leases were taken from it, and it gets none
+    rest: Rest = field(default_factory=Rest)
     baseline: Heartbeat | None = None  # what one that greets again had done before, which is counted already
 
     @property
@@ -60,18 +64,18 @@ class Member:
 
     def free(self, version: int, now: float) -> int:
         """Leases of `version` that it may be granted now."""
-        if not self.is_current(version):
+        if not self.is_current(version) or self.is_hung or now < self.rest.until_s:
             return 0
         if self.is_slow:
             return int(not self.held and now - self.tried_s > RETRY * self.group_s)
         return self.account.room(self.capacity, now) - len(self.held)
 
-    def measure(self, group: CompletedGroup) -> None:
-        """Its speed, from the longest response, because that is what a group takes its time for."""
-        if group.generation_s > 0:
-            token_s = group.generation_s / int(group.lengths.max())
+    def measure(self, generation_s: float, num_tokens: int) -> None:
+        """Its speed, from the response that grew most, because that is what a group takes its time for."""
+        if generation_s > 0 and num_tokens > 0:
+            token_s = generation_s / num_tokens
             self.token_s = token_s if self.token_s is None else self.token_s + MEMORY * (token_s - self.token_s)
-            self.group_s = group.generation_s
+            self.group_s = generation_s
 
     def beat(self, heartbeat: Heartbeat) -> None:
         if self.heartbeat is None and not self.is_fresh:
@@ -137,6 +141,15 @@ class Members:
         """Members that have been lost for so long that they have given up themselves."""
         limit_s = self._transport.reconnect_s
         return [m.name for m in self if m.presence is Presence.LOST and now - max(m.lost_s, m.heard_s) >= limit_s]
+
+    def hung(self) -> list[tuple[str, str]]:
+        """Members to be dismissed, with the reason."""
+        limit_s = 2 * self._transport.lease_timeout_s
+        return [
+            (member.name, f"its engine has drawn no token in {member.clock.stalled_s:.0f} s of sampling")
+            for member in self
+            if member.is_hung and member.clock.stalled_s > limit_s
+        ]
 
     def late(self, now: float) -> list[str]:
         """Ready members that missed two heartbeats, each at most once per heartbeat_s.

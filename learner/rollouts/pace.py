@@ -64,6 +64,13 @@ class Pace:
         """Groups in the batches that were taken."""
         return self._groups_per_step * self.steps_taken
 
+    def versions_until(self, place: int) -> int:
+        """Versions that are published at most before the group in this place of the order (0: the next) is trained."""
+        warmup_steps = min(self.warmup_steps, self.steps_done + 1) if self._has_gate else self.warmup_steps
+        steps = (self.steps_done, self.steps_taken + place // self._groups_per_step)
+        done, then = (max(0, step - warmup_steps) // self._steps_per_version for step in steps)
+        return then - done
+
     def state_dict(self) -> dict[str, JSON]:
         return {"steps_done": self.steps_done, "warmup_steps": self.warmup_steps}
 

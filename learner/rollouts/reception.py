@@ -32,6 +32,7 @@ from common.types import (
     LearnerMessage,
     LeaseFailed,
     MemberId,
+    Progress,
     Pulse,
     Ready,
     Refused,
@@ -115,6 +116,8 @@ class Reception:
         match message:
             case Heartbeat():
                 self._coordinator.heartbeat(name, message, now)
+            case Progress():
+                self._coordinator.progress(name, message)
             case CompletedGroup():
                 self._coordinator.receive(name, message, now)
             case LeaseFailed():
@@ -309,6 +312,8 @@ class Reception:
     def tick(self, now: float) -> None:
         """What time brings: the coordinator's part, names that are claimed, members that nobody waits for."""
         self._coordinator.tick(now)
+        for name, reason in self._coordinator.hung():
+            self._coordinator.condemn(name, reason)
         self._dismiss_condemned()
         self._settle_claims(now)
         for name in self._coordinator.forgettable(now):

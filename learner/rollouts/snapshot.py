@@ -8,7 +8,7 @@ under the lock of the service, which costs next to nothing: groups do not change
 import logging
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from common.types import JSON, CompletedGroup, DropReason, Lease, TrajectoryGrou
 from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_about, read_archive, write_archive
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Begun
-from learner.rollouts.leases import Pending, train_lease
+from learner.rollouts.leases import train_lease
+from learner.rollouts.partial import Partial, Pending
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,16 @@ class Snapshot:
 
     state: dict[str, JSON]
     groups: tuple[TrajectoryGroup, ...]  # of the entries of state["untrained"] that are finished, in order
+    partials: tuple[Lease, ...]  # of those that have begun: what would be leased now, with the tokens as its prefix
     evaluation: Begun | None
 
 
 def take(coordinator: Coordinator, now: float) -> Snapshot:
     slots, evaluation = coordinator._slots, coordinator._evaluation
-    waiting = [Pending(slot.prompt, slot.group) for slot in slots.train.values()] + list(coordinator._pending)
+    waiting = [slot.pending() for slot in slots.train.values()] + list(coordinator._pending)
+    waiting.sort(key=lambda pending: pending.turn)
     groups = tuple(pending.group for pending in waiting if pending.group is not None)
+    partials = tuple(_lease_of(coordinator, pending) for pending in waiting if _has_begun(pending))
     leased = [slot.prompt for slot in slots.evaluation.values()]
     state = {
         "stream": coordinator._stream.state_dict(),
@@ -52,7 +56,7 @@ def take(coordinator: Coordinator, now: float) -> Snapshot:
         "work": coordinator._members.work(),
     }
     begun = evaluation.under_way(coordinator._config, leased, now) if evaluation is not None else None
-    return Snapshot(state=state, groups=groups, evaluation=begun)
+    return Snapshot(state=state, groups=groups, partials=partials, evaluation=begun)
 
 
 def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
@@ -74,7 +78,7 @@ def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
 
 def write_snapshot(path: Path, snapshot: Snapshot, about: JSON) -> None:
     """With `about`, the caller's own."""
-    begun, messages = snapshot.evaluation, list(as_messages(snapshot.groups))
+    begun, messages = snapshot.evaluation, [*as_messages(snapshot.groups), *snapshot.partials]
     evaluation = None
     if begun is not None:
         evaluation = {name: getattr(begun, name) for name in _BEGUN}
@@ -89,20 +93,33 @@ def read_snapshot(path: Path, now: float) -> tuple[Snapshot, JSON]:
     except ArchiveError as error:
         logger.warning("what had been sampled is sampled again: %s", error)
         content = read_about(path)
-        return Snapshot(state=content["state"], groups=(), evaluation=None), content["about"]
-    actors = [entry["finished"]["actor"] for entry in content["state"]["untrained"] if entry["finished"] is not None]
+        return Snapshot(state=content["state"], groups=(), partials=(), evaluation=None), content["about"]
+    untrained = content["state"]["untrained"]
+    actors = [entry["finished"]["actor"] for entry in untrained if entry["finished"] is not None]
     num_messages, begun = 2 * len(actors), None
+    end = num_messages + sum(entry["has_begun"] for entry in untrained)
     if content["evaluation"] is not None:
-        groups = [message for message in messages[num_messages:] if isinstance(message, CompletedGroup)]
+        groups = [message for message in messages[end:] if isinstance(message, CompletedGroup)]
         begun = Begun(groups=tuple(groups), **content["evaluation"])
     trained = tuple(as_groups(messages[:num_messages], actors, now))
-    return Snapshot(state=content["state"], groups=trained, evaluation=begun), content["about"]
+    partials = tuple(message for message in messages[num_messages:end] if isinstance(message, Lease))
+    return Snapshot(state=content["state"], groups=trained, partials=partials, evaluation=begun), content["about"]
 
 
 def _entry(pending: Pending) -> JSON:
     group = pending.group
     finished = {"lease_id": group.lease.lease_id, "actor": group.actor} if group is not None else None
-    return {"uid": pending.prompt.uid, "finished": finished}
+    return {"uid": pending.prompt.uid, "finished": finished, "has_begun": _has_begun(pending)}
+
+
+def _has_begun(pending: Pending) -> bool:
+    return pending.group is None and pending.partial is not None and pending.partial.num_tokens > 0
+
+
+def _lease_of(coordinator: Coordinator, pending: Pending) -> Lease:
+    """What would be leased now."""
+    token_ids = coordinator._tokenize(pending.prompt)
+    return train_lease(coordinator._config, 0, pending.prompt, token_ids, pending.partial)
 
 
 def _untrained(coordinator: Coordinator, snapshot: Snapshot) -> Iterator[Pending]:
@@ -110,17 +127,24 @@ def _untrained(coordinator: Coordinator, snapshot: Snapshot) -> Iterator[Pending
     config = coordinator._config
     is_judged_alike = snapshot.state["judged_with"] == _judged_with(config)
     groups = {group.lease.lease_id: group for group in snapshot.groups}
+    partials = iter(snapshot.partials)
     for entry in snapshot.state["untrained"]:
         prompt, finished = coordinator._stream.find(entry["uid"]), entry["finished"]
+        pending = Pending(prompt=prompt, turn=coordinator._slots.next_turn())
         if finished is None:
-            yield Pending(prompt)
+            before = next(partials, None) if entry["has_begun"] else None
+            if before is not None and _is_same_request(before, _lease_of(coordinator, pending)):
+                pending = replace(pending, partial=Partial.of_prefix(before))
+            elif before is not None:
+                coordinator._counts.dropped_tokens[DropReason.CHANGED] += len(before.prefix_token_ids)
+            yield pending
             continue
         group = groups.get(finished["lease_id"])  # none of them is there when they are of another version
-        lease = train_lease(config, finished["lease_id"], prompt, coordinator._tokenize(prompt))
+        lease = train_lease(config, finished["lease_id"], prompt, coordinator._tokenize(prompt), None)
         if group is None or not is_judged_alike or not _is_same_request(group.lease, lease):
             coordinator._counts.drop(DropReason.CHANGED, finished["lease_id"], finished["actor"])
             group = None
-        yield Pending(prompt, group)
+        yield replace(pending, group=group)
 
 
 def _judged_with(config: Config) -> JSON:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,10 @@ from actors.greeting import Session
 from actors.main import Actor, main
 from common.config import Config, ModelConfig, VerifierConfig
 from common.transport import model_fingerprints
-from common.types import CompletedGroup, FinishReason, LeaseFailed, Prompt
+from common.types import CompletedGroup, FinishReason, Heartbeat, LeaseFailed, Progress, Prompt
 from common.wire import WireError
 from learner.rollouts.service import LearnerService
-from tests.support.fake_actors import group
+from tests.support.fake_actors import group, progress
 from tests.support.runs import ROOT
 from tests.support.vllm_support import lease
 
@@ -50,6 +51,8 @@ def output(**changes: Any) -> CompletionOutput:
 
 class FakeLLM:
     """Answers every request with `result`, or raises it."""
+
+    output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     def __init__(self, result: Any, errored: bool = False) -> None:
         self.result, self.errored = result, errored
@@ -96,13 +99,13 @@ def test_a_dead_engine_is_not_the_request_s_fault(error: Exception) -> None:
 
 
 def test_a_setting_that_the_engine_does_not_accept_is_refused_too() -> None:
-    with pytest.raises(RequestRefused, match="n must be 1 when using greedy sampling"):
-        asyncio.run(engine_of(FakeLLM(output())).sample(lease(0, temperature=0.0)))
+    with pytest.raises(RequestRefused, match="top_p must be in"):
+        asyncio.run(engine_of(FakeLLM(output())).sample(lease(0, top_p=0.0)))
 
 
 def test_stop_strings_and_cut_off_tokens_reach_the_engine() -> None:
     llm = FakeLLM(output(stop_reason="</a>"))
-    asked = lease(0, stop=("</a>", "<eot>"), top_p=0.5, top_k=7)
+    asked = lease(0, stop=("</a>", "<eot>"), top_p=0.5, top_k=7, num_samples=1)
     (completion,) = asyncio.run(engine_of(llm).sample(asked))
     (parameters,) = llm.parameters
     assert (parameters.top_p, parameters.top_k) == (0.5, 7)
@@ -158,3 +161,50 @@ def test_a_group_that_no_message_can_carry_fails_its_lease(monkeypatch: pytest.M
     mailbox = Mailbox(too_large=(CompletedGroup,))
     assert asyncio.run(work(mailbox, FakeLLM(output()))) is None
     assert mailbox.sent == [LeaseFailed(lease_id=4, reason="CompletedGroup of 9 bytes: limit 8")]
+
+
+class GrowingEngine:
+    """Has so many messages of news for lease 4."""
+
+    generated_tokens, busy_s = 9, 1.5
+
+    def __init__(self, num_news: int) -> None:
+        self._news = [progress(4, [start, 0], [[0], []]) for start in range(num_news)]
+
+    def progress(self, lease_id: int) -> Progress | None:
+        return self._news.pop(0) if lease_id == 4 and self._news else None
+
+    def num_drawn(self, lease_id: int) -> int:
+        return 7 if lease_id == 4 else 0
+
+
+async def growing_actor(mailbox: Mailbox, num_news: int) -> Actor:
+    session = Session(Config(), mailbox)  # type: ignore[arg-type]
+    session.welcome = SimpleNamespace(heartbeat_s=60.0)  # type: ignore[assignment]
+    actor = Actor(session, GrowingEngine(num_news), NoVerifier())  # type: ignore[arg-type]
+    actor._tasks = {id_: asyncio.create_task(asyncio.sleep(60.0)) for id_ in (5, 4)}
+    return actor
+
+
+def test_a_heartbeat_names_the_leases_under_way_after_what_is_new_of_them() -> None:
+    mailbox = Mailbox()
+
+    async def beat() -> None:
+        actor = await growing_actor(mailbox, num_news=3)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(actor._beat(0.0), 0.1)
+
+    asyncio.run(beat())
+    news, heartbeat = mailbox.sent
+    assert (type(news), news.lease_id, type(heartbeat)) == (Progress, 4, Heartbeat)
+    assert (heartbeat.lease_ids.tolist(), heartbeat.lease_tokens.tolist()) == ([4, 5], [7, 0])
+
+
+def test_an_actor_that_leaves_can_send_all_that_is_new_at_once() -> None:
+    mailbox = Mailbox()
+
+    async def flush() -> None:
+        await (await growing_actor(mailbox, num_news=3)).flush_progress()
+
+    asyncio.run(flush())
+    assert [message.starts.tolist() for message in mailbox.sent] == [[0, 0], [1, 0], [2, 0]]

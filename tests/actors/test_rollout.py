@@ -34,6 +34,9 @@ class TextEngine:
     async def sample(self, lease: Lease) -> list[Completion]:
         return [self._completion(text) for text in self.texts]
 
+    def forget(self, lease_id: int) -> None:
+        self.forgotten = lease_id
+
     def _completion(self, text: str) -> Completion:
         ids, seen = token_ids(text), text
         for token in self.special:

@@ -33,7 +33,7 @@ from common.types import (
     Welcome,
 )
 from common.wire import MAX_HEADER_BYTES, MAX_JSON_DEPTH, WireError, decode, encode
-from tests.support.fake_actors import heartbeat, hello
+from tests.support.fake_actors import heartbeat, hello, progress
 
 MAX_BYTES = 1 << 20
 
@@ -77,14 +77,18 @@ leases = st.builds(
     reference=texts, row=rows, num_samples=ints, seed=ints, temperature=floats, max_tokens=ints,
     stop=st.lists(texts, max_size=3).map(tuple), top_p=floats, top_k=ints,
 )  # fmt: skip
+progresses = st.lists(
+    st.tuples(st.integers(0, 9), st.lists(st.integers(0, 99), max_size=5)), min_size=1, max_size=4
+).map(lambda parts: progress(7, [start for start, _ in parts], [tokens for _, tokens in parts], ended=(0, 2)))
 messages: st.SearchStrategy[Any] = st.one_of(
+    progresses,
     groups(),
     leases,
     st.builds(Hello, protocol_version=ints, name=texts, capacity=ints, model_fingerprint=texts,
               tokenizer_fingerprint=texts, run_id=st.none() | texts, incarnation=st.none() | ints,
               number=st.none() | ints, held=int32s, finished=int32s),
     st.builds(Ready, version=ints, probe_logprobs=float32s),
-    st.builds(Heartbeat, lease_ids=int32s, generated_tokens=ints, busy_s=floats, uptime_s=floats),
+    st.builds(Heartbeat, lease_ids=int32s, lease_tokens=int32s, generated_tokens=ints, busy_s=floats, uptime_s=floats),
     st.builds(Welcome, run_id=texts, incarnation=ints, number=ints, settings=rows, heartbeat_s=floats,
               timeout_s=floats, probe_token_ids=int32s),
     st.builds(WeightsCommand, command_id=ints, phase=st.sampled_from(WeightsPhase), version=ints, payload=rows),
@@ -107,6 +111,27 @@ GROUP = CompletedGroup(
     finish_reasons=(FinishReason.STOP, FinishReason.LENGTH),
     generation_s=1.5,
     verification_s=0.25,
+)
+
+LEASE = Lease(
+    lease_id=7,
+    purpose=Purpose.EVAL,
+    prompt_uid="u",
+    prompt_token_ids=np.array([5, 256], np.int32),
+    reference="42",
+    row={"n": 1},
+    num_samples=2,
+    seed=3,
+    temperature=0.5,
+    max_tokens=9,
+    stop=("</a>",),
+    top_p=0.75,
+    top_k=4,
+    prefix_lengths=np.array([1, 0], np.int32),
+    prefix_token_ids=np.array([6], np.int32),
+    prefix_behavior_logprobs=np.array([-0.5], np.float32),
+    prefix_versions=np.array([3], np.int32),
+    prefix_finish_reasons=(FinishReason.STOP, None),
 )
 
 
@@ -139,7 +164,7 @@ def test_every_message_comes_back_as_it_was(message: Message) -> None:
 @pytest.mark.parametrize("kind", [Hello, Heartbeat])
 def test_nobody_lists_more_leases_than_an_actor_can_have(kind: type) -> None:
     many = np.arange(MAX_LISTED + 1, dtype=np.int32)
-    message = hello("a") if kind is Hello else heartbeat()
+    message = hello("a") if kind is Hello else heartbeat({})
     listed = "held" if kind is Hello else "lease_ids"
     frames = encode(replace(message, **{listed: many[:-1]}))
     assert_same(decode(frames, MAX_BYTES), replace(message, **{listed: many[:-1]}))
@@ -172,28 +197,41 @@ def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
 
 
 def test_the_bytes_of_a_lease_never_change_within_a_protocol_version() -> None:
-    lease = Lease(
-        lease_id=7,
-        purpose=Purpose.EVAL,
-        prompt_uid="u",
-        prompt_token_ids=np.array([5, 256], np.int32),
-        reference="42",
-        row={"n": 1},
-        num_samples=2,
-        seed=3,
-        temperature=0.5,
-        max_tokens=9,
-        stop=("</a>",),
-        top_p=0.75,
-        top_k=4,
-    )
-    assert [bytes(frame) for frame in encode(lease)] == [
-        b"\x94\xa5Lease\x04\x8c\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
+    assert [bytes(frame) for frame in encode(LEASE)] == [
+        b"\x94\xa5Lease\x04\x8d\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
         b"\xa3row\x81\xa1n\x01\xabnum_samples\x02\xa4seed\x03\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0"
         b"\xaamax_tokens\x09\xa4stop\x91\xa4</a>\xa5top_p\xcb\x3f\xe8\0\0\0\0\0\0\xa5top_k\x04"
-        b"\x91\x93\xb0prompt_token_ids\xa5int32\x91\x02",
+        b"\xb5prefix_finish_reasons\x92\xa4stop\xc0"
+        b"\x95\x93\xb0prompt_token_ids\xa5int32\x91\x02\x93\xaeprefix_lengths\xa5int32\x91\x02"
+        b"\x93\xb0prefix_token_ids\xa5int32\x91\x01\x93\xb8prefix_behavior_logprobs\xa7float32\x91\x01"
+        b"\x93\xafprefix_versions\xa5int32\x91\x01",
         b"\x05\0\0\0\0\x01\0\0",
+        b"\x01\0\0\0\0\0\0\0",
+        b"\x06\0\0\0",
+        b"\0\0\0\xbf",
+        b"\x03\0\0\0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prefix_lengths": np.array([1, 1], np.int32)}, r"the lengths \[1, 1\] sum to 2 over 2 completions, but it"),
+        ({"prefix_lengths": np.array([2, -1], np.int32)}, r"the lengths \[2, -1\] sum to 1"),
+        ({"prefix_lengths": np.array([1], np.int32)}, "1 prefixes for 2 completions"),
+        ({"prefix_finish_reasons": ()}, "0 finish reasons for 2 prefixes"),
+    ],
+)
+def test_a_prefix_that_does_not_add_up_is_no_lease(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(LEASE, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"starts": [0]}, {"starts": [0, -1]}, {"lengths": [1, 1]}, {"lengths": [2, -1]}])
+def test_progress_that_does_not_add_up_is_refused(changes: dict[str, list[int]]) -> None:
+    arrays = {name: np.array(value, np.int32) for name, value in changes.items()}
+    with pytest.raises(ValueError, match="progress of lease 7: "):
+        replace(progress(7, [0, 0], [[5], []]), **arrays)
 
 
 def test_arrays_are_sent_and_received_without_a_copy() -> None:

@@ -6,6 +6,7 @@ staleness from the data.
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -27,6 +28,7 @@ from common.types import (
     LearnerMessage,
     Lease,
     Message,
+    Progress,
     Ready,
     Refused,
     SayHello,
@@ -71,10 +73,6 @@ def hello(
     )
 
 
-def heartbeat(*lease_ids: int, tokens: int = 7, busy_s: float = 0.5, uptime_s: float = 1.0) -> Heartbeat:
-    return Heartbeat(lease_ids=ids(*lease_ids), generated_tokens=tokens, busy_s=busy_s, uptime_s=uptime_s)
-
-
 def group(lease_id: int, versions: list[int], num_samples: int = 2, num_correct: int = 1) -> CompletedGroup:
     """Every sample has one token per entry of `versions`."""
     n, length = num_samples, len(versions)
@@ -90,6 +88,33 @@ def group(lease_id: int, versions: list[int], num_samples: int = 2, num_correct:
         finish_reasons=(FinishReason.STOP,) * n,
         generation_s=0.0,
         verification_s=0.0,
+    )
+
+
+def heartbeat(
+    leases: dict[int, int], generated_tokens: int = 0, busy_s: float = 0.0, uptime_s: float = 0.0
+) -> Heartbeat:
+    """`leases`: tokens by lease id."""
+    return Heartbeat(
+        lease_ids=np.array(list(leases), np.int32),
+        lease_tokens=np.array(list(leases.values()), np.int32),
+        generated_tokens=generated_tokens,
+        busy_s=busy_s,
+        uptime_s=uptime_s,
+    )
+
+
+def progress(lease_id: int, starts: list[int], new: list[list[int]], ended: tuple[int, ...] = ()) -> Progress:
+    """New tokens of each completion, each token stamped with its own id as its version; `ended` are complete."""
+    versions = np.array([version for tokens in new for version in tokens], np.int32)
+    return Progress(
+        lease_id=lease_id,
+        starts=np.array(starts, np.int32),
+        lengths=np.array(list(map(len, new)), np.int32),
+        token_ids=versions,
+        behavior_logprobs=np.zeros(len(versions), np.float32),
+        versions=versions,
+        finish_reasons=tuple(FinishReason.STOP if i in ended else None for i in range(len(new))),
     )
 
 
@@ -110,6 +135,7 @@ class FakeActor:
     fails: dict[WeightsPhase, str] = field(default_factory=dict)
     heartbeat_s: float = 0.1
     keys: ActorKeys | None = None
+    is_hung: bool = False  # its engine draws nothing, while the process heartbeats
     received: list[LearnerMessage] = field(default_factory=list)
     sent: list[ActorMessage] = field(default_factory=list)
     failure: BaseException | None = None
@@ -185,8 +211,10 @@ class FakeActor:
         return message
 
     async def _beat(self) -> None:
+        started = time.monotonic()
         while True:
-            await self._send(heartbeat(*self._held))
+            busy_s = 0.5 + (time.monotonic() - started if self.is_hung else 0.0)
+            await self._send(heartbeat(dict.fromkeys(self._held, 0), generated_tokens=7, busy_s=busy_s, uptime_s=1.0))
             await asyncio.sleep(self.heartbeat_s)
 
     async def _listen(self) -> None:
@@ -215,6 +243,8 @@ class FakeActor:
 
     async def _sample(self, lease: Lease) -> None:
         first = self.version
+        if self.is_hung:
+            await self._over.wait()
         await asyncio.sleep(self.delay_s(lease))
         if self.complete is not None:
             completed = self.complete(lease, first)

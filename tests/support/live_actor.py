@@ -53,6 +53,18 @@ class FakeEngine:
         )
         return [completion] * lease.num_samples
 
+    def progress(self, lease_id: int) -> None:
+        """A lease is drawn at once."""
+
+    def num_drawn(self, lease_id: int) -> int:
+        return 0
+
+    def progress_again(self) -> None:
+        """Nothing was reported."""
+
+    def forget(self, lease_id: int) -> None:
+        """Nothing is kept."""
+
     async def pause(self) -> None:
         self.phases.append(WeightsPhase.PAUSE)
         self._running.clear()

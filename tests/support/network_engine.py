@@ -59,6 +59,18 @@ class NetworkEngine:
             text=self._tokenizer.decode(token_ids.tolist()),
         )
 
+    def progress(self, lease_id: int) -> None:
+        """A lease is drawn at once."""
+
+    def num_drawn(self, lease_id: int) -> int:
+        return 0
+
+    def progress_again(self) -> None:
+        """Nothing was reported."""
+
+    def forget(self, lease_id: int) -> None:
+        """Nothing is kept."""
+
     def decode(self, token_ids: Int32Array) -> str:
         text: str = self._tokenizer.decode(token_ids.tolist())
         return text

@@ -115,5 +115,5 @@ def _report(actor: TransferActor, command: WeightsCommand) -> WeightsReport:
 
 async def _beat(connection: ActorConnection) -> None:
     while True:
-        await connection.send(heartbeat())
+        await connection.send(heartbeat({}))
         await asyncio.sleep(0.2)

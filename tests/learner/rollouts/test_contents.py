@@ -24,7 +24,7 @@ USERS = replace(OWN, verifier=VerifierConfig(function="my_module:grade"))
 def problem(changed: CompletedGroup, config: Config = OWN) -> str | None:
     num_samples = len(changed.lengths)
     config = replace(config, rollout=replace(config.rollout, group_size=num_samples))
-    lease = train_lease(config, 0, Prompt(uid="p", text="", reference=""), [1])
+    lease = train_lease(config, 0, Prompt(uid="p", text="", reference=""), [1], None)
     return problem_with(changed, lease, newest_version=5, config=config, vocab_size=VOCAB_SIZE)
 
 

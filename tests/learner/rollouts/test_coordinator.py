@@ -32,6 +32,8 @@ from common.types import (
     Cancel,
     CompletedGroup,
     DropReason,
+    Float32Array,
+    Int32Array,
     Lease,
     LeaseFailed,
     Prompt,
@@ -46,7 +48,7 @@ from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.selection import Fate
 from learner.rollouts.snapshot import Snapshot, restore, take
-from tests.support.fake_actors import NO_PROBE, group, heartbeat
+from tests.support.fake_actors import NO_PROBE, group, heartbeat, progress
 
 PROMPTS = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(7)]
 HELDOUT = [Prompt(uid=f"h{i}", text=f"{i}", reference="") for i in range(3)]
@@ -98,8 +100,12 @@ class Process:
     life: int | None = None  # of the learner whose weights it holds; None: the model folder's
     is_ready: bool = False
     is_lost: bool = False
+    is_hung: bool = False
+    busy_s: float = 0.0
+    generated_tokens: int = 0
     leases: dict[int, Lease] = field(default_factory=dict)
-    started_at: dict[int, int] = field(default_factory=dict)  # version at which each lease was begun
+    drawn: dict[int, list[list[int]]] = field(default_factory=dict)  # tokens of each completion of each lease
+    reported: dict[int, list[int]] = field(default_factory=dict)  # how many of them the learner has been told of
     sent: list[int] = field(default_factory=list)
     kept: dict[int, CompletedGroup] = field(default_factory=dict)  # finished while it was lost
 
@@ -111,6 +117,7 @@ class Saved:
     kept: Snapshot
     drawn: list[str]
     trained: list[str]
+    trained_tokens: set[int]
     steps: int
     version: int
     warmup: int
@@ -127,8 +134,16 @@ def assert_selection(stats: dict[str, float], buffered: list[CompletedGroup]) ->
         assert sampled - trained - dropped == count
 
 
+def logprobs_of(token_ids: Int32Array) -> Float32Array:
+    """Any, but always the same."""
+    return -(token_ids % 100).astype(np.float32)
+
+
 class Interleavings(RuleBasedStateMachine):
-    """Honest actors that join, leave, vanish, come back, fail, and send twice, in any order."""
+    """Honest actors that join, leave, vanish, hang, come back, fail, and send twice, in any order.
+
+    Each token is drawn once, by one actor with one version: `versions` at its id.
+    """
 
     @initialize(
         prompts_per_step=st.integers(1, 3),
@@ -148,7 +163,9 @@ class Interleavings(RuleBasedStateMachine):
         self.now, self.steps, self.version, self.life = 0.0, 0, 0, 1
         self.processes: dict[str, Process] = {}
         self.trained: list[str] = []
-        self.trained_leases: list[int] = []
+        self.versions: list[int] = []  # of every token that was ever drawn, by its id
+        self.trained_tokens: set[int] = set()
+        self.trained_leases: set[int] = set()
         self.is_evaluating = False
         self.kept = 0  # finished groups that resumes found in their checkpoints
         self.save()
@@ -167,12 +184,12 @@ class Interleavings(RuleBasedStateMachine):
                 continue  # lost on the way
             match message:
                 case Lease():
-                    assert process.is_ready
+                    assert process.is_ready and not process.is_hung
                     assert process.version >= self.version, "a lease for an actor without the current version"
                     assert process.life in (None, self.life), "a lease for an actor with weights of a lost future"
                     assert len(process.leases) < process.capacity
                     process.leases[message.lease_id] = message
-                    process.started_at[message.lease_id] = process.version
+                    self.begin_lease(process, message)
                 case Cancel(lease_id=lease_id):
                     process.leases.pop(lease_id, None)
                     process.kept.pop(lease_id, None)
@@ -183,14 +200,41 @@ class Interleavings(RuleBasedStateMachine):
         for name in list(self.coordinator.condemned):
             self.leave_now(name)
 
+    def begin_lease(self, process: Process, lease: Lease) -> None:
+        ends = np.cumsum(lease.prefix_lengths)
+        parts = np.split(lease.prefix_token_ids, ends[:-1])
+        assert all(
+            self.versions[token] == v for token, v in zip(lease.prefix_token_ids, lease.prefix_versions, strict=True)
+        )
+        process.drawn[lease.lease_id] = [part.tolist() for part in parts]
+        process.reported[lease.lease_id] = lease.prefix_lengths.tolist()
+        self.draw(process, lease.lease_id, 1)
+
+    def draw(self, process: Process, lease_id: int, count: int) -> None:
+        """Some tokens of each completion, of which the last is kept back for the end."""
+        for tokens in process.drawn[lease_id]:
+            for _ in range(min(count, self.config.rollout.max_tokens - 1 - len(tokens))):
+                tokens.append(len(self.versions))
+                self.versions.append(process.version)
+
     def complete(self, name: str, lease_id: int, num_correct: int) -> None:
         self.send(name, self.finished(name, lease_id, num_correct))
 
     def finished(self, name: str, lease_id: int, num_correct: int) -> CompletedGroup:
         process = self.processes[name]
         lease = process.leases.pop(lease_id)
-        versions = list(range(process.started_at[lease_id], process.version + 1))
-        return group(lease_id, versions[-8:], lease.num_samples, num_correct)
+        for tokens in process.drawn[lease_id]:
+            tokens.append(len(self.versions))
+            self.versions.append(process.version)
+        ends = np.array(list(map(len, process.drawn[lease_id])), np.int32)
+        token_ids = np.concatenate(process.drawn[lease_id]).astype(np.int32)
+        return replace(
+            group(lease_id, [0] * 8, lease.num_samples, num_correct),
+            lengths=ends,
+            token_ids=token_ids,
+            versions=np.array(self.versions, np.int32)[token_ids],
+            behavior_logprobs=logprobs_of(token_ids),
+        )
 
     def send(self, name: str, completed: CompletedGroup) -> None:
         self.processes[name].sent.append(completed.lease_id)
@@ -200,14 +244,39 @@ class Interleavings(RuleBasedStateMachine):
     def present(self, condition: Callable[[Process], bool] = lambda process: True) -> list[str]:
         return sorted(n for n, p in self.processes.items() if not p.is_lost and condition(p))
 
-    # Five rules that get on and one that makes trouble, or no run would get anywhere.
+    def working(self) -> list[str]:
+        return self.present(lambda process: bool(process.leases) and not process.is_hung)
+
+    # Six rules that get on and one that makes trouble, or no run would get anywhere.
 
     @rule(data=st.data())
-    @precondition(lambda self: self.present(lambda p: bool(p.leases)))
+    @precondition(lambda self: self.working())
+    def draw_and_report_some_tokens(self, data: st.DataObject) -> None:
+        for choice, count in data.draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 3)), min_size=1)):
+            names = self.working()
+            name = names[choice % len(names)]
+            leases = sorted(self.processes[name].leases)
+            self.report(name, leases[choice // len(names) % len(leases)], count)
+
+    def report(self, name: str, lease_id: int, count: int) -> None:
+        process = self.processes[name]
+        self.draw(process, lease_id, count)
+        starts = process.reported[lease_id]
+        new = [tokens[start:] for tokens, start in zip(process.drawn[lease_id], starts, strict=True)]
+        message = progress(lease_id, starts, new)
+        token_ids = message.token_ids
+        versions = np.array(self.versions, np.int32)[token_ids]
+        message = replace(message, versions=versions, behavior_logprobs=logprobs_of(token_ids))
+        process.reported[lease_id] = [len(tokens) for tokens in process.drawn[lease_id]]
+        self.coordinator.heard(name, self.now)
+        self.coordinator.progress(name, message)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.working())
     def finish_some_groups(self, data: st.DataObject) -> None:
         """In any order: each choice picks an actor and one of its leases."""
         for choice, num_correct in data.draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2)), min_size=1)):
-            names = self.present(lambda p: bool(p.leases))
+            names = self.working()
             if names:
                 name = names[choice % len(names)]
                 leases = sorted(self.processes[name].leases)
@@ -216,7 +285,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def finish_every_group(self) -> None:
-        for name in self.present():
+        for name in self.working():
             for lease_id in list(self.processes[name].leases):
                 self.complete(name, lease_id, num_correct=1)
         self.settle()
@@ -242,8 +311,10 @@ class Interleavings(RuleBasedStateMachine):
             troubles.append(self.vanish)
         if len(self.present()) < len(self.processes):
             troubles.append(self.come_back)
-        if self.present(lambda p: bool(p.leases)):
-            troubles.append(self.fail_a_lease)
+        if self.working():
+            troubles += [self.fail_a_lease, self.hang]
+        if self.present(lambda p: p.is_hung):
+            troubles.append(self.get_on_again)
         if self.present(lambda p: bool(p.sent)):
             troubles.append(self.send_again)
         data.draw(st.sampled_from(troubles))(data)
@@ -263,7 +334,7 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.receive(name, group(lease_id, [0]), self.now)
 
     def fail_a_lease(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.present(lambda p: bool(p.leases))))
+        name = data.draw(st.sampled_from(self.working()))
         lease_id = data.draw(st.sampled_from(sorted(self.processes[name].leases)))
         del self.processes[name].leases[lease_id]
         self.coordinator.heard(name, self.now)
@@ -273,13 +344,34 @@ class Interleavings(RuleBasedStateMachine):
         """Those who are there say what they sample; those who are not may have been lost for too long."""
         self.now += data.draw(st.sampled_from([0.5, 4.0, 8.0, 20.0]))
         for name in self.present():
-            self.coordinator.heard(name, self.now)
-            self.coordinator.heartbeat(name, heartbeat(*self.processes[name].leases), self.now)
+            self.beat(name)
         self.coordinator.tick(self.now)
+
+    def hang(self, data: st.DataObject) -> None:
+        """Its process heartbeats on."""
+        name = data.draw(st.sampled_from(self.working()))
+        self.processes[name].is_hung = True
+        self.processes[name].busy_s += 2 * self.config.transport.lease_timeout_s
+        self.beat(name)
+
+    def get_on_again(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.present(lambda p: p.is_hung)))
+        self.processes[name].is_hung = False
+        self.processes[name].generated_tokens += 1
+        self.beat(name)
+
+    def beat(self, name: str) -> None:
+        process = self.processes[name]
+        self.coordinator.heard(name, self.now)
+        beat = heartbeat(dict.fromkeys(process.leases, 1), process.generated_tokens, process.busy_s)
+        self.coordinator.heartbeat(name, beat, self.now)
 
     def vanish(self, data: st.DataObject) -> None:
         """It goes on sampling."""
         name = data.draw(st.sampled_from(self.present()))
+        if name in self.working():
+            for lease_id in self.processes[name].leases:
+                self.report(name, lease_id, count=1)
         self.coordinator.lose(name, "test")
         process = self.processes[name]
         process.is_lost = True
@@ -292,7 +384,7 @@ class Interleavings(RuleBasedStateMachine):
         process = self.processes[name]
         process.is_lost = False
         self.coordinator.heard(name, self.now)
-        if process.leases and data.draw(st.booleans()):
+        if process.leases and not process.is_hung and data.draw(st.booleans()):
             self.complete(name, min(process.leases), num_correct=1)
         self.greet_again(name)
 
@@ -327,12 +419,14 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1], incarnation=self.life)
         restore(self.coordinator, replace(saved.kept, state=json.loads(json.dumps(saved.kept.state))))
         self.stream.drawn, self.trained = list(saved.drawn), list(saved.trained)
+        self.trained_tokens = set(saved.trained_tokens)
         self.steps, self.version, self.warmup = saved.steps, saved.version, saved.warmup
         self.is_evaluating = saved.kept.evaluation is not None
         if saved.kept.evaluation is not None:
             self.coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version), saved.kept.evaluation)
         for name, process in self.processes.items():
             process.is_lost, process.life = False, process.life or 0  # nobody knows what it holds
+            process.is_hung = False  # which the next learner would have to find out first
             process.sent.clear()
             self.coordinator.join(name, process.capacity, self.now)
             self.coordinator.join_again(name, process.leases, process.kept, self.now)
@@ -347,6 +441,7 @@ class Interleavings(RuleBasedStateMachine):
             take(self.coordinator, self.now),
             list(self.stream.drawn),
             list(self.trained),
+            set(self.trained_tokens),
             self.steps,
             self.version,
             self.warmup,
@@ -374,10 +469,12 @@ class Interleavings(RuleBasedStateMachine):
         for item in batch:
             assert item.lease.purpose is Purpose.TRAIN
             assert item.lease.lease_id not in self.trained_leases, "trained twice"
-            self.trained_leases.append(item.lease.lease_id)
+            self.trained_leases.add(item.lease.lease_id)
+            tokens = item.completed.token_ids.tolist()
+            assert [self.versions[token] for token in tokens] == item.completed.versions.tolist()
+            assert self.trained_tokens.isdisjoint(tokens), "a token is trained twice"
+            self.trained_tokens.update(tokens)
             assert self.version - item.oldest_version <= self.config.staleness.max_staleness
-        if self.config.staleness.batching is Batching.admission_order:
-            assert self.trained_leases == sorted(self.trained_leases), "out of order"
         self.trained += [item.lease.prompt_uid for item in batch]
         self.steps += 1
         if self.config.algorithm.critic_warmup_gate and self.steps < self.warmup and data.draw(st.booleans()):
@@ -626,10 +723,10 @@ def test_a_group_that_is_sent_again_may_take_its_time() -> None:
     leases = granted(coordinator)
     coordinator.lose("a", "test")
     coordinator.join_again("a", held=[1], finished=[0], now=8.0)
-    coordinator.heartbeat("a", heartbeat(1), 8.1)
+    coordinator.heartbeat("a", heartbeat({1: 0}), 8.1)
     assert not coordinator.is_lost("a")
     finish(coordinator, leases[:1])
-    coordinator.heartbeat("a", heartbeat(1), 14.0)
+    coordinator.heartbeat("a", heartbeat({1: 0}), 14.0)
     assert not coordinator.is_lost("a") and not coordinator.drops
 
 
@@ -646,7 +743,7 @@ def test_a_group_that_was_received_is_no_drop_when_its_ack_got_lost() -> None:
 def test_a_lease_that_is_not_wanted_any_more_is_cancelled_again_when_a_heartbeat_lists_it() -> None:
     coordinator = make(make_config(), "a", capacity=2)
     granted(coordinator)
-    coordinator.heartbeat("a", heartbeat(0, 1, 77), 1.0)
+    coordinator.heartbeat("a", heartbeat({0: 0, 1: 0, 77: 0}), 1.0)
     assert [m for _, m in coordinator.outbox if isinstance(m, Cancel)] == [Cancel(lease_id=77)]
 
 
@@ -665,8 +762,8 @@ def test_the_work_that_an_actor_did_for_an_earlier_learner_is_not_counted_again(
     coordinator = make(make_config())
     coordinator.join("a", 1, 0.0)
     coordinator.join_again("a", held=[], finished=[], now=0.0)
-    coordinator.heartbeat("a", heartbeat(tokens=1000, uptime_s=50.0), 0.0)
-    coordinator.heartbeat("a", heartbeat(tokens=1007, uptime_s=51.0), 0.0)
+    coordinator.heartbeat("a", heartbeat({}, generated_tokens=1000, uptime_s=50.0), 0.0)
+    coordinator.heartbeat("a", heartbeat({}, generated_tokens=1007, uptime_s=51.0), 0.0)
     coordinator.remove("a", "test")
     assert (coordinator.stats()["generated_tokens"], coordinator.stats()["uptime_s"]) == (7.0, 1.0)
 
@@ -1062,9 +1159,9 @@ def test_the_window_is_sampled_when_it_is_full_and_everything_has_arrived() -> N
 def test_a_lease_that_got_lost_on_the_way_is_found_by_the_heartbeats() -> None:
     coordinator = make(make_config(prompts_per_step=1), "a")
     leases = granted(coordinator)
-    coordinator.heartbeat("a", heartbeat(1), 4.0)
+    coordinator.heartbeat("a", heartbeat({1: 0}), 4.0)
     assert not coordinator.is_lost("a"), "it may be on the way still"
-    coordinator.heartbeat("a", heartbeat(1), 6.0)
+    coordinator.heartbeat("a", heartbeat({1: 0}), 6.0)
     assert coordinator.is_lost("a"), "it has to say what it holds"
     coordinator.join_again("a", held=[1], finished=[], now=6.1)
     assert [m for _, m in coordinator.outbox if isinstance(m, Cancel)] == [Cancel(lease_id=0)]
@@ -1074,9 +1171,9 @@ def test_a_lease_that_got_lost_on_the_way_is_found_by_the_heartbeats() -> None:
 def test_work_of_actors_that_left_stays_counted() -> None:
     coordinator = make(make_config(), "a")
     for tokens in (5, 10):
-        coordinator.heartbeat("a", heartbeat(tokens=tokens, busy_s=tokens / 10), 0.0)
+        coordinator.heartbeat("a", heartbeat({}, tokens, busy_s=tokens / 10, uptime_s=1.0), 0.0)
     coordinator.join("a", 1, 0.0)
-    coordinator.heartbeat("a", heartbeat(tokens=3, busy_s=0.1, uptime_s=0.5), 0.0)
+    coordinator.heartbeat("a", heartbeat({}, generated_tokens=3, busy_s=0.1, uptime_s=0.5), 0.0)
     stats = coordinator.stats()
     assert (stats["generated_tokens"], stats["uptime_s"]) == (13, 1.5)
     assert stats["busy_s"] == pytest.approx(1.1)

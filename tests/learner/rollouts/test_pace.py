@@ -92,3 +92,38 @@ def test_a_resume_with_another_batch_size_counts_what_was_trained_in_steps() -> 
     before.steps_done = before.steps_taken = 5
     after.load_state_dict(before.state_dict())
     assert (after.taken, after.window) == (15, 3 * (5 + 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps_done", "expected"),
+    [
+        ({}, 0, [0, 0, 1, 1, 2]),
+        ({"every": 2}, 1, [0, 0, 1, 1, 1, 1, 2]),
+        ({"warmup": 2}, 1, [0, 0, 0, 0, 1]),
+        ({"warmup": 9, "gate": 0.5}, 1, [0, 0, 0, 0, 1]),
+    ],
+)
+def test_a_group_far_back_in_the_order_is_trained_by_a_later_version(
+    settings: dict[str, Any], steps_done: int, expected: list[int]
+) -> None:
+    of = pace(**settings)
+    of.steps_done = of.steps_taken = steps_done
+    assert [of.versions_until(place) for place in range(len(expected))] == expected
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.none() | st.just(0.5),
+    st.integers(0, 9),
+    st.integers(0, 1),
+)
+def test_what_the_window_admits_is_young_enough_in_its_place(
+    groups: int, staleness: int, every: int, warmup: int, gate: float | None, steps_done: int, under_way: int
+) -> None:
+    of = pace(groups, staleness, every, warmup, gate)
+    of.steps_done, of.steps_taken = steps_done, steps_done + under_way
+    last = of.window - of.taken - 1
+    assert last < 0 or of.versions_until(last) <= staleness

@@ -29,7 +29,7 @@ from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.reception import Reception
-from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, heartbeat, hello, ids
+from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, heartbeat, hello, ids, progress
 
 PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(5)]
 IDENTITIES = (b"1", b"2", b"3")
@@ -60,7 +60,14 @@ sayings: st.SearchStrategy[Any] = st.one_of(
     ),
     st.builds(Ready, version=small, probe_logprobs=st.just(NO_PROBE)),
     st.builds(group, small, st.lists(small, min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 3)),
-    st.builds(lambda lease_ids: heartbeat(*lease_ids), st.lists(small, max_size=4)),
+    st.builds(heartbeat, st.dictionaries(small, small), small, st.sampled_from([0.1, 500.0]), st.just(1.0)),
+    st.builds(
+        lambda lease_id, starts, new, ended: progress(lease_id, starts[: len(new)], new, ended),
+        small,
+        st.lists(st.integers(0, 6), min_size=3, max_size=3),
+        st.lists(st.lists(small, max_size=9), min_size=1, max_size=3),
+        st.sampled_from([(), (0,), (0, 1)]),
+    ),
     st.builds(LeaseFailed, lease_id=small, reason=st.just("no")),
     st.builds(
         WeightsReport,
