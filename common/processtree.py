@@ -142,8 +142,9 @@ def _guard(reader: int) -> None:
     """The guardian's life, in the forked child: it must end in os._exit and touch nothing of the parent's."""
     try:
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):  # Slurm tells it too, and it must stay to the end
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):

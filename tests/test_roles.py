@@ -53,6 +53,7 @@ def wait_for(number: int, word: str) -> None:
 
 
 def test_nobody_outlives_a_role_that_was_started_alone_and_is_killed(tmp_path: Path) -> None:
+    """Not even when its guardian was asked to stop too: Slurm tells every process of a job."""
     word = str(tmp_path / "family")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ASYNC_VAPO")}
     role = subprocess.Popen(
@@ -64,6 +65,10 @@ def test_nobody_outlives_a_role_that_was_started_alone_and_is_killed(tmp_path: P
     try:
         wait_for(4, word)  # the role, its guardian, the engine, the daemon
         wait_for(1, "ENGINE " + word)
+        itself = psutil.Process(role.pid)
+        (guardian,) = [child for child in itself.children() if child.cmdline() == itself.cmdline()]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            guardian.send_signal(number)
         time.sleep(3 * LOOK_S)  # that is what the guardian may take to notice an engine that has changed its title
         role.kill()
         role.wait(LIMIT_S)
