@@ -4,6 +4,8 @@ Learner, actors, sockets and weight transfer are the real ones; only the engine 
 says which interface to use.
 """
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import pytest
 
 from common.loading import load_config, save_config
 from common.processtree import family, kill
+from learner.checkpoint import complete_steps
 from tests.support.hosts import Hosts, network
 from tests.support.roles import start_role
 from tests.support.runs import ROOT, rows
@@ -200,3 +203,19 @@ def test_a_cable_that_stays_out_costs_one_actor_at_most(run: Run) -> None:
         (error,) = [line for line in run.log("actor-1").splitlines() if line.startswith("error: ")]
         assert run.exit_code("actor-1") == 1
         assert f"heard nothing from the learner at tcp://{run.hosts.addresses['learner-0']}:" in error
+
+
+def test_a_request_to_stop_that_reaches_every_process_twice_is_one_request(run: Run) -> None:
+    """Slurm tells torchrun, ranks and whatever they have started; torchrun then tells its ranks."""
+    begin(run, "checkpoint.every=0")
+    ranks = [run.roles["learner-0"], run.roles["learner-1"]]
+    learner = family(rank.pid for rank in ranks if rank.pid is not None)
+    assert len(learner) == 4, "each rank has a guardian"
+    for _ in range(2):
+        for pid in learner:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.1)  # two at once would be one
+    for name, role in run.roles.items():
+        role.join(STEPS_S)
+        assert role.exitcode == (143 if role in ranks else 0), run.log(name)[-3000:]
+    assert max(complete_steps(run.run_dir / "checkpoints")) == run.steps()[-1]["step"]
