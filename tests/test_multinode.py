@@ -174,7 +174,7 @@ def cut_for(run: Run, host: str, seconds: float) -> None:
 def test_a_cable_that_is_out_for_less_than_the_time_out_costs_nothing_but_time(run: Run) -> None:
     begin(run, "transport.heartbeat_timeout_s=20")
     for host in ("actor-1", "learner-1"):
-        cut_for(run, host, 5.0)  # TCP tries again at intervals that double, 6 to 13 s after the cut
+        cut_for(run, host, 3.0)  # TCP tries again at intervals that double, 3 to 6 s after the cut
         step = len(run.steps())
         run.wait_until(
             f"groups of both actors after the cable of {host} was back",
