@@ -30,6 +30,7 @@ from common.broadcast import BrokenTransfer
 from common.child import announce_ready
 from common.config import Config, ConfigError, Device
 from common.keys import ActorKeys
+from common.stopping import is_echo
 from common.transport import ActorConnection
 from common.types import (
     Ack,
@@ -60,16 +61,20 @@ NO_PROBE = np.empty(0, dtype=np.float32)
 @dataclass
 class Departure:
     """How signals end this actor, made on its event loop: the first SIGTERM lets one that takes part finish what it
-    samples; SIGINT, a second SIGTERM, or any before it takes part, ends it at once."""
+    samples; SIGINT, a later SIGTERM that is no echo, or any before it takes part, ends it at once."""
 
     task: "asyncio.Task[None]"
     is_draining: asyncio.Event = field(default_factory=asyncio.Event)
     takes_part: bool = False
     number: int | None = None  # of the signal that has ended it at once
+    drains_since_s: float = 0.0  # monotonic
 
     def handle(self, number: int) -> None:
+        if self.is_draining.is_set() and is_echo(number, time.monotonic() - self.drains_since_s):
+            return
         if number == signal.SIGTERM and self.takes_part and not self.is_draining.is_set():
             self.is_draining.set()
+            self.drains_since_s = time.monotonic()
         else:
             self.number = number
             self.task.cancel()

@@ -91,8 +91,8 @@ def messages() -> list[Message]:
         finish_reasons=(None, FinishReason.STOP),
     )
     return [
-        group, report, hello, beat, progress, Draining(), Ready(version=0, probe_logprobs=probe), LeaseFailed(lease_id=3, reason="long"),
-        Bye(error=None),
+        group, report, hello, beat, progress, Draining(), Ready(version=0, probe_logprobs=probe),
+        LeaseFailed(lease_id=3, reason="long"), Bye(error=None),
     ]  # fmt: skip
 
 

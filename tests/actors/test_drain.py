@@ -13,6 +13,7 @@ import pytest
 from actors.greeting import Session
 from actors.main import Actor, Departure
 from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig
+from common.stopping import ECHO_S
 from common.transport import ActorConnection
 from common.types import Bye, CompletedGroup, Draining, Lease, Prompt
 from learner.rollouts.service import LearnerService
@@ -94,18 +95,21 @@ def until(condition: Any) -> None:
 
 
 def test_signals_end_an_actor_at_once_or_let_it_drain() -> None:
-    async def ended_by(*numbers: int, takes_part: bool) -> tuple[bool, int | None]:
+    async def ended_by(*numbers: int, takes_part: bool, late: bool) -> tuple[bool, int | None]:
         departure = Departure(asyncio.create_task(asyncio.sleep(1000)), takes_part=takes_part)
         for number in numbers:
             departure.handle(number)
+            departure.drains_since_s -= ECHO_S * late
         departure.task.cancel()
         return departure.is_draining.is_set(), departure.number
 
-    def run(*numbers: int, takes_part: bool = True) -> tuple[bool, int | None]:
-        return asyncio.run(ended_by(*numbers, takes_part=takes_part))
+    def run(*numbers: int, takes_part: bool = True, late: bool = False) -> tuple[bool, int | None]:
+        return asyncio.run(ended_by(*numbers, takes_part=takes_part, late=late))
 
     assert run(signal.SIGTERM) == (True, None)
-    assert run(signal.SIGTERM, signal.SIGTERM) == (True, signal.SIGTERM)
+    assert run(signal.SIGTERM, signal.SIGTERM) == (True, None), "an echo, as Slurm and torchrun send it"
+    assert run(signal.SIGTERM, signal.SIGTERM, late=True) == (True, signal.SIGTERM)
+    assert run(signal.SIGTERM, signal.SIGINT) == (True, signal.SIGINT)
     assert run(signal.SIGINT) == (False, signal.SIGINT)
     assert run(signal.SIGTERM, takes_part=False) == (False, signal.SIGTERM)
 
