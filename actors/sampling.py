@@ -143,6 +143,8 @@ def _prefix(lease: Lease, index: int) -> tuple[Drawn, FinishReason | None]:
 def _accumulated(state: Any, start: int) -> Drawn:
     """What a running request has drawn from its own token `start` on."""
     token_ids = state.detokenizer.output_token_ids
+    if not len(token_ids):  # it waits behind others, and no version has been noted either
+        return drawn_by((), (), [])
     starts = state.weight_version_starts
     ends = [first for _, first in starts[1:]] + [len(token_ids)]
     spans = [

@@ -159,3 +159,12 @@ def test_what_goes_on_after_a_prefix_has_random_numbers_of_its_own() -> None:
     seeds = {Sample(lease(4, prefix=(n,) * 4), index, "").seed for n in range(1, 50) for index in range(4)}
     assert len(seeds) == 4 * 49 and seeds.isdisjoint(range(11, 20))
     assert Sample(lease(1, prefix=(3,)), 0, "").seed == Sample(lease(1, prefix=(3,)), 0, "").seed
+
+
+def test_a_request_that_waits_behind_others_has_drawn_nothing() -> None:
+    state = SimpleNamespace(
+        detokenizer=SimpleNamespace(output_token_ids=[], num_output_tokens=lambda: 0),
+        logprobs_processor=SimpleNamespace(logprobs=SimpleNamespace(logprobs=[])),
+        weight_version_starts=[],
+    )
+    assert len(sampling._accumulated(state, 0)) == 0
