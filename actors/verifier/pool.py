@@ -144,13 +144,15 @@ class VerifierPool:
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 greeting = (await process.stdout.readline()).decode().strip()
+                if greeting == "ready":
+                    return process
+                if greeting.startswith("error "):
+                    process.kill()  # a thread that the refused module has started may keep it
+                code = await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
             raise VerifierError(f"verifier {self.function} was not loaded within {_START_TIMEOUT_S:g} s") from None
-        if greeting == "ready":
-            return process
-        code = await process.wait()
         if greeting.startswith("error "):
             raise ConfigError(greeting.removeprefix("error "))
         raise VerifierError(f"verifier {self.function}: its process left with exit code {code} while starting")

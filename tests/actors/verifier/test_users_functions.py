@@ -166,3 +166,18 @@ def test_a_function_is_tried_on_the_first_row(function: str) -> None:
 def test_a_function_that_is_too_slow_for_its_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"came to no end within verifier\.timeout_s=0\.5 s"):
         try_on("wait", ASYNC, timeout_s=0.5)
+
+
+def test_a_refused_module_that_has_started_a_thread_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+    (tmp_path / "starts_a_thread.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    async def start() -> None:
+        async with asyncio.timeout(30), VerifierPool("starts_a_thread:absent", 1, 5.0, 512):
+            raise AssertionError("it has no such function")
+
+    with pytest.raises(ConfigError, match="absent"):
+        asyncio.run(start())
