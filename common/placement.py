@@ -20,6 +20,7 @@ from common.memory import MemoryPlan, Shapes, plan_memory, read_shapes, refuse_s
 from common.validation import validate
 
 MIB = 2**20
+NVIDIA_SMI_S = 60.0  # it takes seconds where no driver is loaded yet
 _HINT = ": use more, or share one (actors.placement=shared)"
 
 
@@ -157,7 +158,10 @@ def _listed_gpus() -> list[tuple[str, str, int | None]] | None:
     if tool is None:
         return None
     query = [tool, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    listing = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"device=cuda: nvidia-smi did not answer within {NVIDIA_SMI_S:g} s") from None
     if listing.returncode != 0:
         raise ConfigError(f"device=cuda: nvidia-smi fails ({listing.stdout.strip() or listing.stderr.strip()})")
     rows = [[field.strip() for field in line.split(",")] for line in listing.stdout.splitlines() if line.strip()]

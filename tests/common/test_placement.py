@@ -1,5 +1,6 @@
 """Which GPUs whom: separate, shared and decided by how many are visible. GPUs are stand-ins."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,17 @@ def test_a_model_of_unknown_sizes_needs_a_fraction_only_when_shared(tmp_path: Pa
     assert settle_memory(run, gpus(2)) == run
     told = replace(shared, actors=replace(shared.actors, gpu_memory_utilization=0.3))
     assert settle_memory(told, gpus(1)) == told
+
+
+def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(placement, "NVIDIA_SMI_S", 0.2)
+    with pytest.raises(ConfigError, match=r"nvidia-smi did not answer within 0\.2 s"):
+        visible_gpus()
 
 
 def test_a_driver_that_fails_is_quoted(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
