@@ -1,5 +1,6 @@
 # make demo         train the demo (installs the CPU build first when nothing is installed)
 # make test         lint, type check and run every test
+# make test-long    the tests that take minutes each: four hosts, a learner of two ranks killed among real engines
 # make lint         only lint and type check
 # make install-gpu  install the CUDA build instead
 # make gpu-check    does everything that needs a GPU work on this one? Six minutes at most
@@ -25,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint install-gpu gpu-check clean
+.PHONY: demo test test-long lint install-gpu gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -34,9 +35,13 @@ demo: $(STAMP)
 
 test: lint
 	@echo "== tests, $(TEST_WORKERS) at a time"
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone"
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone and not long"
 	@echo "== tests that need the cores for themselves, one at a time"
 	@$(BIN)/python -m pytest -m alone
+
+test-long: $(STAMP)
+	@echo "== tests that take minutes each, one at a time"
+	@$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	@echo "== ruff check"

@@ -25,7 +25,7 @@ from tests.support.hosts import Hosts, network
 from tests.support.roles import start_role
 from tests.support.runs import ROOT, rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(420)]
 
 START_S = 240.0  # until the first step; torchrun and its workers all import torch
 STEPS_S = 120.0  # of a few steps

@@ -154,8 +154,13 @@ class Coordinator:
         self._stand(member, member.heard_s)
 
     def heard(self, name: str, now: float) -> None:
-        """Any message of a member. One that was lost has to greet before it takes part again."""
-        self._members[name].heard_s = now
+        """Any message of a member. One that was lost has to greet before it takes part again. What it did while nothing
+        was heard is not known, so that this time does not count against its leases."""
+        member = self._members[name]
+        silent_s, member.heard_s = now - member.heard_s, now
+        if silent_s > 2 * self._config.transport.heartbeat_s:
+            for lease_id in member.held:
+                self._slots[lease_id].granted_s += silent_s
 
     def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
         """Messages of one connection keep their order: what is neither listed nor here got lost with an earlier one."""
@@ -333,8 +338,10 @@ class Coordinator:
     def _revoke_stragglers(self, now: float) -> None:
         room = {member.name: max(0, member.free(self.version, now)) for member in self._members}
         for slot in list(overdue.stragglers(self._slots, self._times, room, len(self._pending), now)):
-            logger.warning("actor %s is too slow with lease %d", slot.actor, slot.lease.lease_id)
             member = self._members[slot.actor]
+            if now - member.heard_s > 2 * self._config.transport.heartbeat_s:
+                continue  # it is silent: whether it is slow is not known
+            logger.warning("actor %s is too slow with lease %d", slot.actor, slot.lease.lease_id)
             member.rest.begin(now, self._times.limit_s)
             self._revoke(member, [slot.lease.lease_id], DropReason.STRAGGLER)
             self._send(member.name, Cancel(lease_id=slot.lease.lease_id))

@@ -73,7 +73,7 @@ def test_packed_logprobs_and_gradients_equal_full_logits_one_by_one(
         loss.backward()
         expected_loss.backward()
         for (name, p), q in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
         policy.zero_grad()
         reference.zero_grad()
 

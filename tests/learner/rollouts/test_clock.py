@@ -1,5 +1,7 @@
 """Leases that get nowhere: an engine that stands still, a lease that is stuck, an actor that is much slower."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.config import TransportConfig
@@ -116,9 +118,10 @@ def test_an_engine_clock_counts_busy_seconds_since_growth() -> None:
 # ---- an actor that is slow
 
 
-def with_history(*actors: str) -> Coordinator:
+def with_history(*actors: str, **transport: float) -> Coordinator:
     """Leases have taken 10 s for 4 tokens, and all that were sampled have been trained."""
-    coordinator = make(make_config(prompts_per_step=FEWEST, max_staleness=1), *actors)
+    config = make_config(prompts_per_step=FEWEST, max_staleness=1)
+    coordinator = make(replace(config, transport=replace(config.transport, **transport)), *actors)
     for name, lease in granted(coordinator):
         coordinator.receive(name, group(lease.lease_id, [0] * 4), 10.0)
     for steps_done in (1, 2):
@@ -127,16 +130,36 @@ def with_history(*actors: str) -> Coordinator:
     return coordinator
 
 
+def hear(coordinator: Coordinator, now: float) -> None:
+    """As if everybody had said something all the time."""
+    for member in coordinator._members:
+        member.heard_s = now
+
+
 def slow_lease(coordinator: Coordinator, grown: int, now: float) -> tuple[str, Lease]:
     """The only lease that is still out, with so many tokens; all others are in, in time."""
+    hear(coordinator, 100.0)
     (name, lease), *others = granted(coordinator, now=100.0)
     for other, done in others:
         coordinator.receive(other, group(done.lease_id, [0] * 4), 110.0)
     coordinator.progress(name, progress(lease.lease_id, [0, 0], [[0] * grown, [0]]))
-    for actor in coordinator.members():
-        coordinator.heard(actor, now)
+    hear(coordinator, now)
     coordinator.tick(now)
     return name, lease
+
+
+def test_time_in_which_an_actor_was_not_heard_does_not_count_against_its_leases() -> None:
+    coordinator = with_history("a", "b", heartbeat_timeout_s=1000.0)
+    hear(coordinator, 100.0)
+    (name, lease), *others = granted(coordinator, now=100.0)
+    for other, done in others:
+        coordinator.receive(other, group(done.lease_id, [0] * 4), 110.0)
+    hear(coordinator, 101.0)
+    coordinator.tick(150.0)
+    for actor in coordinator.members():
+        coordinator.heard(actor, 150.0)  # the cable is back
+    coordinator.tick(151.0)
+    assert not coordinator.drops and lease.lease_id in coordinator.member(name).held
 
 
 def test_a_lease_that_keeps_the_batch_waiting_on_a_slow_actor_goes_to_another() -> None:
