@@ -202,7 +202,10 @@ def test_a_flood_of_garbage_is_cut_off_again_and_again() -> None:
                 peer.sendall(strangers.frame(b"\xc1", 0) * 5 * MAX_STRIKES)
             assert strangers.is_closed(peer)
         assert served.socket.refusals[Refusal.MALFORMED] >= 3
-        greet(served, None)
+        try:
+            greet(served, None, timeout_s=3.0)
+        except TimeoutError:  # it got a hostile one's descriptor before that was noticed, and was cut off once
+            greet(served, None)
 
 
 def test_empty_frames_are_no_messages() -> None:
