@@ -73,6 +73,8 @@ class Connections:
         self.refusals: Counter[Refusal] = Counter()
         self._max_bytes = max_bytes + IN_FLIGHT_BYTES
         self._peers: dict[int, _Peer] = {}  # oldest first
+        self._max_queued = int(router.getsockopt(zmq.RCVHWM))
+        self._left_over: dict[int, tuple[bytes, int]] = {}  # of who was cut off: identity, messages still to be read
 
     def follow(self) -> None:
         """Read what the monitor has told since the last call."""
@@ -94,11 +96,18 @@ class Connections:
         peer = self._peers.setdefault(descriptor, _Peer())
         peer.base, peer.is_known = None, True
 
-    def strike(self, descriptor: int) -> None:
-        """What has come was no message."""
-        if (peer := self._peers.get(descriptor)) is not None:
+    def strike(self, descriptor: int, identity: bytes) -> None:
+        """What has come was no message.
+
+        One that was cut off may have had more of them on their way, which come when its descriptor is another's.
+        """
+        cut_off, num_left = self._left_over.get(descriptor, (b"", 0))
+        if num_left and cut_off == identity:
+            self._left_over[descriptor] = identity, num_left - 1
+        elif (peer := self._peers.get(descriptor)) is not None:
             peer.strikes += 1
             if peer.strikes == MAX_STRIKES:
+                self._left_over[descriptor] = identity, self._max_queued
                 self.cut(descriptor, Refusal.MALFORMED)
 
     def check(self) -> None:

@@ -157,7 +157,7 @@ class LearnerSocket:
                 self._check_connections()
                 return
             num_bytes += len(frame)
-            yield identity, self._decoded(frame)
+            yield identity, self._decoded(identity, frame)
             if num_bytes > BYTES_PER_TURN:
                 return
 
@@ -174,7 +174,7 @@ class LearnerSocket:
         self._is_skipping = bool(frame.more)
         return identity, frame
 
-    def _decoded(self, frame: zmq.Frame) -> ActorMessage | WireError:
+    def _decoded(self, identity: bytes, frame: zmq.Frame) -> ActorMessage | WireError:
         descriptor = int(frame.get(zmq.SRCFD))
         self._connections.delivered(descriptor)
         try:
@@ -185,7 +185,7 @@ class LearnerSocket:
                 raise WireError(f"{type(message).__name__} is a message of the learner, not of an actor")
             return cast(ActorMessage, message)
         except WireError as error:
-            self._connections.strike(descriptor)
+            self._connections.strike(descriptor, identity)
             return error
 
     def _check_connections(self) -> None:
