@@ -73,7 +73,8 @@ def test_packed_logprobs_and_gradients_equal_full_logits_one_by_one(
         loss.backward()
         expected_loss.backward()
         for (name, p), q in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+            # float32 rounding, which grows with the gradient: 1e-6 to 2.5e-6 of its norm, depending on the processor
+            assert float((p.grad - q.grad).norm() / q.grad.norm()) < 1e-5, name
         policy.zero_grad()
         reference.zero_grad()
 
