@@ -174,7 +174,7 @@ def test_ctrl_c_saves_a_checkpoint_and_stops_everything(tmp_path: Path) -> None:
         process.kill()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_killed_learner_resumes_from_its_checkpoint_on_two_ranks(tmp_path: Path) -> None:
     process = subprocess.Popen(
