@@ -332,7 +332,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="async-vapo", description="Train a language model to reason, with asynchronous actors and VAPO."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_roles(commands)
+    _add_tools(commands)
+    return parser
 
+
+def _add_roles(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What starts processes of a run, checks it, or changes it while it lives."""
     train = commands.add_parser("train", help="start learner and actors here and train to the end")
     train.set_defaults(command=_train)
     _add_config(train)
@@ -361,6 +367,10 @@ def _parser() -> argparse.ArgumentParser:
     actors.set_defaults(command=_actors)
     actors.add_argument("run", help="run directory of a `train` that runs on this machine")
     actors.add_argument("--count", type=int, help="how many there shall be (default: only say how many there are)")
+
+
+def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What reads or writes files."""
     keygen = commands.add_parser("keygen", help="make the keys of a learner and its actors")
     keygen.set_defaults(command=_keygen)
     keygen.add_argument("folder", help="for transport.keys and --keys; what it holds already is kept")
@@ -401,7 +411,6 @@ def _parser() -> argparse.ArgumentParser:
         default=AnswerForm.ANY.value,
         help="verifier.answer_form: any spelling of the right value (the default here), or exact, as in training",
     )
-    return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
