@@ -151,11 +151,14 @@ def test_what_is_reported_of_an_undisturbed_lease_is_what_it_ends_with(bench: Be
 
 def test_an_undisturbed_lease_draws_what_one_request_with_n_samples_would(bench: Bench) -> None:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     asked = lease(31, max_tokens=30)
 
     async def request() -> Any:
-        parameters = SamplingParams(n=4, seed=asked.seed, max_tokens=30, temperature=1.0)
+        parameters = SamplingParams(
+            n=4, seed=asked.seed, max_tokens=30, temperature=1.0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         prompt = {"prompt_token_ids": asked.prompt_token_ids.tolist()}
         return [output async for output in bench.engine._llm.generate(prompt, parameters, "direct")][-1]
 
