@@ -126,11 +126,11 @@ class Simulation:
         for name in self._actors:
             self._coordinator.heard(name, self._now)
         self._coordinator.tick(self._now)
-        if self._idle_since is not None and (batch := self._coordinator.take_batch()) is not None:
+        if self._idle_since is not None and (batch := self._coordinator.ledger.take_batch()) is not None:
             self.waited_s.append(self._now - self._idle_since)
             self.taken_s.append(self._now)
             versions_T = np.concatenate([group.completed.versions for group in batch])
-            self.ages_T.append(self._coordinator.version - versions_T)
+            self.ages_T.append(self._coordinator.ledger.version - versions_T)
             self._idle_since = None
             self._at(self._now + self._step_s, self._publish)
         self._coordinator.dispatch(self._now)
@@ -149,7 +149,7 @@ class Simulation:
         self._at(began_s + actor.token_s * int(lengths.max()), arrive)
 
     def _publish(self) -> None:
-        version = self._coordinator.version + 1
+        version = self._coordinator.ledger.version + 1
         for actor in self._actors.values():
             actor.loaded_s.append(self._now)
             self._coordinator.loaded(actor.name, version)
@@ -240,7 +240,7 @@ def measure_turns(num_actors: int = 500, places: int = 16) -> dict[str, float]:
         coordinator.receive(name, group, now)
         coordinator.tick(now)
         coordinator.waiting_for_weights()
-        coordinator.take_batch()
+        coordinator.ledger.take_batch()
         coordinator.dispatch(now)
         coordinator.outbox.clear()
         turns.append(time.process_time() - started)

@@ -47,11 +47,11 @@ NO_WAITS = {
     r"select\.poll|.*popen\.poll": "makes a poller; looks",
     r".*\b(batch|experience)\.select|OmegaConf\.select": "chooses from data at hand",
     r"self\.(accept|term)": "of a parser",
-    r"finished\.result|self\._evaluation\.result": "of what is done",
+    r"finished\.result|self\.evaluation\.result": "of what is done",
     r"channel\.connect|probe\.connect": "ZeroMQ connects in the background, a datagram socket only notes the address",
     r"connection\.shutdown": "tells the kernel",
     # Ours; where they wait is found in themselves.
-    r".*_(coordinator|counts|receiver|control)\.\w+|self\._session\.accept": "ours",
+    r".*(_coordinator|_receiver|_control|ledger|counts)\.\w+|self\._session\.accept": "ours",
     r"socket\.send|(worker|socket)\.receive": "ours",
     r"self\.(checkpointer\.)?wait|(self|publisher)\.shutdown": "ours",
 }

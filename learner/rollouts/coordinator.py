@@ -1,31 +1,19 @@
-"""Who samples what, and what may be trained: a pure state machine. No sockets, no clock, no threads.
+"""Who samples what: members, and the leases that they hold. A pure state machine: no sockets, no clock, no threads.
 
-A training prompt goes   pending -> leased(actor) -> buffered -> trained | dropped(reason)
-
-- Lease ids count up and are never used twice. A prompt that comes back is leased again first, under a new id, with what
-  was sampled of its responses: the next actor goes on from there.
+- Where a prompt is, and what may be trained, is the ledger's part (learner/rollouts/ledger.py).
 - An actor that is lost keeps its leases for transport.grace_s; when it greets again both sides say what they know.
-- A member answers for its failures (learner/rollouts/accounts.py). A prompt is given up when several members, or the
-  only one there is, have failed on it.
-- Admission: groups leased + buffered + trained stay below the window (learner/rollouts/pace.py), so that actors run
-  ahead of the learner by at most `max_staleness` versions.
+- A member answers for its failures (learner/rollouts/accounts.py).
 - A lease is taken from an actor whose engine does not get on with it, or much slower than others (clock.py).
-- Consumption is in the order of the prompt stream, also for a prompt that came back, and a batch waits for its earlier
-  leases; or, by `staleness.batching`, in that of arrival, except that what would get too old goes first
-  (learner/rollouts/batching.py). Either way the admission window keeps every group young enough; the gate at
-  consumption holds for whatever an actor sends.
-- Evaluation leases count nowhere in the above. They have all the room before the first step and whenever no training
-  lease may go out, else at most `eval.share` of it.
+- While training waits too, evaluation gets at most `eval.share` of an actor.
 
 Everything to be sent is put into an outbox. learner/rollouts/service.py calls all this under its lock.
 """
 
 import logging
-from bisect import insort
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from common.config import Batching, Config, OverAge
+from common.config import Config, ConfigError
 from common.types import (
     Ack,
     Cancel,
@@ -42,36 +30,27 @@ from common.types import (
     Pulse,
     Purpose,
     Refused,
-    TrajectoryGroup,
 )
 from learner.rollouts import overdue
-from learner.rollouts.archive import renumbered
-from learner.rollouts.batching import next_slots
 from learner.rollouts.clock import LeaseTimes
 from learner.rollouts.contents import problem_with, problem_with_tokens
-from learner.rollouts.counts import Counts
-from learner.rollouts.evaluation import Begun, EvalResult, Evaluation, asked
-from learner.rollouts.leases import Slot, Slots, eval_lease, grown, is_over_age, train_lease
+from learner.rollouts.leases import Slot, grown
+from learner.rollouts.ledger import Ledger
 from learner.rollouts.members import Member, Members, Presence
-from learner.rollouts.pace import Pace
-from learner.rollouts.partial import Partial, Pending
+from learner.rollouts.partial import Partial
 from learner.rollouts.places import Outbox, Places
 from learner.rollouts.prompts import PromptStream
-from learner.rollouts.selection import Fate, Selection
 from learner.rollouts.speed import Speed
-from learner.rollouts.verdicts import Verdicts, is_informative
 
 logger = logging.getLogger(__name__)
 
 NOW = float("-inf")
-MAX_FAILURES = 3  # of one prompt, and on as many actors if there are so many, before it is given up
 
 
 class Coordinator:
     """The state machine. `now` is a monotonic time in seconds.
 
-    Invariants: every training prompt drawn from the stream is in exactly one place: pending, one slot, trained,
-    or dropped for good. A lease is in `held` of the one member that its slot names until its group is buffered.
+    Invariant: a lease is in `held` of the one member that its slot names until its group is buffered.
     """
 
     def __init__(
@@ -84,18 +63,9 @@ class Coordinator:
         vocab_size: int | None = None,
     ) -> None:
         self._config = config
-        self._stream = stream
-        self._tokenize = tokenize
+        self.ledger = Ledger(config, stream, tokenize, incarnation)
         self._members = Members(config)
-        self.pace = Pace(config)
-        self._pending: deque[Pending] = deque()
         self._vocab_size = vocab_size
-        self._slots = Slots(incarnation)
-        self._evaluation: Evaluation | None = None
-        self._counts = Counts()
-        self._selection = Selection()
-        self.verdicts = Verdicts(config)
-        self.version = 0
         self.outbox = Outbox()
         self.condemned: dict[str, str] = {}  # members that have to leave, and why; whoever dismisses them empties it
         self._places = Places()
@@ -109,7 +79,7 @@ class Coordinator:
     @property
     def drops(self) -> Counter[DropReason]:
         """Leases that were dropped, by reason."""
-        return self._counts.drops
+        return self.ledger.counts.drops
 
     # ---- members
 
@@ -135,8 +105,8 @@ class Coordinator:
         for lease_id in sorted(known ^ theirs):
             self._send(name, Cancel(lease_id=lease_id))
         for lease_id in set(finished) - known:
-            if not self._counts.has_received(lease_id):
-                self._counts.drop(DropReason.UNKNOWN_LEASE, lease_id, name)
+            if not self.ledger.counts.has_received(lease_id):
+                self.ledger.counts.drop(DropReason.UNKNOWN_LEASE, lease_id, name)
         self._check_s = NOW
         self._stand(member, now)
 
@@ -147,8 +117,8 @@ class Coordinator:
         if member.presence is Presence.JOINING:
             member.presence = Presence.READY
         member.was_ready = True
-        is_folder = member.is_fresh and self.pace.is_folder_version_0
-        member.version = version if version == self.version == 0 and is_folder else None
+        is_folder = member.is_fresh and self.ledger.pace.is_folder_version_0
+        member.version = version if version == self.ledger.version == 0 and is_folder else None
         member.probe_logprobs = probe_logprobs if member.is_fresh else None
         self._check_s = NOW
         self._stand(member, member.heard_s)
@@ -160,13 +130,13 @@ class Coordinator:
         silent_s, member.heard_s = now - member.heard_s, now
         if silent_s > 2 * self._config.transport.heartbeat_s:
             for lease_id in member.held:
-                self._slots[lease_id].granted_s += silent_s
+                self.ledger.slots[lease_id].granted_s += silent_s
 
     def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
         """Messages of one connection keep their order: what is neither listed nor here got lost with an earlier one."""
         member = self._members[name]
         member.beat(heartbeat)
-        self._send(name, Pulse(version=self.version))
+        self._send(name, Pulse(version=self.ledger.version))
         if member.presence is Presence.LOST:
             return
         listed, grace_s = set(heartbeat.lease_ids.tolist()), self._config.transport.grace_s
@@ -175,7 +145,7 @@ class Coordinator:
         missing = [
             lease_id
             for lease_id in member.held
-            if lease_id not in listed and now - max(self._slots[lease_id].granted_s, member.greeted_s) > grace_s
+            if lease_id not in listed and now - max(self.ledger.slots[lease_id].granted_s, member.greeted_s) > grace_s
         ]
         if missing:  # a lease, or a group that is sent again, may be on its way, but not for so long
             self.lose(name, f"it does not sample the leases {missing[:8]}")
@@ -219,12 +189,8 @@ class Coordinator:
         self._outdated.discard(name)
         self._resting.pop(name, None)
         if distrust and member.version is not None:
-            self._forget_partial(member, member.version)
+            self.ledger.distrust(name, list(member.held), member.version)
         self._revoke(member, list(member.held))
-        if distrust and member.version is not None:
-            for slot in reversed(list(self._slots.train.values())):
-                if slot.actor == name and slot.group is not None and slot.group.newest_version >= member.version:
-                    self._withdraw(slot, DropReason.ACTOR_LOST)
 
     def tick(self, now: float) -> None:
         """Declare silent members lost, lease again what lost ones held for too long, nudge late ones, judge who is fast
@@ -242,7 +208,7 @@ class Coordinator:
             )
             self._revoke(member, list(member.held))
         for name in self._members.late(now):
-            self._send(name, Pulse(version=self.version))
+            self._send(name, Pulse(version=self.ledger.version))
         self._speed.judge(self._members)
         for member in self._members:
             self._stand(member, now)
@@ -250,10 +216,10 @@ class Coordinator:
 
     def _stand(self, member: Member, now: float) -> None:
         """After any change of a member's presence, version, leases or speed: its room, and whether it needs weights."""
-        self._places.set(member.name, member.free(self.version, now))
+        self._places.set(member.name, member.free(self.ledger.version, now))
         if (until_s := max(member.account.waits_until_s, member.rest.until_s)) > now:
             self._resting[member.name] = until_s
-        if member.presence is Presence.READY and not member.is_current(self.version):
+        if member.presence is Presence.READY and not member.is_current(self.ledger.version):
             self._outdated.add(member.name)
         else:
             self._outdated.discard(member.name)
@@ -290,10 +256,10 @@ class Coordinator:
         return self._members.forgettable(now)
 
     def count_dismissal(self) -> None:
-        self._counts.totals["actors_dismissed"] += 1
+        self.ledger.counts.totals["actors_dismissed"] += 1
 
     def count_forgotten(self) -> None:
-        self._counts.totals["actors_forgotten"] += 1
+        self.ledger.counts.totals["actors_forgotten"] += 1
 
     def condemn(self, name: str, reason: str) -> None:
         """This member has to leave."""
@@ -305,7 +271,8 @@ class Coordinator:
 
     def folder_probe(self, name: str) -> Float32Array | None:
         """What a ready actor scored with the model folder's weights, if those are the current version; else None."""
-        return self._members[name].probe_logprobs if self.version == 0 and self.pace.is_folder_version_0 else None
+        is_folder = self.ledger.version == 0 and self.ledger.pace.is_folder_version_0
+        return self._members[name].probe_logprobs if is_folder else None
 
     def hung(self) -> list[tuple[str, str]]:
         """Members that have to leave because their engines have been hanging for too long, with the reason."""
@@ -315,20 +282,19 @@ class Coordinator:
         """These leases of its are void: their prompts return to their queues, with what was sampled of them. An actor
         that still samples one is told so when it lists it."""
         for lease_id in lease_ids:
-            slot = self._slots[lease_id]
-            del member.held[lease_id]
-            member.num_evaluating -= slot.lease.purpose is Purpose.EVAL
-            self._withdraw(slot, reason, keeps_partial=True)
+            slot = self.ledger.slots[lease_id]
+            member.release(slot.lease)
+            self.ledger.withdraw(slot, reason, keeps_partial=True)
 
     def _revoke_overdue(self, member: Member, now: float) -> None:
         """An engine that stands still gets no lease until it moves. One that gets on with others only rests, so that
         the lease goes elsewhere."""
         transport = self._config.transport
-        if hung := overdue.hung(member, self._slots, transport):
+        if hung := overdue.hung(member, self.ledger.slots, transport):
             logger.error("the engine of actor %s stands still; it held the leases %s", member.name, hung)
             member.is_hung = True
             self._revoke(member, hung, DropReason.HUNG)
-        elif stuck := overdue.stuck(member, self._slots, transport):
+        elif stuck := overdue.stuck(member, self.ledger.slots, transport):
             logger.warning("actor %s does not get on with the leases %s", member.name, stuck)
             member.rest.begin(now, transport.lease_timeout_s)
             self._revoke(member, stuck, DropReason.HUNG)
@@ -336,8 +302,8 @@ class Coordinator:
                 self._send(member.name, Cancel(lease_id=lease_id))
 
     def _revoke_stragglers(self, now: float) -> None:
-        room = {member.name: max(0, member.free(self.version, now)) for member in self._members}
-        for slot in list(overdue.stragglers(self._slots, self._times, room, len(self._pending), now)):
+        room = {member.name: max(0, member.free(self.ledger.version, now)) for member in self._members}
+        for slot in list(overdue.stragglers(self.ledger.slots, self._times, room, len(self.ledger.pending), now)):
             member = self._members[slot.actor]
             if now - member.heard_s > 2 * self._config.transport.heartbeat_s:
                 continue  # it is silent: whether it is slow is not known
@@ -347,45 +313,27 @@ class Coordinator:
             self._send(member.name, Cancel(lease_id=slot.lease.lease_id))
             self._stand(member, now)
 
-    def _forget_partial(self, member: Member, version: int) -> None:
-        """What it may have sampled with wrong weights, called `version`, is not handed on."""
-        for slot in map(self._slots.__getitem__, member.held):
-            if slot.partial is not None and slot.num_tokens and slot.partial.newest_version >= version:
-                self._counts.dropped_tokens[DropReason.ACTOR_LOST] += slot.num_tokens
-                slot.partial = None
-
     # ---- leases out
-
-    @property
-    def admitted(self) -> int:
-        """Groups leased, buffered or trained; those that were dropped have given their place back."""
-        return self.pace.taken + len(self._slots.train)
-
-    def is_window_sampled(self) -> bool:
-        """The window is full and every group in it has arrived."""
-        return self.admitted >= self.pace.window and not self._slots.num_in_flight
 
     def dispatch(self, now: float) -> None:
         """Grant leases while a current actor has room and there is something to sample."""
-        self._buffer_finished(now)
+        self.ledger.buffer_finished(now)
         self._end_rests(now)
         while (name := self._places.most()) is not None:
             member = self._members[name]
-            slot = self._next_slot(member, now)
+            slot = self.ledger.lease(name, now, may_evaluate=self._may_evaluate(member))
             if slot is None:
                 return
-            member.held[slot.lease.lease_id] = None
-            member.num_evaluating += slot.lease.purpose is Purpose.EVAL
-            member.tried_s = now
+            member.take(slot.lease, now)
             self._stand(member, now)
             self._send(name, slot.lease)
-            self._buffer_finished(now)
+            self.ledger.buffer_finished(now)
 
     def _end_rests(self, now: float) -> None:
         """Of those whose time is over; of all, when nobody else would get leases."""
         if not self._resting:
             return
-        able = [member for member in self._members if member.is_current(self.version) and not member.is_hung]
+        able = [member for member in self._members if member.is_current(self.ledger.version) and not member.is_hung]
         if all(member.rest.until_s > now for member in able):
             for member in able:
                 member.rest.until_s = now
@@ -394,59 +342,9 @@ class Coordinator:
             del self._resting[name]
             self._stand(self._members[name], now)
 
-    def _buffer_finished(self, now: float) -> None:
-        """What a checkpoint held of finished groups takes its place in the order when all before it have theirs."""
-        while self._pending and self.admitted < self.pace.window and (group := self._pending[0].group) is not None:
-            group, pending = renumbered(group, self._slots.next_lease_id), self._pending.popleft()
-            oldest = group.oldest_version
-            slot = Slot(group.lease, pending.prompt, pending.turn, group.actor, granted_s=now, oldest_version=oldest)
-            self._slots.buffer(self._slots.add(slot), group)
-            self._selection.add(Fate.SAMPLED, group.completed)
-
-    def _next_slot(self, member: Member, now: float) -> Slot | None:
-        lease_id, evaluation = self._slots.next_lease_id, self._evaluation
-        if evaluation is not None and evaluation.pending and self._may_evaluate(member):
-            pending = evaluation.pending.popleft()
-            prompt, partial = pending.prompt, pending.partial
-            lease = eval_lease(self._config, lease_id, prompt, self._tokenize(prompt), partial, evaluation)
-            member.leases_since_eval = 0
-        elif self.admitted < self.pace.window:
-            pending = self._next_pending()
-            prompt, partial = pending.prompt, self._young_enough(pending)
-            lease = train_lease(self._config, lease_id, prompt, self._tokenize(prompt), partial)
-            member.leases_since_eval += 1
-        else:
-            return None
-        self._counts.totals["prefix_tokens"] += len(lease.prefix_token_ids)
-        oldest = partial.oldest_version if partial is not None and partial.num_tokens else self.version
-        slot = Slot(lease, prompt, pending.turn, member.name, granted_s=now, oldest_version=oldest, partial=partial)
-        return self._slots.add(slot)
-
-    def _next_pending(self) -> Pending:
-        if self._pending:
-            return self._pending.popleft()
-        return Pending(prompt=self._stream.next(), turn=self._slots.next_turn())
-
-    def _young_enough(self, pending: Pending) -> Partial | None:
-        """What is known of it, unless its oldest token could be too old when the group is trained. With
-        `first_finished` its turn does not tell when that is: only tokens of this version are kept."""
-        partial, staleness = pending.partial, self._config.staleness
-        if partial is None or not partial.num_tokens or staleness.over_age is OverAge.mask:
-            return partial
-        version, bound = self.version, 0
-        if staleness.batching is Batching.admission_order:
-            version += self.pace.versions_until(self._slots.num_before(pending.turn))
-            bound = staleness.max_staleness
-        if version - partial.oldest_version <= bound:
-            return partial
-        self._counts.dropped_tokens[DropReason.STALE] += partial.num_tokens
-        return None
-
     def _may_evaluate(self, member: Member) -> bool:
         """While training waits, evaluation gets `eval.share` of an actor's leases and of its room, but one at least, so
-        that neither starves. Before the first step training does not count as waiting: version 0 is evaluated first."""
-        if self.pace.steps_done == 0 or self.admitted >= self.pace.window:
-            return True
+        that neither starves."""
         share = self._config.eval.share
         has_room = member.num_evaluating + 1 <= max(1.0, share * member.capacity)
         return has_room and (member.leases_since_eval + 1) * share >= 1.0
@@ -458,11 +356,11 @@ class Coordinator:
         self._send(name, Ack(lease_id=group.lease_id))
         member = self._members[name]
         if group.lease_id not in member.held:
-            is_copy = self._counts.has_received(group.lease_id)
-            self._counts.drop(DropReason.DUPLICATE if is_copy else DropReason.UNKNOWN_LEASE, group.lease_id, name)
+            is_copy = self.ledger.counts.has_received(group.lease_id)
+            self.ledger.counts.drop(DropReason.DUPLICATE if is_copy else DropReason.UNKNOWN_LEASE, group.lease_id, name)
             return
-        slot = self._slots[group.lease_id]
-        newest = max(self.version, member.version or 0)
+        slot = self.ledger.slots[group.lease_id]
+        newest = max(self.ledger.version, member.version or 0)
         problem = problem_with(group, slot.lease, newest, self._config, self._vocab_size)
         if problem is None and slot.partial is not None:
             problem = slot.partial.problem_with(group)
@@ -474,29 +372,16 @@ class Coordinator:
         member.account.succeed()
         self._time(slot, group, member, now)
         self._release(member, slot, now)
-        self._counts.failures.pop(slot.prompt.uid, None)
-        self._counts.receive(group)
-        self.verdicts.add(group, slot.lease.purpose)
-        if slot.lease.purpose is Purpose.EVAL:
-            assert self._evaluation is not None
-            self._slots.remove(slot)
-            self._evaluation.add(group, now)
-            return
-        self._selection.add(Fate.SAMPLED, group)
-        self._speed.add(group)
-        slot.partial = None
-        self._slots.buffer(slot, TrajectoryGroup(lease=slot.lease, actor=name, completed=group, arrived_s=now))
-        if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
-            self._forget(slot, reason)
+        self.ledger.settle(slot, group, now)
 
     def progress(self, name: str, progress: Progress) -> None:
         """Tokens of a lease under way; of one that the actor does not hold any more they are not wanted."""
         member = self._members[name]
         if progress.lease_id not in member.held:
             return
-        slot, problem = self._slots[progress.lease_id], None
+        slot, problem = self.ledger.slots[progress.lease_id], None
         if len(progress.token_ids):
-            newest = max(self.version, member.version or 0)
+            newest = max(self.ledger.version, member.version or 0)
             drawn = (progress.token_ids, progress.behavior_logprobs, progress.versions)
             problem = problem_with_tokens(*drawn, newest, self._vocab_size)
         if problem is None:
@@ -504,7 +389,7 @@ class Coordinator:
             problem = slot.partial.add(progress, slot.lease)
         if problem is not None:
             logger.warning("progress of lease %d of actor %s: %s", progress.lease_id, name, problem)
-            self._counts.dropped_tokens[DropReason.MALFORMED] += len(progress.token_ids)
+            self.ledger.counts.dropped_tokens[DropReason.MALFORMED] += len(progress.token_ids)
             self._send(name, Refused(reason=f"progress of lease {progress.lease_id}: {problem}", fatal=False))
 
     def _time(self, slot: Slot, group: CompletedGroup, member: Member, now: float) -> None:
@@ -515,167 +400,61 @@ class Coordinator:
             if not self._times.is_straggler(seconds, num_steps):
                 member.rest.end()
             self._times.add(seconds, num_steps)
+            self._speed.add(group)
 
     def fail(self, name: str, failed: LeaseFailed, now: float) -> None:
         """The actor could not sample this lease."""
         member = self._members[name]
         if failed.lease_id in member.held:
-            slot = self._slots[failed.lease_id]
+            slot = self.ledger.slots[failed.lease_id]
             member.account.fail(slot.prompt.uid, now)
             self._try_again(slot, None, failed.reason, now)
         else:
-            self._counts.drop(DropReason.UNKNOWN_LEASE, failed.lease_id, name)
+            self.ledger.counts.drop(DropReason.UNKNOWN_LEASE, failed.lease_id, name)
 
     def _release(self, member: Member, slot: Slot, now: float) -> None:
-        del member.held[slot.lease.lease_id]
-        member.num_evaluating -= slot.lease.purpose is Purpose.EVAL
+        member.release(slot.lease)
         self._stand(member, now)
 
     def _try_again(self, slot: Slot, reason: DropReason | None, problem: str, now: float) -> None:
-        """Lease the prompt again, unless it has failed too often; its actor has to answer for it."""
-        uid, member = slot.prompt.uid, self._members[slot.actor]
-        failures = self._counts.fail(uid, member.name)
+        """The prompt has failed here; its actor has to answer for it."""
+        member = self._members[slot.actor]
         self._release(member, slot, now)
         self._check_s = NOW
-        logger.warning("prompt %s, failure %d on actor %s: %s", uid, failures.total(), member.name, problem)
         if (verdict := member.account.verdict) is not None:
             self.condemn(member.name, f"{verdict}, the last one: {problem}")
-        num_actors = min(MAX_FAILURES, max(1, len(self.members())))
-        if failures.total() < MAX_FAILURES or len(failures) < num_actors:
-            self._withdraw(slot, reason)
-            return
-        del self._counts.failures[uid]
-        logger.error("prompt %s is given up after %d failures: %s", uid, failures.total(), problem)
-        self._forget(slot, DropReason.FAILED)
-
-    def _withdraw(self, slot: Slot, reason: DropReason | None, *, keeps_partial: bool = False) -> None:
-        """The prompt goes back to its place in the queue that it came from."""
-        self._remove(slot, reason, 0 if keeps_partial else slot.num_tokens)
-        pending = Pending(prompt=slot.prompt, partial=slot.partial if keeps_partial else None, turn=slot.turn)
-        insort(self._queue_of(slot), pending, key=lambda waiting: waiting.turn)
-
-    def _queue_of(self, slot: Slot) -> deque[Pending]:
-        if slot.lease.purpose is Purpose.TRAIN:
-            return self._pending
-        assert self._evaluation is not None
-        return self._evaluation.pending
-
-    def _forget(self, slot: Slot, reason: DropReason) -> None:
-        """The prompt is done with for this epoch; the stream's next takes its place."""
-        self._remove(slot, reason, slot.num_tokens)
-        if slot.lease.purpose is Purpose.EVAL:
-            assert self._evaluation is not None
-            self._evaluation.fail()
-
-    def _remove(self, slot: Slot, reason: DropReason | None, num_lost: int) -> None:
-        """With it so many tokens are lost."""
-        self._slots.remove(slot)
-        if reason is not None:
-            self._counts.drop(reason, slot.lease.lease_id, slot.actor, num_lost)
-        else:
-            self._counts.dropped_tokens[DropReason.FAILED] += num_lost
-        if slot.group is not None:
-            self._selection.add(Fate.DROPPED, slot.group.completed)
+        self.ledger.fail(slot, reason, problem, len(self.members()))
 
     def _send(self, name: str, message: LearnerMessage) -> None:
         self.outbox.append(name, message)
 
-    # ---- consumption
-
-    def take_batch(self) -> list[TrajectoryGroup] | None:
-        """The next step's groups, or None while one of them is still being sampled."""
-        slots = self._next_slots()
-        if slots is not None and self._drop_what_may_not_be_trained(slots):
-            slots = self._next_slots()
-        if slots is None:
-            return None
-        batch = [slot.group for slot in slots if slot.group is not None]
-        for slot in slots:
-            self._slots.remove(slot)
-        for group in batch:
-            self._selection.add(Fate.TRAINED, group.completed)
-        self._counts.totals["trained_groups"] += len(batch)
-        self.pace.steps_taken += 1
-        self.verdicts.batch_taken()
-        return batch
-
-    def _next_slots(self) -> list[Slot] | None:
-        return next_slots(self._slots, self._config, self.pace, self.version)
-
-    def _drop_what_may_not_be_trained(self, slots: list[Slot]) -> bool:
-        """If that holds for one of `slots`, all that is buffered is looked through."""
-        if not any(self._reason_to_drop(slot) for slot in slots):
-            return False
-        for slot in sorted(self._slots.buffered.values(), key=lambda slot: slot.lease.lease_id, reverse=True):
-            if (reason := self._reason_to_drop(slot)) is DropReason.STALE:
-                self._withdraw(slot, reason)
-            elif reason is not None:  # it came during warm-up; not one in a row: its neighbours here may be kept
-                self._forget(slot, reason)
-        return True
-
-    def _reason_to_drop(self, slot: Slot) -> DropReason | None:
-        assert slot.group is not None
-        if is_over_age(self._config.staleness, slot.group, self.version):
-            return DropReason.STALE
-        return DropReason.UNINFORMATIVE if self._is_filtering() and not is_informative(slot.group.completed) else None
-
     def set_version(self, version: int, steps_done: int) -> None:
-        self.version, self.pace.steps_done = version, steps_done
+        self.ledger.version, self.ledger.pace.steps_done = version, steps_done
         for member in self._members:
             self._stand(member, member.heard_s)
 
-    def _is_filtering(self) -> bool:
-        """Dynamic sampling, in policy steps only: the critic's warm-up wants the policy's own distribution."""
-        return self._config.algorithm.dynamic_sampling and not self.pace.is_warmup
-
-    # ---- evaluation
-
-    def evaluate(self, evaluation: Evaluation, begun: Begun | None = None) -> None:
-        """Starts it, or goes on from what a checkpoint held of it, unless something else is asked for now: then it
-        starts again, of the present version. Raises RuntimeError while another evaluation runs."""
-        if self._evaluation is not None:
-            raise RuntimeError(f"the evaluation of version {self._evaluation.version} is still running")
-        if begun is not None and begun.asked == asked(self._config, evaluation):
-            evaluation.go_on(begun, now=evaluation.started_s)
-        elif begun is not None:
-            logger.warning("the evaluation of version %d starts again: its settings changed", evaluation.version)
-            evaluation.version = self.version
-        self._evaluation = evaluation
-
-    def poll_evaluation(self) -> EvalResult | None:
-        """The finished evaluation's result, once; else None."""
-        result = self._evaluation.result() if self._evaluation is not None else None
-        if result is not None:
-            self._evaluation = None
-        return result
-
-    @property
-    def is_evaluating(self) -> bool:
-        return self._evaluation is not None
-
     # ---- reports
+
+    def work(self) -> dict[str, float]:
+        """What all actors that ever took part have done (members.py)."""
+        return self._members.work()
+
+    def inherit(self, work: Mapping[str, float]) -> None:
+        """What they had done in an earlier life of the learner. Raises ConfigError when an actor has joined already."""
+        if len(self._members):
+            raise ConfigError("a checkpoint must be loaded before the first actor connects")
+        self._members.departed = dict(work)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start of the run and gauges of now; the one place where they are kept."""
-        slots = self._slots
         return {
             "actors_connected": len(self.members()),
             "actors_too_slow": sum(member.is_slow for member in self._members),
-            "admitted_groups": self.admitted,
-            "window_groups": self.pace.window,
-            "buffered_groups": len(slots.train) - slots.num_in_flight,
-            "in_flight_groups": slots.num_in_flight,
-            "in_flight_eval_groups": len(slots.evaluation),
-            "pending_prompts": len(self._pending),
-            **self._counts.stats(),
-            **self._selection.stats(),
-            **self.verdicts.stats(),
-            **self._members.work(),
+            **self.ledger.stats(),
+            **self.work(),
         }
 
     def describe(self, now: float) -> str:
         """Who holds what, for the message of a time-out."""
-        num_buffered = len(self._slots.train) - self._slots.num_in_flight
-        parts = [f"{num_buffered} groups are buffered, {self.admitted} of {self.pace.window} admitted"]
-        parts += [*self.verdicts.describe(), *(self._members.describe(member, now) for member in self._members)]
-        return "; ".join(parts if len(self._members) else [*parts, "no actor is connected"])
+        members = [self._members.describe(member, now) for member in self._members]
+        return "; ".join([*self.ledger.describe(), *(members or ["no actor is connected"])])

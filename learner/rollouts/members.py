@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.config import Config
-from common.types import MAX_CAPACITY, Float32Array, Heartbeat, MemberId
+from common.types import MAX_CAPACITY, Float32Array, Heartbeat, Lease, MemberId, Purpose
 from learner.rollouts.accounts import Account
 from learner.rollouts.clock import EngineClock, Rest
 
@@ -69,6 +69,19 @@ class Member:
         if self.is_slow:
             return int(not self.held and now - self.tried_s > RETRY * self.group_s)
         return self.account.room(self.capacity, now) - len(self.held)
+
+    def take(self, lease: Lease, now: float) -> None:
+        """It was granted this lease."""
+        self.held[lease.lease_id] = None
+        self.tried_s = now
+        is_evaluation = lease.purpose is Purpose.EVAL
+        self.num_evaluating += is_evaluation
+        self.leases_since_eval = 0 if is_evaluation else self.leases_since_eval + 1
+
+    def release(self, lease: Lease) -> None:
+        """It does not hold this lease any more."""
+        del self.held[lease.lease_id]
+        self.num_evaluating -= lease.purpose is Purpose.EVAL
 
     def measure(self, generation_s: float, num_tokens: int) -> None:
         """Its speed, from the response that grew most, because that is what a group takes its time for."""

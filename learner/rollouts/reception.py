@@ -203,7 +203,7 @@ class Reception:
         if earlier is not None and earlier.identity != identity:
             self._refuse_claim(earlier)
         self._claims[hello.name] = Claim(identity=identity, hello=hello, since_s=now)
-        self._direct.append((owner, Pulse(version=self._coordinator.version)))
+        self._direct.append((owner, Pulse(version=self._coordinator.ledger.version)))
 
     def _settle_claims(self, now: float) -> None:
         for name, claim in list(self._claims.items()):

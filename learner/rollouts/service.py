@@ -155,7 +155,7 @@ class LearnerService:
 
         def attempt() -> list[TrajectoryGroup] | None:
             self._raise_if_waiting()
-            return self._coordinator.take_batch()
+            return self._coordinator.ledger.take_batch()
 
         num_groups = self._config.rollout.prompts_per_step
         return self._wait(attempt, timeout_s, f"a batch of {num_groups} groups", BatchTimeout)
@@ -165,7 +165,7 @@ class LearnerService:
 
         def attempt() -> bool | None:
             self._raise_if_waiting()
-            return self._coordinator.is_window_sampled() or None
+            return self._coordinator.ledger.is_window_sampled() or None
 
         self._wait(attempt, timeout_s, "a full admission window", BatchTimeout)
 
@@ -177,7 +177,7 @@ class LearnerService:
     def set_warmup(self, steps: int) -> None:
         """The critic's warm-up takes `steps` steps; those that follow are policy steps."""
         with self._locked():
-            self._coordinator.pace.warmup_steps = steps
+            self._coordinator.ledger.pace.warmup_steps = steps
 
     # ---- members and weights
 
@@ -268,18 +268,18 @@ class LearnerService:
         RuntimeError while another one runs."""
         with self._locked():
             evaluation = Evaluation(prompts, samples_per_prompt, temperature, version, started_s=time.monotonic())
-            self._coordinator.evaluate(evaluation, begun)
+            self._coordinator.ledger.evaluate(evaluation, begun)
 
     def poll_evaluation(self) -> EvalResult | None:
         """The finished evaluation's result, once; else None."""
         with self._locked():
-            return self._coordinator.poll_evaluation()
+            return self._coordinator.ledger.poll_evaluation()
 
     def wait_evaluation(self, timeout_s: float) -> EvalResult:
         """Raises TimeoutError, or MembersWaiting as take_batch does."""
 
         def attempt() -> EvalResult | None:
-            result = self._coordinator.poll_evaluation()
+            result = self._coordinator.ledger.poll_evaluation()
             if result is None:
                 self._raise_if_waiting()
             return result
@@ -371,7 +371,7 @@ class LearnerService:
             started, turn_ends = self._waits.pop(what, now), now + self.turn_s
             while True:
                 socket = self._open_socket()
-                if (problem := self._coordinator.verdicts.problem) is not None:
+                if (problem := self._coordinator.ledger.verdicts.problem) is not None:
                     raise ConfigError(problem)
                 result = attempt()
                 if result is not None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import Config, ConfigError
+from common.config import Config
 from common.types import JSON, CompletedGroup, DropReason, Lease, TrajectoryGroup
 from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_about, read_archive, write_archive
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Begun
 from learner.rollouts.leases import train_lease
+from learner.rollouts.ledger import Ledger
 from learner.rollouts.partial import Partial, Pending
 
 logger = logging.getLogger(__name__)
@@ -37,43 +38,42 @@ class Snapshot:
 
 
 def take(coordinator: Coordinator, now: float) -> Snapshot:
-    slots, evaluation = coordinator._slots, coordinator._evaluation
-    waiting = [slot.pending() for slot in slots.train.values()] + list(coordinator._pending)
+    ledger = coordinator.ledger
+    slots, evaluation = ledger.slots, ledger.evaluation
+    waiting = [slot.pending() for slot in slots.train.values()] + list(ledger.pending)
     waiting.sort(key=lambda pending: pending.turn)
     groups = tuple(pending.group for pending in waiting if pending.group is not None)
-    partials = tuple(_lease_of(coordinator, pending) for pending in waiting if _has_begun(pending))
+    partials = tuple(_lease_of(ledger, pending) for pending in waiting if _has_begun(pending))
     leased = [slot.prompt for slot in slots.evaluation.values()]
     state = {
-        "stream": coordinator._stream.state_dict(),
+        "stream": ledger.stream.state_dict(),
         "untrained": [_entry(pending) for pending in waiting],
-        "judged_with": _judged_with(coordinator._config),
-        "version": coordinator.version,
-        "pace": coordinator.pace.state_dict(),
+        "judged_with": _judged_with(ledger.config),
+        "version": ledger.version,
+        "pace": ledger.pace.state_dict(),
         "next_lease_id": slots.next_lease_id,
-        "counts": coordinator._counts.state_dict(),
-        "selection": coordinator._selection.state_dict(),
-        "verdicts": coordinator.verdicts.state_dict(),
-        "work": coordinator._members.work(),
+        "counts": ledger.counts.state_dict(),
+        "selection": ledger.selection.state_dict(),
+        "verdicts": ledger.verdicts.state_dict(),
+        "work": coordinator.work(),
     }
-    begun = evaluation.under_way(coordinator._config, leased, now) if evaluation is not None else None
+    begun = evaluation.under_way(ledger.config, leased, now) if evaluation is not None else None
     return Snapshot(state=state, groups=groups, partials=partials, evaluation=begun)
 
 
 def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
-    """Before any actor has joined. The evaluation is for Coordinator.evaluate. Raises ConfigError when the training set
+    """Before any actor has joined. The evaluation is for Ledger.evaluate. Raises ConfigError when the training set
     is another one."""
-    if len(coordinator._members):
-        raise ConfigError("a checkpoint must be loaded before the first actor connects")
-    state = snapshot.state
-    coordinator._stream.load_state_dict(state["stream"])
-    coordinator.version = state["version"]
-    coordinator.pace.load_state_dict(state["pace"])
-    coordinator._slots.go_on_after(state["next_lease_id"])
-    coordinator._counts.load_state_dict(state["counts"])
-    coordinator._selection.load_state_dict(state["selection"])
-    coordinator.verdicts.load_state_dict(state["verdicts"])
-    coordinator._members.departed = dict(state["work"])
-    coordinator._pending = deque(_untrained(coordinator, snapshot))
+    ledger, state = coordinator.ledger, snapshot.state
+    coordinator.inherit(state["work"])
+    ledger.stream.load_state_dict(state["stream"])
+    ledger.version = state["version"]
+    ledger.pace.load_state_dict(state["pace"])
+    ledger.slots.go_on_after(state["next_lease_id"])
+    ledger.counts.load_state_dict(state["counts"])
+    ledger.selection.load_state_dict(state["selection"])
+    ledger.verdicts.load_state_dict(state["verdicts"])
+    ledger.pending = deque(_untrained(ledger, snapshot))
 
 
 def write_snapshot(path: Path, snapshot: Snapshot, about: JSON) -> None:
@@ -116,33 +116,33 @@ def _has_begun(pending: Pending) -> bool:
     return pending.group is None and pending.partial is not None and pending.partial.num_tokens > 0
 
 
-def _lease_of(coordinator: Coordinator, pending: Pending) -> Lease:
+def _lease_of(ledger: Ledger, pending: Pending) -> Lease:
     """What would be leased now."""
-    token_ids = coordinator._tokenize(pending.prompt)
-    return train_lease(coordinator._config, 0, pending.prompt, token_ids, pending.partial)
+    token_ids = ledger.tokenize(pending.prompt)
+    return train_lease(ledger.config, 0, pending.prompt, token_ids, pending.partial)
 
 
-def _untrained(coordinator: Coordinator, snapshot: Snapshot) -> Iterator[Pending]:
+def _untrained(ledger: Ledger, snapshot: Snapshot) -> Iterator[Pending]:
     """In order; a group that is not what would be asked for now is dropped, and its prompt sampled again."""
-    config = coordinator._config
+    config = ledger.config
     is_judged_alike = snapshot.state["judged_with"] == _judged_with(config)
     groups = {group.lease.lease_id: group for group in snapshot.groups}
     partials = iter(snapshot.partials)
     for entry in snapshot.state["untrained"]:
-        prompt, finished = coordinator._stream.find(entry["uid"]), entry["finished"]
-        pending = Pending(prompt=prompt, turn=coordinator._slots.next_turn())
+        prompt, finished = ledger.stream.find(entry["uid"]), entry["finished"]
+        pending = Pending(prompt=prompt, turn=ledger.slots.next_turn())
         if finished is None:
             before = next(partials, None) if entry["has_begun"] else None
-            if before is not None and _is_same_request(before, _lease_of(coordinator, pending)):
+            if before is not None and _is_same_request(before, _lease_of(ledger, pending)):
                 pending = replace(pending, partial=Partial.of_prefix(before))
             elif before is not None:
-                coordinator._counts.dropped_tokens[DropReason.CHANGED] += len(before.prefix_token_ids)
+                ledger.counts.dropped_tokens[DropReason.CHANGED] += len(before.prefix_token_ids)
             yield pending
             continue
         group = groups.get(finished["lease_id"])  # none of them is there when they are of another version
-        lease = train_lease(config, finished["lease_id"], prompt, coordinator._tokenize(prompt), None)
+        lease = train_lease(config, finished["lease_id"], prompt, ledger.tokenize(prompt), None)
         if group is None or not is_judged_alike or not _is_same_request(group.lease, lease):
-            coordinator._counts.drop(DropReason.CHANGED, finished["lease_id"], finished["actor"])
+            ledger.counts.drop(DropReason.CHANGED, finished["lease_id"], finished["actor"])
             group = None
         yield replace(pending, group=group)
 

@@ -125,7 +125,7 @@ def with_history(*actors: str, **transport: float) -> Coordinator:
     for name, lease in granted(coordinator):
         coordinator.receive(name, group(lease.lease_id, [0] * 4), 10.0)
     for steps_done in (1, 2):
-        assert coordinator.take_batch() is not None
+        assert coordinator.ledger.take_batch() is not None
         coordinator.set_version(0, steps_done)
     return coordinator
 

@@ -43,8 +43,9 @@ from common.types import (
     TrajectoryGroup,
     Verdict,
 )
-from learner.rollouts.coordinator import MAX_FAILURES, Coordinator
+from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
+from learner.rollouts.ledger import MAX_FAILURES
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.selection import Fate
 from learner.rollouts.snapshot import Snapshot, restore, take
@@ -176,7 +177,7 @@ class Interleavings(RuleBasedStateMachine):
     def settle(self) -> None:
         """One turn of the service: grant, then deliver everything."""
         self.coordinator.dispatch(self.now)
-        assert self.coordinator.admitted <= self.coordinator.pace.window
+        assert self.coordinator.ledger.admitted <= self.coordinator.ledger.pace.window
         while self.coordinator.outbox:
             name, message = self.coordinator.outbox.popleft()
             process = self.processes[name]
@@ -423,7 +424,7 @@ class Interleavings(RuleBasedStateMachine):
         self.steps, self.version, self.warmup = saved.steps, saved.version, saved.warmup
         self.is_evaluating = saved.kept.evaluation is not None
         if saved.kept.evaluation is not None:
-            self.coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version), saved.kept.evaluation)
+            self.coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version), saved.kept.evaluation)
         for name, process in self.processes.items():
             process.is_lost, process.life = False, process.life or 0  # nobody knows what it holds
             process.is_hung = False  # which the next learner would have to find out first
@@ -450,17 +451,17 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def evaluate(self) -> None:
         if self.is_evaluating:
-            result = self.coordinator.poll_evaluation()
+            result = self.coordinator.ledger.poll_evaluation()
             self.is_evaluating = result is None
             assert result is None or result.num_samples + 2 * result.num_failed == 2 * len(HELDOUT)
         else:
-            self.coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version))
+            self.coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, self.version))
             self.is_evaluating = True
         self.settle()
 
     @rule(data=st.data())
     def step_as_often_as_possible(self, data: st.DataObject) -> None:
-        while (batch := self.coordinator.take_batch()) is not None:
+        while (batch := self.coordinator.ledger.take_batch()) is not None:
             self.step(batch, data)
             self.settle()
 
@@ -478,7 +479,7 @@ class Interleavings(RuleBasedStateMachine):
         self.trained += [item.lease.prompt_uid for item in batch]
         self.steps += 1
         if self.config.algorithm.critic_warmup_gate and self.steps < self.warmup and data.draw(st.booleans()):
-            self.coordinator.pace.warmup_steps = self.warmup = self.steps
+            self.coordinator.ledger.pace.warmup_steps = self.warmup = self.steps
         policy_steps = self.steps - self.warmup
         if policy_steps > 0 and policy_steps % self.config.weights.publish_every == 0:
             self.publish(data)
@@ -522,20 +523,20 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def sampling_runs_ahead_by_no_more_steps_than_the_staleness_bound_allows(self) -> None:
-        ahead = self.coordinator.admitted / self.config.rollout.prompts_per_step - self.steps
+        ahead = self.coordinator.ledger.admitted / self.config.rollout.prompts_per_step - self.steps
         fresh = (1 + self.config.staleness.max_staleness) * self.config.weights.publish_every
         assert ahead <= (max(2, fresh) if self.steps < self.warmup else fresh)
 
     @invariant()
     def what_is_kept_up_to_date_is_what_a_look_at_every_member_finds(self) -> None:
-        coordinator, version = self.coordinator, self.coordinator.version
+        coordinator, version = self.coordinator, self.coordinator.ledger.version
         free = {member.name: member.free(version, self.now) for member in coordinator._members}
         name = coordinator._places.most()
         assert max(0, *free.values(), 0) == (free[name] if name is not None else 0)
         outdated = [name for name in coordinator.members() if not coordinator._members[name].is_current(version)]
         assert coordinator.waiting_for_weights() == tuple(outdated)
         for member in coordinator._members:
-            held = [coordinator._slots[lease_id].lease.purpose for lease_id in member.held]
+            held = [coordinator.ledger.slots[lease_id].lease.purpose for lease_id in member.held]
             assert member.num_evaluating == held.count(Purpose.EVAL)
 
     @invariant()
@@ -545,7 +546,9 @@ class Interleavings(RuleBasedStateMachine):
         taken = self.steps * self.config.rollout.prompts_per_step
         assert stats["in_flight_groups"] + stats["buffered_groups"] + taken == stats["admitted_groups"]
         assert stats["actors_connected"] == len(self.present(lambda p: p.is_ready))
-        buffered = [slot.group.completed for slot in self.coordinator._slots.train.values() if slot.group is not None]
+        buffered = [
+            slot.group.completed for slot in self.coordinator.ledger.slots.train.values() if slot.group is not None
+        ]
         assert_selection(stats, buffered)
 
     def teardown(self) -> None:
@@ -561,7 +564,7 @@ class Interleavings(RuleBasedStateMachine):
             self.coordinator.loaded("zoe", self.version)
         for _ in range(200):
             self.settle()
-            if (batch := self.coordinator.take_batch()) is not None:
+            if (batch := self.coordinator.ledger.take_batch()) is not None:
                 assert len(batch) == self.config.rollout.prompts_per_step
                 return
             for lease_id in list(self.processes["zoe"].leases):
@@ -613,10 +616,10 @@ def test_a_batch_waits_for_its_earliest_lease() -> None:
     coordinator = make(make_config(max_staleness=3), "a")
     leases = granted(coordinator)
     finish(coordinator, leases[1:])
-    assert coordinator.take_batch() is None
+    assert coordinator.ledger.take_batch() is None
     finish(coordinator, leases[:1])
-    assert ids(coordinator.take_batch()) == [0, 1]
-    assert ids(coordinator.take_batch()) == [2, 3]
+    assert ids(coordinator.ledger.take_batch()) == [0, 1]
+    assert ids(coordinator.ledger.take_batch()) == [2, 3]
 
 
 def test_leases_are_spread_over_actors_with_room() -> None:
@@ -692,7 +695,7 @@ def test_a_lost_connection_costs_nothing_when_the_actor_is_back_within_the_grace
     assert coordinator.members() == ("a",) and not coordinator.outbox
     finish(coordinator, leases)
     assert not coordinator.drops
-    assert ids(coordinator.take_batch()) == [0, 1]
+    assert ids(coordinator.ledger.take_batch()) == [0, 1]
 
 
 def test_an_actor_that_comes_back_later_is_told_to_forget_its_leases() -> None:
@@ -770,7 +773,7 @@ def test_the_work_that_an_actor_did_for_an_earlier_learner_is_not_counted_again(
 
 def test_an_actor_that_says_that_it_has_room_for_everything_leaves_some_for_others() -> None:
     coordinator = make(make_config(max_staleness=10_000), "greedy", capacity=2**40)
-    assert len(granted(coordinator)) == MAX_CAPACITY < coordinator.pace.window
+    assert len(granted(coordinator)) == MAX_CAPACITY < coordinator.ledger.pace.window
 
 
 def test_an_actor_that_is_lost_for_long_is_forgotten() -> None:
@@ -812,7 +815,7 @@ def test_a_second_copy_is_acknowledged_and_counted_but_not_trained() -> None:
     finish(coordinator, leases[:1])
     assert coordinator.drops == {DropReason.DUPLICATE: 1}
     assert ("a", Ack(lease_id=0)) in coordinator.outbox
-    assert ids(coordinator.take_batch()) == [0, 1]
+    assert ids(coordinator.ledger.take_batch()) == [0, 1]
     finish(coordinator, leases[:1])
     assert coordinator.drops == {DropReason.DUPLICATE: 2}
 
@@ -888,7 +891,7 @@ def test_an_actor_that_fails_every_lease_costs_no_prompt_beside_good_ones_and_ha
         sampled = [(name, lease) for name, lease in leases if name == "good"]
         for _, lease in [item for item in leases if item not in sampled]:
             coordinator.fail("bad", LeaseFailed(lease_id=lease.lease_id, reason="CUDA error"), now)
-        while coordinator.take_batch() is not None:
+        while coordinator.ledger.take_batch() is not None:
             num_taken += 1
     assert coordinator.condemned == {"bad": "it failed on 8 prompts in a row, the last one: CUDA error"}
     assert not coordinator.drops and num_taken > 10
@@ -913,19 +916,19 @@ def test_a_group_that_got_too_old_is_dropped_and_its_prompt_sampled_again() -> N
     finish(coordinator, leases)
     coordinator.loaded("a", 2)
     coordinator.set_version(2, 0)  # two versions without a step: not what the trainer does, so the gate must act
-    assert coordinator.take_batch() is None
+    assert coordinator.ledger.take_batch() is None
     assert coordinator.drops == {DropReason.STALE: 4}
     again = granted(coordinator)
     assert [lease.prompt_uid for _, lease in again[:4]] == [lease.prompt_uid for _, lease in leases]
     finish(coordinator, again, versions=(1, 2))
-    assert ids(coordinator.take_batch()) == [4, 5]
+    assert ids(coordinator.ledger.take_batch()) == [4, 5]
 
 
 def test_over_age_mask_keeps_the_group_for_the_trainer_to_mask() -> None:
     coordinator = make(make_config(max_staleness=1, over_age=OverAge.mask), "a")
     finish(coordinator, granted(coordinator))
     coordinator.set_version(2, 0)
-    batch = coordinator.take_batch()
+    batch = coordinator.ledger.take_batch()
     assert ids(batch) == [0, 1]
     assert batch is not None and batch[0].oldest_version == 0
     assert not coordinator.drops
@@ -939,19 +942,19 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing_without_favouring_t
     replacement = granted(coordinator)
     assert len(replacement) == 1
     finish(coordinator, replacement)
-    assert coordinator.take_batch() is None, "the step waits for its slow lease"
+    assert coordinator.ledger.take_batch() is None, "the step waits for its slow lease"
     finish(coordinator, [slow])
-    assert ids(coordinator.take_batch()) == [0, 2]
+    assert ids(coordinator.ledger.take_batch()) == [0, 2]
 
 
 def test_dynamic_sampling_leaves_the_critics_warm_up_alone() -> None:
     coordinator = make(make_config(prompts_per_step=2, max_staleness=0, warmup=1, dynamic=True), "a")
     leases = granted(coordinator)
     finish(coordinator, leases[:3], num_correct=0)
-    assert ids(coordinator.take_batch()) == [0, 1]
+    assert ids(coordinator.ledger.take_batch()) == [0, 1]
     coordinator.set_version(0, 1)
     finish(coordinator, leases[3:])
-    assert coordinator.take_batch() is None
+    assert coordinator.ledger.take_batch() is None
     assert coordinator.drops == {DropReason.UNINFORMATIVE: 1}
 
 
@@ -963,11 +966,11 @@ def test_groups_that_wait_in_the_buffer_when_the_warm_up_ends_are_no_row() -> No
     leases = granted(coordinator)
     for i, lease in enumerate(leases):
         finish(coordinator, [lease], num_correct=0 if i % 2 else 1)
-    assert ids(coordinator.take_batch()) == [0, 1, 2, 3]
+    assert ids(coordinator.ledger.take_batch()) == [0, 1, 2, 3]
     coordinator.set_version(0, 1)
-    assert ids(coordinator.take_batch()) == [4, 6, 8, 10]
+    assert ids(coordinator.ledger.take_batch()) == [4, 6, 8, 10]
     assert coordinator.drops == {DropReason.UNINFORMATIVE: 4}
-    assert coordinator.verdicts.problem is None
+    assert coordinator.ledger.verdicts.problem is None
 
 
 def test_a_group_on_which_the_verifier_failed_is_dropped_and_the_next_prompt_takes_its_place() -> None:
@@ -977,7 +980,7 @@ def test_a_group_on_which_the_verifier_failed_is_dropped_and_the_next_prompt_tak
     coordinator.receive("a", spoilt, 0.0)
     assert coordinator.drops == {DropReason.VERIFIER_ERROR: 1}
     finish(coordinator, [second, *granted(coordinator)])
-    assert ids(coordinator.take_batch()) == [1, 2]
+    assert ids(coordinator.ledger.take_batch()) == [1, 2]
     assert coordinator.stats()["verdicts/error"] == 1
 
 
@@ -989,11 +992,11 @@ def test_a_survivor_that_waits_for_its_batch_does_not_hide_that_all_others_are_d
     finish(coordinator, [survivor])
     leases = [other]
     for _ in range(20):
-        assert coordinator.verdicts.problem is None
+        assert coordinator.ledger.verdicts.problem is None
         finish(coordinator, leases, num_correct=0)
-        assert coordinator.take_batch() is None
+        assert coordinator.ledger.take_batch() is None
         leases = granted(coordinator)
-    assert "dropped 20 groups (20 with all responses wrong" in str(coordinator.verdicts.problem)
+    assert "dropped 20 groups (20 with all responses wrong" in str(coordinator.ledger.verdicts.problem)
     assert "dropped 20 groups" in coordinator.describe(0.0)
 
 
@@ -1012,21 +1015,21 @@ def test_a_distrusted_actor_takes_its_groups_of_the_last_version_with_it() -> No
 
 def test_before_the_first_step_evaluation_goes_first_and_is_not_admitted() -> None:
     coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a")
-    coordinator.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
     leases = granted(coordinator)
     assert [lease.purpose for _, lease in leases] == [Purpose.EVAL] * 3 + [Purpose.TRAIN]
     assert (leases[0][1].num_samples, leases[0][1].temperature) == (4, 0.5)
-    assert coordinator.admitted == 1
+    assert coordinator.ledger.admitted == 1
     finish(coordinator, leases[:2], num_correct=3)
-    assert coordinator.poll_evaluation() is None
+    assert coordinator.ledger.poll_evaluation() is None
     with pytest.raises(RuntimeError, match="still running"):
-        coordinator.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
+        coordinator.ledger.evaluate(Evaluation(HELDOUT, 4, 0.5, version=0))
     finish(coordinator, leases[2:3], versions=(0, 0), num_correct=0)
-    result = coordinator.poll_evaluation()
+    result = coordinator.ledger.poll_evaluation()
     assert result is not None
     assert (result.accuracy, result.num_samples, result.num_failed) == (6 / 12, 12, 0)
     assert result.length_mean == pytest.approx((8 * 1 + 4 * 2) / 12)
-    assert coordinator.poll_evaluation() is None
+    assert coordinator.ledger.poll_evaluation() is None
 
 
 @settings(deadline=None)
@@ -1045,12 +1048,12 @@ def test_training_and_evaluation_never_starve_each_other(
     coordinator.set_version(0, 1)
     leases = granted(coordinator)
     heldout = [Prompt(uid=f"h{i}", text=f"{i}", reference="") for i in range(num_prompts)]
-    coordinator.evaluate(Evaluation(heldout, 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(heldout, 2, 1.0, version=0))
     # Grants from one evaluation lease to the next: its share of the leases, or of the room in whole groups.
     period = max(math.ceil(1 / share), math.ceil(capacity / max(1, int(share * capacity))))
     most_grants = len(order) + period * (num_prompts + 1) + 2 * capacity
     grants: list[bool] = []  # whether for evaluation, from here on
-    while (result := coordinator.poll_evaluation()) is None:
+    while (result := coordinator.ledger.poll_evaluation()) is None:
         assert len(grants) <= most_grants, "the evaluation does not end"
         finish(coordinator, [leases.pop(order.pop() % len(leases) if order else 0)])
         new = granted(coordinator)
@@ -1066,7 +1069,7 @@ def test_training_and_evaluation_never_starve_each_other(
 def test_an_actor_of_one_group_takes_turns_between_training_and_evaluation() -> None:
     coordinator = make(make_config(max_staleness=100, share=0.25), "a", capacity=1)
     coordinator.set_version(0, 1)
-    coordinator.evaluate(Evaluation(HELDOUT[:2], 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT[:2], 2, 1.0, version=0))
     purposes = []
     for _ in range(9):
         leases = granted(coordinator)
@@ -1078,25 +1081,25 @@ def test_an_actor_of_one_group_takes_turns_between_training_and_evaluation() -> 
 def test_evaluation_has_all_the_room_when_no_training_lease_may_go_out() -> None:
     coordinator = make(make_config(prompts_per_step=1, max_staleness=0, share=0.1), "a", capacity=4)
     finish(coordinator, granted(coordinator))
-    assert coordinator.take_batch() is not None
+    assert coordinator.ledger.take_batch() is not None
     coordinator.set_version(0, 1)
-    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
     assert [lease.purpose for _, lease in granted(coordinator)] == [Purpose.TRAIN] + [Purpose.EVAL] * 3
 
 
 def test_the_duration_of_an_evaluation_ends_with_its_last_group() -> None:
     coordinator = make(make_config(), "a")
-    coordinator.evaluate(Evaluation(HELDOUT[:2], 2, 1.0, version=0, started_s=10.0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT[:2], 2, 1.0, version=0, started_s=10.0))
     leases = [lease for _, lease in granted(coordinator) if lease.purpose is Purpose.EVAL]
     for now, lease in zip((11.5, 14.0), leases, strict=True):
         coordinator.receive("a", group(lease.lease_id, [0]), now)
-    result = coordinator.poll_evaluation()
+    result = coordinator.ledger.poll_evaluation()
     assert result is not None and result.seconds == 4.0
 
 
 def test_an_evaluation_survives_its_actor_and_uses_the_same_seeds_every_time() -> None:
     coordinator = make(make_config(), "a", capacity=3)
-    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
     first = granted(coordinator)
     finish(coordinator, first[:1])
     coordinator.remove("a", "test")
@@ -1106,28 +1109,28 @@ def test_an_evaluation_survives_its_actor_and_uses_the_same_seeds_every_time() -
     assert [lease.prompt_uid for _, lease in second] == ["h1", "h2"]
     assert [lease.seed for _, lease in second] == [lease.seed for _, lease in first[1:]]
     finish(coordinator, second)
-    assert coordinator.poll_evaluation() is not None
+    assert coordinator.ledger.poll_evaluation() is not None
 
 
 def test_an_evaluation_whose_prompt_cannot_be_sampled_ends_all_the_same() -> None:
     coordinator = make(make_config(), "a")
-    coordinator.evaluate(Evaluation(HELDOUT[:1], 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT[:1], 2, 1.0, version=0))
     for i in range(MAX_FAILURES):
         leases = granted(coordinator, now=20.0 * i)
         finish(coordinator, [item for item in leases if item[1].purpose is Purpose.TRAIN])
         ((_, lease),) = [item for item in leases if item[1].purpose is Purpose.EVAL]
         coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"), now=20.0 * i)
-    result = coordinator.poll_evaluation()
+    result = coordinator.ledger.poll_evaluation()
     assert result is not None
     assert (result.num_failed, result.num_samples, result.accuracy) == (1, 0, 0.0)
 
 
 def test_held_out_prompts_that_could_not_be_sampled_or_judged_count_as_wrong() -> None:
     coordinator = make(make_config(prompts_per_step=9), "a")
-    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
     leases: dict[str, Lease] = {}
     failures, now = 0, 0.0
-    while (result := coordinator.poll_evaluation()) is None:
+    while (result := coordinator.ledger.poll_evaluation()) is None:
         now += 20.0
         granted_now = granted(coordinator, now)
         finish(coordinator, [item for item in granted_now if item[1].purpose is Purpose.TRAIN])
@@ -1149,11 +1152,11 @@ def test_the_window_is_sampled_when_it_is_full_and_everything_has_arrived() -> N
     coordinator = make(make_config(), "a", capacity=3)
     leases = granted(coordinator)
     finish(coordinator, leases)
-    assert not coordinator.is_window_sampled()
+    assert not coordinator.ledger.is_window_sampled()
     leases = granted(coordinator)
-    assert not coordinator.is_window_sampled()
+    assert not coordinator.ledger.is_window_sampled()
     finish(coordinator, leases)
-    assert coordinator.is_window_sampled()
+    assert coordinator.ledger.is_window_sampled()
 
 
 def test_a_lease_that_got_lost_on_the_way_is_found_by_the_heartbeats() -> None:

@@ -127,12 +127,12 @@ def test_a_prompt_that_came_back_keeps_its_turn() -> None:
     first = granted(coordinator)
     rest = granted(with_another(coordinator))
     finish(coordinator, rest)
-    assert coordinator.take_batch() is None
+    assert coordinator.ledger.take_batch() is None
     coordinator.remove("a", "test")
     again = granted(coordinator)
     assert [lease.lease_id for _, lease in again] == [8, 9, 10]
     finish(coordinator, again)
-    batches = [coordinator.take_batch() for _ in range(4)]
+    batches = [coordinator.ledger.take_batch() for _ in range(4)]
     assert [ids(batch) for batch in batches] == [[8, 9], [10, 3], [4, 5], [6, 7]]
     order = [item.lease.prompt_uid for batch in batches for item in batch or ()]
     assert order == [lease.prompt_uid for _, lease in first + rest]
@@ -163,7 +163,7 @@ def test_a_prefix_of_the_version_before_is_young_enough_in_its_old_place() -> No
     finish(coordinator, leases[:2])
     (name, moved), (other, done) = leases[2:]
     coordinator.progress(name, progress(moved.lease_id, [0, 0], [[0, 0], [0]]))
-    assert coordinator.take_batch() is not None
+    assert coordinator.ledger.take_batch() is not None
     for actor in "ab":
         coordinator.loaded(actor, 1)
     coordinator.set_version(1, 1)
@@ -177,7 +177,7 @@ def test_a_prefix_of_the_version_before_is_young_enough_in_its_old_place() -> No
     finish(coordinator, [(other, done), *(item for item in rest if item[0] != name)], versions=(1,))
     versions = [0, 0, 1]
     coordinator.receive("c", group(again.lease_id, versions), 0.0)
-    assert again.lease_id in ids(coordinator.take_batch())
+    assert again.lease_id in ids(coordinator.ledger.take_batch())
     assert coordinator.drops[DropReason.STALE] == 0
 
 
@@ -230,7 +230,7 @@ def test_progress_of_a_lease_that_was_taken_away_is_not_wanted() -> None:
 
 def test_evaluation_goes_on_from_what_was_sampled_too() -> None:
     coordinator = make(make_config(), "a", capacity=3)
-    coordinator.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
     leases = granted(coordinator)
     coordinator.progress("a", progress(leases[1][1].lease_id, [0, 0], [[0, 0], [0]]))
     coordinator.remove("a", "test")
@@ -238,4 +238,4 @@ def test_evaluation_goes_on_from_what_was_sampled_too() -> None:
     assert [lease.prompt_uid for _, lease in again[:3]] == ["h0", "h1", "h2"]
     assert again[1][1].prefix_lengths.tolist() == [2, 1]
     finish(coordinator, again[:3], versions=(0, 0, 0))
-    assert coordinator.poll_evaluation() is not None
+    assert coordinator.ledger.poll_evaluation() is not None

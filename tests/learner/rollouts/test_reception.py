@@ -111,12 +111,12 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
             case "wait":
                 now += 20.0
             case "step":
-                if coordinator.take_batch() is not None:
+                if coordinator.ledger.take_batch() is not None:
                     version += 1
                     coordinator.set_version(version, version)
             case "evaluate":
-                if coordinator.poll_evaluation() is None and not coordinator.is_evaluating:
-                    coordinator.evaluate(Evaluation(PROMPTS[:2], 2, 1.0, version))
+                if coordinator.ledger.poll_evaluation() is None and coordinator.ledger.evaluation is None:
+                    coordinator.ledger.evaluate(Evaluation(PROMPTS[:2], 2, 1.0, version))
             case "command":
                 for command in commands:
                     reception.end(command)
@@ -195,7 +195,7 @@ def test_with_other_weights_than_the_folders_an_actor_is_served_first(version: i
     """Later than version 0, or in the middle of it after a resume."""
     coordinator, reception = make_reception()
     reception.judge_ready(judge)
-    coordinator.pace.is_folder_version_0 = version > 0
+    coordinator.ledger.pace.is_folder_version_0 = version > 0
     coordinator.set_version(version, 1)
     become_ready(reception, a=WRONG)
     assert sent(coordinator, reception, "a") == []

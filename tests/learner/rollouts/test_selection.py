@@ -44,7 +44,7 @@ class Steps:
 def test_the_groups_of_a_step_are_compared_with_those_that_arrived_for_it() -> None:
     steps = Steps()
     steps.answer((2, 1), (4, 2), (6, 0), (8, 1))
-    assert steps.coordinator.take_batch() is not None
+    assert steps.coordinator.ledger.take_batch() is not None
     assert steps.metrics() == {
         "selection/length_sampled": 5.0,
         "selection/length_trained": 3.0,
@@ -53,7 +53,7 @@ def test_the_groups_of_a_step_are_compared_with_those_that_arrived_for_it() -> N
         "selection/pass_rate_trained": 0.75,
         "selection/pass_rate_trained_over_sampled": 1.5,
     }
-    assert steps.coordinator.take_batch() is not None
+    assert steps.coordinator.ledger.take_batch() is not None
     assert steps.metrics() == {"selection/length_trained": 7.0, "selection/pass_rate_trained": 0.25}
     assert steps.metrics() == {}
 
@@ -61,7 +61,7 @@ def test_the_groups_of_a_step_are_compared_with_those_that_arrived_for_it() -> N
 def test_a_filter_shows_in_the_pass_rate_of_what_it_drops() -> None:
     steps = Steps(dynamic_sampling=True)
     steps.answer((2, 1), (8, 2), (2, 1), (4, 2))
-    assert steps.coordinator.take_batch() is not None
+    assert steps.coordinator.ledger.take_batch() is not None
     metrics = steps.metrics()
     assert metrics["selection/length_dropped"] == 6.0 and metrics["selection/pass_rate_dropped"] == 1.0
     assert metrics["selection/length_sampled"] == 4.0 and metrics["selection/length_trained"] == 2.0
@@ -73,11 +73,11 @@ def test_what_got_too_old_is_dropped_once_and_counts_again_when_it_is_sampled_ag
     steps.answer((8, 0), (8, 0), (8, 0), (8, 0))
     steps.coordinator.loaded("a", 2)
     steps.coordinator.set_version(2, 0)
-    assert steps.coordinator.take_batch() is None
+    assert steps.coordinator.ledger.take_batch() is None
     assert steps.coordinator.drops == {DropReason.STALE: 4}
     assert steps.metrics()["selection/length_dropped"] == 8.0
     steps.answer((1, 2), (1, 2), (1, 2), (1, 2), version=2)
-    assert steps.coordinator.take_batch() is not None
+    assert steps.coordinator.ledger.take_batch() is not None
     metrics = steps.metrics()
     assert metrics["selection/length_sampled"] == metrics["selection/length_trained"] == 1.0
     assert "selection/length_dropped" not in metrics
@@ -86,7 +86,7 @@ def test_what_got_too_old_is_dropped_once_and_counts_again_when_it_is_sampled_ag
 def test_after_a_resume_what_was_buffered_counts_when_it_is_buffered_again() -> None:
     steps, again = Steps(), Steps()
     steps.answer((2, 1), (4, 1), (6, 1), (8, 1))
-    assert steps.coordinator.take_batch() is not None
+    assert steps.coordinator.ledger.take_batch() is not None
     again.coordinator.remove("a", "test")
     restore(again.coordinator, take(steps.coordinator, 0.0))
     stats = again.coordinator.stats()

@@ -45,19 +45,19 @@ def test_finished_groups_keep_their_place_and_only_the_others_are_sampled_again(
     coordinator = make(config, "a", capacity=7)
     leases = granted(coordinator)
     finish(coordinator, [leases[i] for i in (0, 1, 3, 4, 6)], versions=(0, 0, 0))
-    assert ids(coordinator.take_batch()) == [0, 1]
+    assert ids(coordinator.ledger.take_batch()) == [0, 1]
     coordinator.set_version(0, 1)
     received = coordinator.stats()["received_groups"]
 
     restarted = resumed(through_a_file(coordinator, tmp_path / "kept"), config)
     restarted.loaded("b", 0)
-    assert restarted.take_batch() is None, "its first prompt was in flight"
+    assert restarted.ledger.take_batch() is None, "its first prompt was in flight"
     again = granted(restarted)
     assert uids(again)[:2] == uids([leases[2], leases[5]])
-    assert restarted.stats()["buffered_groups"] == 3 and restarted.admitted == 8
+    assert restarted.stats()["buffered_groups"] == 3 and restarted.ledger.admitted == 8
     assert min(lease.lease_id for _, lease in again) == 1 << 20, "late groups of the old run are known"
     finish(restarted, again)
-    batches = [restarted.take_batch() for _ in range(3)]
+    batches = [restarted.ledger.take_batch() for _ in range(3)]
     assert [g.lease.prompt_uid for batch in batches for g in batch or ()] == uids(leases[2:]) + uids(again[2:])
     order = [g.lease.lease_id for batch in batches for g in batch or ()]
     assert order == sorted(order)
@@ -72,7 +72,7 @@ def test_a_resume_without_an_actor_trains_what_was_finished(tmp_path: Path) -> N
     restarted = Coordinator(make_config(), PromptStream(PROMPTS, seed=0), lambda prompt: [1])
     restore(restarted, through_a_file(coordinator, tmp_path / "kept"))
     restarted.dispatch(0.0)
-    batch = restarted.take_batch()
+    batch = restarted.ledger.take_batch()
     assert batch is not None and [g.lease.prompt_uid for g in batch] == [g.prompt_uid for g in _drawn(2)]
 
 
@@ -84,12 +84,12 @@ def test_a_finished_group_that_is_too_old_after_all_is_sampled_again(tmp_path: P
     coordinator = make(make_config(max_staleness=1), "a")
     leases = granted(coordinator)
     finish(coordinator, leases)
-    coordinator.take_batch()
+    coordinator.ledger.take_batch()
     coordinator.set_version(1, 1)
     restarted = resumed(through_a_file(coordinator, tmp_path / "kept"), make_config(max_staleness=0))
     restarted.loaded("b", 1)
     granted(restarted)
-    assert restarted.take_batch() is None
+    assert restarted.ledger.take_batch() is None
     assert restarted.drops[DropReason.STALE] == 2
     assert uids(granted(restarted)) == uids(leases[2:4])
 
@@ -171,19 +171,19 @@ def evaluated(temperature: float = 1.0, version: int = 0, now: float = 0.0) -> E
 
 def test_an_evaluation_goes_on_with_what_it_had_and_the_same_seeds(tmp_path: Path) -> None:
     coordinator = make(make_config(), "a", capacity=2)
-    coordinator.evaluate(evaluated(now=100.0))
+    coordinator.ledger.evaluate(evaluated(now=100.0))
     first, second = granted(coordinator)
     finish(coordinator, [first], num_correct=2)
     kept = through_a_file(coordinator, tmp_path / "kept", now=130.0)
 
     restarted = resumed(kept, make_config())
-    restarted.evaluate(evaluated(now=5.0), kept.evaluation)
+    restarted.ledger.evaluate(evaluated(now=5.0), kept.evaluation)
     leases = [item for item in granted(restarted) if item[1].purpose is Purpose.EVAL]
     assert uids(leases) == [second[1].prompt_uid, HELDOUT[2].uid]
     assert leases[0][1].seed == second[1].seed
     for name, lease in leases:
         restarted.receive(name, group(lease.lease_id, [0], num_correct=0), 7.0)
-    result = restarted.poll_evaluation()
+    result = restarted.ledger.poll_evaluation()
     assert result is not None
     assert (result.num_samples, result.accuracy, result.num_prompts) == (6, pytest.approx(1 / 3), 3)
     assert result.seconds == pytest.approx(32.0), "the time in between does not count"
@@ -191,25 +191,25 @@ def test_an_evaluation_goes_on_with_what_it_had_and_the_same_seeds(tmp_path: Pat
 
 def test_an_evaluation_that_was_done_but_not_asked_for_is_answered_after_the_resume(tmp_path: Path) -> None:
     coordinator = make(make_config(), "a")
-    coordinator.evaluate(evaluated())
+    coordinator.ledger.evaluate(evaluated())
     finish(coordinator, granted(coordinator))
     kept = through_a_file(coordinator, tmp_path / "kept")
     restarted = resumed(kept, make_config())
-    restarted.evaluate(evaluated(), kept.evaluation)
-    result = restarted.poll_evaluation()
+    restarted.ledger.evaluate(evaluated(), kept.evaluation)
+    result = restarted.ledger.poll_evaluation()
     assert result is not None and result.num_samples == 6
 
 
 def test_an_evaluation_with_other_settings_starts_again_of_the_present_version(tmp_path: Path) -> None:
     coordinator = make(make_config(), "a", capacity=2)
-    coordinator.evaluate(evaluated())
+    coordinator.ledger.evaluate(evaluated())
     finish(coordinator, granted(coordinator))
     coordinator.set_version(3, 3)
     kept = through_a_file(coordinator, tmp_path / "kept")
     restarted = resumed(kept, make_config())
     restarted.loaded("b", 3)
     evaluation = evaluated(temperature=0.5)
-    restarted.evaluate(evaluation, kept.evaluation)
+    restarted.ledger.evaluate(evaluation, kept.evaluation)
     leases = [item for item in granted(restarted) if item[1].purpose is Purpose.EVAL]
     assert uids(leases) == [prompt.uid for prompt in HELDOUT]
     assert evaluation.version == 3

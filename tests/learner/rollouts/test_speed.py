@@ -74,9 +74,9 @@ class Clock:
         leases = [(name, message) for name, message in self.coordinator.outbox if isinstance(message, Lease)]
         self.coordinator.outbox.clear()
         for name, lease in leases:
-            done = group(lease.lease_id, [self.coordinator.version])
+            done = group(lease.lease_id, [self.coordinator.ledger.version])
             self.coordinator.receive(name, replace(done, generation_s=self.seconds[name]), self.now)
-        while self.coordinator.take_batch() is not None:
+        while self.coordinator.ledger.take_batch() is not None:
             step = next(self.step)
             for name in self.seconds:
                 self.coordinator.loaded(name, step)

@@ -126,7 +126,7 @@ class Bound(RuleBasedStateMachine):
     @rule(data=st.data())
     def train(self, data: st.DataObject) -> None:
         """As long as there are batches."""
-        while (batch := self.coordinator.take_batch()) is not None:
+        while (batch := self.coordinator.ledger.take_batch()) is not None:
             self.check(batch)
             if data.draw(st.booleans()):
                 self.settle()  # leases that are granted while the step is under way
@@ -142,7 +142,7 @@ class Bound(RuleBasedStateMachine):
     def end_step(self, data: st.DataObject) -> None:
         self.steps += 1
         if self.config.algorithm.critic_warmup_gate and self.steps < self.warmup and data.draw(st.booleans()):
-            self.coordinator.pace.warmup_steps = self.warmup = self.steps
+            self.coordinator.ledger.pace.warmup_steps = self.warmup = self.steps
         policy_steps = self.steps - self.warmup
         if policy_steps > 0 and policy_steps % self.config.weights.publish_every == 0:
             self.version += 1
@@ -191,7 +191,7 @@ class Bound(RuleBasedStateMachine):
             for name, actor in self.actors.items():
                 for lease_id in reversed(list(actor.leases)):
                     self.finish(name, lease_id, num_correct=1)
-            while (batch := self.coordinator.take_batch()) is not None:
+            while (batch := self.coordinator.ledger.take_batch()) is not None:
                 self.check(batch)
                 self.steps += 1
                 policy_steps = self.steps - self.warmup
@@ -226,7 +226,7 @@ def test_with_masking_the_first_to_finish_wait_for_nobody() -> None:
             if lease is not slow:
                 coordinator.receive("a", group(lease.lease_id, [step - 1]), 0.0)
         coordinator.outbox.clear()
-        batch = coordinator.take_batch()
+        batch = coordinator.ledger.take_batch()
         assert batch is not None
         trained += [item.lease.lease_id for item in batch]
         coordinator.loaded("a", step)
@@ -236,6 +236,6 @@ def test_with_masking_the_first_to_finish_wait_for_nobody() -> None:
     coordinator.dispatch(0.0)
     for lease in [message for _, message in coordinator.outbox if isinstance(message, Lease)]:
         coordinator.receive("a", group(lease.lease_id, [5]), 0.0)
-    batches = [coordinator.take_batch() for _ in range(2)]
+    batches = [coordinator.ledger.take_batch() for _ in range(2)]
     assert 0 in [item.lease.lease_id for batch in batches if batch is not None for item in batch]
     assert coordinator.drops[DropReason.STALE] == 0
