@@ -28,7 +28,7 @@ from common.child import READY_FILE
 from common.config import Config, ConfigError, Device, DType, VerifierConfig
 from common.control import Status, ask, status
 from common.launcher import QUIET_ENVIRONMENT
-from common.loading import load_config
+from common.loading import config_of_run, load_config
 from common.processes import Outcome
 from common.processtree import Guardian
 from common.types import AnswerForm
@@ -80,7 +80,7 @@ def _replayed(run: Path, overrides: list[str]) -> Config:
     from learner.rollouts.record import Record
 
     own = [f"name={run.resolve().name}-replay", "actors.count=0", "learner.record=false", f"learner.replay={run}"]
-    config = load_config([str(run / "config.yaml")], [*own, *overrides])
+    config = load_config([str(config_of_run(run))], [*own, *overrides])
     if config.run_dir.resolve() == run.resolve():
         raise ConfigError(f"name={config.name} is the run that is replayed: choose another name=...")
     Record(run)  # refuses a run that has recorded nothing, or not from its start
@@ -94,7 +94,7 @@ def _resume(run: Path, overrides: list[str]) -> int:
     for override in overrides:
         if override.partition("=")[0] in ("name", "runs_dir"):
             raise ConfigError(f"{override} does not go with --resume {run}, which goes on in that folder: leave it out")
-    config = load_config([str(run / "config.yaml")], overrides)
+    config = load_config([str(config_of_run(run))], overrides)
     if config.run_dir.resolve() != run.resolve():  # the folder was moved
         config = replace(config, runs_dir=str(run.resolve().parent), name=run.resolve().name)
     stands = standing(config)
@@ -185,9 +185,11 @@ def _actor(arguments: argparse.Namespace) -> int:
 def _act(config: Config, arguments: argparse.Namespace) -> int:
     # Imported before the wait: the actor's libraries load while the learner still starts.
     from actors.main import main as run_actor
-    from common.keys import actor_keys
+    from common.keys import NAME_RULE, actor_keys, is_actor_name
     from common.launcher import wait_for_endpoint
 
+    if not is_actor_name(arguments.name):
+        raise ConfigError(f"--name {arguments.name!r} {NAME_RULE}")
     endpoint = wait_for_endpoint(arguments.connect, config.actors.start_timeout_s)
     keys = actor_keys(config, arguments.name, _keys_beside(arguments))
     return run_actor(config, endpoint, arguments.name, keys)

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import socket
 
 import psutil
@@ -9,6 +10,7 @@ import psutil
 from common.config import ConfigError, TransportConfig
 
 # Reserved for documentation (RFC 5737, RFC 3849): asked only which way it would go, nothing is sent there.
+_NAME = re.compile(r"[\w*][\w.*-]*")
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
@@ -116,6 +118,15 @@ def prefer_way_to_rank_0(master: str) -> None:
         )
     if (interface := interface_of(address)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def is_host(host: str) -> bool:
+    """Whether it can be one: an address, or a name of a host or an interface."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return _NAME.fullmatch(host) is not None
+    return True
 
 
 def is_wildcard(host: str) -> bool:

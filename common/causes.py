@@ -25,6 +25,7 @@ _DISK = {
     errno.EPERM: "this user may not write there: choose another runs_dir",
     errno.EIO: "its file system reports an input/output error: look at the kernel's log",
     errno.ESTALE: "its network file system has lost the file: look at the server",
+    errno.EEXIST: "a file is where a folder should be: move it",
     errno.ENOTDIR: "a file is where a folder should be: move it",
     errno.EISDIR: "a folder is where a file should be: move it",
 }

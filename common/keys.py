@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SHARED_ACTOR = "actor"
 KEY_LENGTH = 40  # characters of Z85
 _NAME = re.compile(r"[\w.:-]{1,100}")
+NAME_RULE = "must be 1 to 100 letters, digits, or any of _ . : -"  # of an actor's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,11 @@ class LearnerKeys:
         self._files, self._allowed = files, frozenset(allowed)
 
 
+def is_actor_name(name: str) -> bool:
+    """Whether it keeps to NAME_RULE."""
+    return _NAME.fullmatch(name) is not None
+
+
 def make_keys(folder: Path, actors: Sequence[str] = (SHARED_ACTOR,)) -> list[Path]:
     """Makes what is missing of a learner's pair and the pairs of these actors; the secret files that are new.
 
@@ -97,8 +103,8 @@ def make_keys(folder: Path, actors: Sequence[str] = (SHARED_ACTOR,)) -> list[Pat
     """
     require_curve()
     for name in actors:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"--actor {name!r} must be 1 to 100 letters, digits, or any of _ . : -")
+        if not is_actor_name(name):
+            raise ConfigError(f"--actor {name!r} {NAME_RULE}")
     wanted = [folder / "learner", *(folder / "actors" / name for name in actors)]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

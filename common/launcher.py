@@ -13,6 +13,7 @@ Learner and actors start at the same time, because either needs half a minute.
 import itertools
 import operator
 import os
+import re
 import shutil
 import signal
 import socket
@@ -58,6 +59,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # Models are folders on disk, so nothing has to be fetched or reported.
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENDPOINT_POLL_S = 0.05
+_TCP = re.compile(r"tcp://.+:\d{1,5}")
 LEAVE_MARGIN_S = 10.0  # beyond actors.drain_s, for an engine to shut down
 
 
@@ -313,7 +315,7 @@ def wait_for_endpoint(connect: str, timeout_s: float) -> str:
         TimeoutError: nobody wrote PATH in time.
     """
     kind, _, path = connect.partition(":")
-    if kind in ("tcp", "ipc"):
+    if kind == "ipc" or _TCP.fullmatch(connect):
         return connect
     if kind != "file" or not path:
         raise ConfigError(f"--connect {connect} must be tcp://HOST:PORT or file:PATH")

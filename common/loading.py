@@ -64,6 +64,14 @@ def read_config(path: str | Path) -> Config:
     return _to_config(_merge(OmegaConf.structured(Config), _read_yaml(Path(path)), str(path)))
 
 
+def config_of_run(run: Path) -> Path:
+    """RUN/config.yaml. Raises ConfigError when `run` is no run directory."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not a run directory: it has no config.yaml")
+    return path
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration; `path` has either its old content or all of the new one."""
     target = Path(path)

@@ -30,6 +30,7 @@ UNSUPPORTED: dict[str, tuple[str, tuple[object, ...]]] = {
     "logits_scaling": ("scales its logits", NOT_A_FACTOR),
     "lm_head_multiplier": ("scales its logits", NOT_A_FACTOR),
 }
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 OUTPUT_BIASES = ("lm_head.bias", "embed_out.bias")
 
 
@@ -43,6 +44,8 @@ def check_model_folder(key: str, path: str, max_model_len: int) -> None:
     check_settings(settings, name)
     _check_positions(text_settings(settings), name, max_model_len)
     _check_weights(folder, name)
+    if key == "model.path":
+        _check_tokenizer_is_there(folder, name)
     _check_tokenizer(folder, text_settings(settings).get("vocab_size"), name)
 
 
@@ -161,6 +164,14 @@ def _tensor_names(file: Path, name: str) -> list[str]:
     if end > size:
         raise ConfigError(f"{damaged} has {size} bytes and should have {end}: fetch it again")
     return list(tensors)
+
+
+def _check_tokenizer_is_there(folder: Path, name: str) -> None:
+    """transformers makes an empty tokenizer of a folder that has none."""
+    file = folder / "tokenizer_config.json"
+    has_own_code = file.is_file() and "auto_map" in _read_json(file, name)
+    if not has_own_code and not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
+        raise ConfigError(f"{name} has no tokenizer (no {TOKENIZERS[0]} there): copy the model's own into the folder")
 
 
 def _check_tokenizer(folder: Path, vocab_size: int | None, name: str) -> None:

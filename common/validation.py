@@ -7,7 +7,7 @@ nothing here looks at the machine, except at model folders (common/model_folder.
 import math
 import operator
 
-from common.addresses import is_wildcard
+from common.addresses import is_host, is_wildcard
 from common.algorithm_validation import check_algorithm, refuse_if
 from common.config import (
     AdvantageEstimator,
@@ -235,7 +235,11 @@ def _check_device(config: Config) -> None:
         ranks % replicas != 0,
         f"learner.replicas={replicas} must divide learner.ranks={ranks}",
     )
-    advertised = config.transport.advertise_host
+    host, advertised = config.transport.host, config.transport.advertise_host
+    refuse_if(
+        not is_host(host),
+        f"transport.host={host!r} is neither an address nor a name: give one of this machine, without a port",
+    )
     refuse_if(
         advertised is not None and is_wildcard(advertised),
         f"transport.advertise_host={advertised} is no address that an actor could connect to: name one of this "

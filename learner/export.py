@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from common.config import AdvantageEstimator, Config, ConfigError, DType, LoraConfig
-from common.loading import read_config
+from common.loading import config_of_run, read_config
 from learner.checkpoint import complete_steps, damage, load_parameters, step_folder
 from learner.networks.export import export_adapter, export_critic, export_policy
 from learner.networks.model import Critic, load_critic, load_policy
@@ -25,7 +25,7 @@ def main(
     an empty folder.
     """
     run, out = Path(run_dir), Path(out_dir)
-    config = read_config(run / "config.yaml")
+    config = read_config(config_of_run(run))
     folder, chosen = _checkpoint(run, step)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder: choose another --out")

@@ -341,6 +341,7 @@ def prepare(model_name: str, out_dir: str | None, seed: int) -> None:
     if model_name not in RECIPES:
         raise ConfigError(f"there is no base model '{model_name}'; prepare knows: {', '.join(RECIPES)}.")
     recipe = RECIPES[model_name]
-    heldout = list(load_task(TaskConfig(name=recipe.task)).heldout)
     folder = Path(out_dir) if out_dir is not None else Path("configs") / "models" / model_name
+    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that the training takes
+    heldout = list(load_task(TaskConfig(name=recipe.task)).heldout)
     build_base_model(recipe, heldout, folder, seed)

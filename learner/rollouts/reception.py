@@ -9,7 +9,6 @@ Used under the lock of learner/rollouts/service.py.
 """
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from common.agreement import shared_settings
 from common.config import Config
+from common.keys import NAME_RULE, is_actor_name
 from common.types import (
     JSON,
     PROTOCOL_VERSION,
@@ -49,8 +49,6 @@ from learner.rollouts.coordinator import Coordinator
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected
-
-_NAME = re.compile(r"[\w.:-]{1,100}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +228,8 @@ class Reception:
         model, tokenizer = self._fingerprints
         if hello.protocol_version != PROTOCOL_VERSION:
             return f"it speaks protocol version {hello.protocol_version}, the learner {PROTOCOL_VERSION}"
-        if not _NAME.fullmatch(hello.name):
-            return "its name must be 1 to 100 letters, digits, or any of _ . : -"
+        if not is_actor_name(hello.name):
+            return f"its name {NAME_RULE}"
         if hello.capacity < 1:
             return f"its capacity is {hello.capacity}; set actors.groups_in_flight to at least 1"
         if hello.model_fingerprint != model:

@@ -35,6 +35,7 @@ def long_model(tmp_path: Path) -> str:
     """The setting of a model folder with as many positions as the paper's models have."""
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 131072}')
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # no tensors
+    (tmp_path / "tokenizer.json").write_text("{}")
     return f"model.path={tmp_path}"
 
 
