@@ -345,6 +345,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class SamplesConfig:
+    """Responses that are kept as text with what training made of each token, in RUN/samples (learner/samples.py)."""
+
+    groups: int = 2  # of a sampled step, whole ones; 0: none are kept
+    every: int = 1  # steps from one that is sampled to the next, warm-up included
+    max_mb: int = 256  # of all files together; where there would be more, steps are thinned out evenly
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # steps, warm-up included; 0: only at the end of the critic's warm-up and of the run
     keep: int = 2  # newest complete checkpoints kept
@@ -371,6 +380,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property

@@ -91,6 +91,10 @@ class RunLog:
         _write_line(self._metrics, line | {name: _jsonable(value) for name, value in values.items()})
         self._events.write(step, now, values)
 
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Show a text in TensorBoard alone. Any thread may call it."""
+        self._events.write_text(step, time.time(), name, markdown)
+
     def ledger(self, group: TrajectoryGroup, step: int) -> None:
         """Append the line of one group that was trained at `step`."""
         completed = group.completed
@@ -191,6 +195,19 @@ class _TensorBoard:
             for name, value in values.items()
         ]
         self._writer.add_event(self._event(wall_time=now, step=step, summary=self._summary(value=entries)))
+
+    def write_text(self, step: int, now: float, name: str, markdown: str) -> None:
+        """What its text plugin shows: a tensor of one string."""
+        value = self._summary.Value(
+            tag=name,
+            metadata={"plugin_data": {"plugin_name": "text"}},
+            tensor={
+                "dtype": "DT_STRING",
+                "tensor_shape": {"dim": [{"size": 1}]},
+                "string_val": [markdown.encode(errors="replace")],
+            },
+        )
+        self._writer.add_event(self._event(wall_time=now, step=step, summary=self._summary(value=[value])))
 
     def close(self) -> None:
         self._writer.close()

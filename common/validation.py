@@ -125,6 +125,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eval.share": (0.01, 1, True),
     "eval.top_p": (0, 1, True),
     "eval.top_k": (0, INF, True),
+    "samples.groups": (0, INF, True),
+    "samples.every": (1, INF, True),
+    "samples.max_mb": (1, INF, True),
     "checkpoint.every": (0, INF, True),
     "checkpoint.keep": (1, INF, True),
 }

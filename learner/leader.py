@@ -53,7 +53,7 @@ class Leader:
     ) -> None:
         self._config = config
         self.service = service
-        self._log = log
+        self.log = log
         self._recorder = recorder
         self._heldout = list(heldout[: config.eval.num_prompts])
         self._timeout_s = config.learner.batch_timeout_s
@@ -122,21 +122,21 @@ class Leader:
         values |= self._since_last_step(values) | {"version": version, "tokens/trained": self._trained_tokens}
         if self._is_evaluating and (result := self.service.poll_evaluation()) is not None:
             values |= self._evaluated(result)
-        self._log.log(step, values)
+        self.log.log(step, values)
         for group in groups:
-            self._log.ledger(group, step)
+            self.log.ledger(group, step)
         if step <= warmup_steps:
-            self._log.progress(step, warmup_steps, values, stage="critic warm-up")
+            self.log.progress(step, warmup_steps, values, stage="critic warm-up")
         else:
-            self._log.progress(step - warmup_steps, self._config.learner.steps, values)
+            self.log.progress(step - warmup_steps, self._config.learner.steps, values)
 
     def finish_evaluation(self, step: int, version: int) -> None:
         """Waits for the evaluation that is running, if one is, and logs it under `step`. Raises MembersWaiting."""
         if self._is_evaluating:
             result = self._patiently(lambda: self.service.wait_evaluation(self._timeout_s))
             values = self._evaluated(result) | {"version": version}
-            self._log.log(step, values)
-            self._log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="done")
+            self.log.log(step, values)
+            self.log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="done")
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """One turn of a wait, see the class."""

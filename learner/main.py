@@ -53,6 +53,7 @@ from learner.rollouts.record import Record, Recorder, forget_after
 from learner.rollouts.service import LearnerService, MembersWaiting, StillWaiting
 from learner.rollouts.snapshot import read_snapshot
 from learner.rundir import agreed_standing, next_incarnation, only_learner, settle
+from learner.samples import SampleWriter, forget_samples_after
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Learner:
         leader: Leader | Replay | None,
         asked_to_stop: Callable[[], int | None] = lambda: None,
         last_step: int | None = None,
+        samples: SampleWriter | None = None,
     ) -> None:
         self.asked_to_stop = asked_to_stop  # the signal that has reached this rank, if one has
         self.config = config
@@ -97,6 +99,7 @@ class Learner:
         self.checkpointer = checkpointer
         self.leader = leader
         self.last_step = last_step
+        self.samples = samples
         self.step = 0
         self.version = 0
         self._saved_step = 0  # of the newest checkpoint
@@ -166,8 +169,11 @@ class Learner:
         self._is_mid_step = True
         version, is_warmup = self.version, self.step < self.warmup_steps
         is_published = is_warmup or (self.step - self.warmup_steps) % self.config.weights.publish_every == 0
+        observe = None if self.samples is None else self.samples.observer(self.step + 1, version, groups)
         with actors_asleep(self.config, self.publisher.control, version):
-            values: dict[str, Value] = dict(self.trainer.step(batch, version, is_warmup, is_published=is_published))
+            values: dict[str, Value] = dict(
+                self.trainer.step(batch, version, is_warmup, is_published=is_published, observe=observe)
+            )
         values |= self._watch_drift(values)
         self.step += 1
         if is_warmup:
@@ -354,7 +360,7 @@ def _run_rank(config: Config, signals: StopSignals) -> None:
         _leave_room(config, world)
         mesh = make_mesh(config)
         last_step = _replay_threads_and_last_step(config, world)
-        with _leader(config, world, resume_step) as leader:
+        with _leader(config, world, resume_step) as leader, _samples(config, leader) as samples:
             networks = load_networks(config, world.device, mesh)
             policy, critic, reference = networks.policy, networks.critic, networks.reference
             trainer = Trainer(config, policy, critic, world.rank, world.size, reference=reference)
@@ -363,7 +369,15 @@ def _run_rank(config: Config, signals: StopSignals) -> None:
             try:
                 with _checkpointer(config) as checkpointer:
                     learner = Learner(
-                        config, world, trainer, publisher, checkpointer, leader, lambda: signals.number, last_step
+                        config,
+                        world,
+                        trainer,
+                        publisher,
+                        checkpointer,
+                        leader,
+                        lambda: signals.number,
+                        last_step,
+                        samples,
                     )
                     if resume_step is not None:
                         learner.resume(resume_step)
@@ -421,12 +435,23 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
     run_id, incarnation = next_incarnation(config.run_dir)
     logger.info("learner %d of run %s", incarnation, run_id)
     forget_after(config.run_dir, resume_step or 0)
+    forget_samples_after(config.run_dir, resume_step or 0)
     if config.learner.replay is not None:
         with RunLog(config.run_dir, keep_through=resume_step or 0) as log:
             yield Replay(config, Record(Path(config.learner.replay)), log)
         return
     with _leader_of_actors(config, resume_step, run_id, incarnation) as leader:
         yield leader
+
+
+@contextmanager
+def _samples(config: Config, leader: Leader | Replay | None) -> Iterator[SampleWriter | None]:
+    """Who keeps samples, on rank 0."""
+    if leader is None or config.samples.groups == 0:
+        yield None
+        return
+    with SampleWriter(config, leader.log) as samples:
+        yield samples
 
 
 @contextmanager

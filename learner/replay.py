@@ -45,7 +45,7 @@ class Replay:
         self.service = Nobody()
         self._config = config
         self._record = record
-        self._log = log
+        self.log = log
         self._settings = replayed_settings(config)
         self._differing: str | None = None  # the setting that has been said to differ
         self._recorded_at = time.monotonic()
@@ -89,11 +89,11 @@ class Replay:
         now = time.monotonic()
         values |= {"time/step_s": now - self._recorded_at, "version": version}
         self._recorded_at = now
-        self._log.log(step, values)
+        self.log.log(step, values)
         for group in groups:
-            self._log.ledger(group, step)
+            self.log.ledger(group, step)
         num_steps = min(warmup_steps + self._config.learner.steps, self._record.last_step)
-        self._log.progress(step, num_steps, values, stage="replayed")
+        self.log.progress(step, num_steps, values, stage="replayed")
 
     def _compare(self, step: int) -> None:
         """Says once of each setting from where on it is not what it was."""

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from common.samples import read_samples, sampled_steps
 from tests.support.runs import ROOT, processes_of, rows
 
 SMALL = [
@@ -91,6 +92,22 @@ def test_two_learner_ranks(two_of_each: Run) -> None:
 @pytest.mark.vllm
 def test_two_actors_share_the_work(two_of_each: Run) -> None:
     assert max(row["actors/connected"] for row in two_of_each.steps) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_samples_of_every_step_are_what_was_sampled_and_trained(two_of_each: Run) -> None:
+    assert sampled_steps(two_of_each.run_dir) == [1, 2, 3, 4]
+    trained = {(row["step"], row["lease_id"]): row for row in rows(two_of_each.run_dir / "ledger.jsonl")}
+    for sample in read_samples(two_of_each.run_dir):
+        line = trained[sample.step, sample.lease_id]
+        assert (sample.actor, sample.reward) == (line["actor"], line["rewards"][sample.index])
+        assert len(sample.tokens) == len(sample.values) == line["lengths"][sample.index]
+        assert len(sample.advantages) == (0 if sample.step == 1 else len(sample.tokens))  # step 1 is the warm-up
+        assert "".join(sample.tokens) == sample.response and sample.response.endswith(
+            "<eos>" * (sample.reason == "stop")
+        )
+        assert sample.prompt.endswith("=")
 
 
 @pytest.fixture(scope="module")

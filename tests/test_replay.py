@@ -11,6 +11,7 @@ import pytest
 import run
 from common.launcher import rank_environment, reserve_port
 from common.loading import read_config, save_config
+from common.samples import read_samples, sampled_steps
 from tests.support import learner_without_transfer
 from tests.support.runs import rows
 from tests.test_kill_and_resume import START_S, learner, steps
@@ -58,6 +59,7 @@ def test_a_run_that_was_killed_and_resumed_is_replayed_bit_for_bit(
     assert numbers(again) == numbers(recorded)
     ledgers = [[json.dumps(row) for row in rows(folder / "ledger.jsonl")] for folder in (recorded, again)]
     assert ledgers[0] == ledgers[1]
+    assert sampled_steps(recorded) == list(range(1, 9)) and read_samples(again) == read_samples(recorded)
     log = (again / "learner.log").read_text()
     assert "recorded has recorded the steps 1 to 8: 1 to 8 are trained again, and nothing is sampled" in log
     assert "the numbers are other ones" not in log

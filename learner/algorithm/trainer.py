@@ -17,7 +17,7 @@ Axes: B responses, T response tokens of the batch, laid end to end.
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -71,10 +71,19 @@ class Trainer:
         on_cuda = config.device is Device.cuda
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
-    def step(self, batch: Batch, version: int, is_warmup: bool, *, is_published: bool = True) -> Metrics:
+    def step(
+        self,
+        batch: Batch,
+        version: int,
+        is_warmup: bool,
+        *,
+        is_published: bool = True,
+        observe: Callable[[Experience], None] | None = None,
+    ) -> Metrics:
         """Trains on `batch`, consumed at policy `version`. Warm-up leaves the policy alone, and after the first step
         of the run, which shows how far engine and learner differ, does not ask it either. `is_published` says that
-        the policy is still what was published as `version`: no step was taken since.
+        the policy is still what was published as `version`: no step was taken since. `observe` is shown the experience
+        before the updates; it is no collective.
 
         Returns the metrics, the same on every rank. Raises FloatingPointError when gradients
         are not finite again and again, ValueError when there are fewer responses than mini-batches.
@@ -87,6 +96,8 @@ class Trainer:
             mine, scores = self._score(batch, plans[0], is_warmup)
         with clock.stage("estimate"):
             experience = estimate(self.config, batch, mine, scores, version, is_warmup, self.group)
+        if observe is not None:
+            observe(experience)
         work = Work(batch, experience, is_warmup, is_published, Totals(self.device), clock)
         for plan in plans:
             for mini in plan:

@@ -81,6 +81,16 @@ def test_tensorboard_reads_scalars_and_histograms(tmp_path: Path) -> None:
     assert (histogram.num, histogram.sum, histogram.bucket) == (40.0, 60.0, [10.0, 30.0])
 
 
+def test_tensorboard_reads_texts_too(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.text(4, "samples/group", "**right**, é")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("samples/group")
+    assert (event.step, event.tensor_proto.string_val[0].decode()) == (4, "**right**, é")
+    assert events.SummaryMetadata("samples/group").plugin_data.plugin_name == "text"
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_a_resume_forgets_the_steps_that_are_done_again(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         for step in (1, 2, 3):

@@ -31,7 +31,9 @@ class Stage:
     probe: Any = None
 
     # the trainer
-    def step(self, batch: None, version: int, is_warmup: bool, *, is_published: bool) -> dict[str, float]:
+    def step(
+        self, batch: None, version: int, is_warmup: bool, *, is_published: bool, observe: None
+    ) -> dict[str, float]:
         self.calls.append(("warm-up" if is_warmup else "policy", version))
         return {"critic/explained_variance": self.explained_variance.pop(0)} if self.explained_variance else {}
 
