@@ -247,6 +247,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _show(arguments: argparse.Namespace) -> int:
+    from common.show import Choice, Color, show
+
+    show(Path(arguments.run), arguments.step, Choice(arguments.choice), Color(arguments.color))
+    return 0
+
+
 def _grade(arguments: argparse.Namespace) -> int:
     from actors.grade import main as run_grade
 
@@ -392,6 +399,20 @@ def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     inspect = commands.add_parser("inspect", help="print the summary of a run")
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("run", help="run directory")
+
+    show = commands.add_parser("show", help="page through responses of a run, each token coloured by what became of it")
+    show.set_defaults(command=_show)
+    show.add_argument("run", help="run directory, of a live run too")
+    show.add_argument("--step", type=int, help="a sampled step (default: the newest)")
+    show.add_argument("--color", choices=["advantage", "value", "version"], default="advantage", help="of the tokens")
+    choice = show.add_mutually_exclusive_group()
+    for name, what in (
+        ("wrong", "only those that are not right"),
+        ("right", "only the right ones"),
+        ("longest", "the longest first"),
+        ("stale", "those with the oldest tokens first"),
+    ):
+        choice.add_argument(f"--{name}", dest="choice", action="store_const", const=name, default="all", help=what)
 
     export = commands.add_parser("export", help="write a checkpoint's policy or critic as a Hugging Face folder")
     export.set_defaults(command=_export)
