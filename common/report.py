@@ -21,6 +21,9 @@ class Evaluation:
     step: int
     version: int
     accuracy: float
+    low: float | None  # of its 95% interval over prompts, as the next two None in the files of an earlier release
+    high: float | None
+    newest_version: int | None  # that tokens were drawn with; another one than `version` where a publication came in
     num_prompts: int | None  # None in the files of an earlier release
     num_failed: int  # prompts that could not be sampled; they count as wrong, as do the next
     num_errors: int  # responses on which the verifier failed
@@ -131,15 +134,22 @@ def _accuracy_text(summary: Summary) -> str:
     of = f", {points[-1].num_prompts} prompts" if points[-1].num_prompts is not None else ""
     about = f"held out, {k}{of}"
     if len(points) == 1:
-        return f"{points[0].accuracy:.3f} for version {points[0].version} ({about}){_marks(points)}"
+        return f"{_with_interval(points[0])} for version {points[0].version} ({about}){_marks(points)}"
     between = ", ".join(f"{point.accuracy:.3f} for version {point.version}" for point in points[1:-1])
-    text = f"{points[0].accuracy:.3f} -> {points[-1].accuracy:.3f} ({about})"
+    text = f"{_with_interval(points[0])} -> {_with_interval(points[-1])} ({about})"
     return (f"{text}; during: {between}" if between else text) + _marks(points)
 
 
+def _with_interval(point: Evaluation) -> str:
+    known = point.low is not None and point.high is not None
+    return f"{point.accuracy:.3f} [{point.low:.3f}, {point.high:.3f}]" if known else f"{point.accuracy:.3f}"
+
+
 def _marks(points: Sequence[Evaluation]) -> str:
-    """Which evaluations are not of everything that they should be of."""
-    return "".join(
+    """Which evaluations are of more than one version, and which are not of everything that they should be of."""
+    spanned = [p for p in points if p.newest_version is not None and p.newest_version > p.version]
+    versions = ", ".join(f"{point.version} to {point.newest_version}" for point in spanned)
+    return (f"; across publications: versions {versions}" if spanned else "") + "".join(
         f"; INCOMPLETE for version {point.version}: {point.num_failed} prompts were not sampled and the verifier "
         f"failed on {point.num_errors} responses, which count as wrong"
         for point in points
@@ -220,12 +230,15 @@ def _evaluations(rows: Sequence[Row]) -> tuple[Evaluation, ...]:
     for row in rows:
         accuracy, version = _number(row, "accuracy/heldout"), _number(row, "accuracy/version")
         if accuracy is not None and version is not None:
-            num_prompts = _number(row, "eval/num_prompts")
+            num_prompts, newest = _number(row, "eval/num_prompts"), _number(row, "accuracy/version_newest")
             points.append(
                 Evaluation(
                     step=row["step"],
                     version=int(version),
                     accuracy=accuracy,
+                    low=_number(row, "accuracy/heldout_low"),
+                    high=_number(row, "accuracy/heldout_high"),
+                    newest_version=None if newest is None else int(newest),
                     num_prompts=None if num_prompts is None else int(num_prompts),
                     num_failed=int(_number(row, "eval/num_failed") or 0),
                     num_errors=int(_number(row, "eval/num_errors") or 0),

@@ -84,6 +84,19 @@ def test_an_accuracy_says_of_how_many_prompts_and_what_of_it_failed(tmp_path: Pa
     assert "INCOMPLETE for version 0" not in text
 
 
+def test_an_accuracy_has_its_interval_and_says_which_publications_came_in_between(tmp_path: Path) -> None:
+    first = {"accuracy/heldout": 0.5, "accuracy/heldout_low": 0.4, "accuracy/heldout_high": 0.6}
+    last = {"accuracy/heldout": 0.75, "accuracy/heldout_low": 0.7, "accuracy/heldout_high": 0.8125}
+    rows: list[dict[str, Value]] = [
+        first | {"accuracy/version": 0, "accuracy/version_newest": 0},
+        last | {"accuracy/version": 10, "accuracy/version_newest": 12},
+    ]
+    text = render(summary(run_dir(tmp_path, rows)))
+    assert (
+        "0.500 [0.400, 0.600] -> 0.750 [0.700, 0.812] (held out, avg@4); across publications: versions 10 to 12" in text
+    )
+
+
 def test_a_greedy_evaluation_is_called_so(tmp_path: Path) -> None:
     folder = run_dir(tmp_path, [{"accuracy/heldout": 0.5, "accuracy/version": 0, "eval/num_prompts": 8}])
     config = Config(model=ModelConfig(path="gone"), eval=EvalConfig(temperature=0.0))
