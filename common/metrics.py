@@ -13,7 +13,9 @@ reads, and how it reduces it over a run:
     throughput/*_per_s, actors/idle_fraction,
     learner/idle_fraction                                       mean weighted by time/step_s
     staleness/token_mean, staleness/token_max, staleness/hist   mean, maximum, sum
-    accuracy/heldout of accuracy/version, with eval/num_*       one point per line that has both, in order
+    accuracy/heldout of accuracy/version, with its interval
+    (accuracy/heldout_low, _high), accuracy/version_newest
+    and eval/num_*                                              one point per line that has both, in order
 """
 
 import json
@@ -31,6 +33,8 @@ Value = float | Mapping[int, float]
 # name in metrics, label on the console, format: what one progress line shows, in this order
 CONSOLE = (
     ("accuracy/heldout", "accuracy", ".3f"),
+    ("accuracy/heldout_low", "from", ".3f"),
+    ("accuracy/heldout_high", "to", ".3f"),
     ("eval/num_prompts", "of", ".0f"),
     ("reward/mean", "reward", "+z.2f"),
     ("length/mean", "length", ".0f"),
@@ -47,6 +51,7 @@ CONSOLE = (
 )
 # The same for what ought to be 0, and is shown when it is not.
 CONSOLE_ALARMS = (
+    ("accuracy/publications", "publications during the evaluation", ".0f"),
     ("eval/num_failed", "PROMPTS FAILED", ".0f"),
     ("eval/num_errors", "VERIFIER ERRORS IN EVALUATION", ".0f"),
     ("verifier/num_errors", "VERIFIER ERRORS", ".0f"),

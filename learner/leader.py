@@ -178,8 +178,11 @@ class Leader:
         self._is_evaluating = False
         return {
             "accuracy/heldout": result.accuracy,
+            "accuracy/heldout_low": result.accuracy_low,
+            "accuracy/heldout_high": result.accuracy_high,
             "accuracy/version": result.version,
             "accuracy/version_newest": result.newest_version,
+            "accuracy/publications": result.newest_version - result.oldest_version,
             "accuracy/length_mean": result.length_mean,
             "accuracy/truncated_fraction": result.truncated_fraction,
             "time/evaluation_s": result.seconds,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.config import Config
+from common.scores import Estimate, estimate
 from common.types import JSON, CompletedGroup, FinishReason, Prompt, Verdict
 from learner.rollouts.partial import Pending
 
@@ -22,6 +23,8 @@ class EvalResult:
     oldest_version: int  # of all sampled tokens; differs from `version` when a publication came in between
     newest_version: int
     accuracy: float  # share of correct responses among all that were asked for
+    accuracy_low: float  # the 95% interval over prompts (common/scores.py), as the next
+    accuracy_high: float
     length_mean: float  # tokens, of the responses that were sampled, as the next
     truncated_fraction: float  # share of responses that reached max_tokens
     num_prompts: int
@@ -92,11 +95,14 @@ class Evaluation:
         reasons = [reason for group in self._groups for reason in group.finish_reasons]
         num_samples = len(verdicts)
         per_sample = 1.0 / max(num_samples, 1)
+        accuracy = self._accuracy()
         return EvalResult(
             version=self.version,
             oldest_version=min((int(group.versions.min()) for group in self._groups), default=self.version),
             newest_version=max((int(group.versions.max()) for group in self._groups), default=self.version),
-            accuracy=verdicts.count(Verdict.CORRECT) / max(len(self.prompts) * self.samples_per_prompt, 1),
+            accuracy=accuracy.value,
+            accuracy_low=accuracy.low,
+            accuracy_high=accuracy.high,
             length_mean=sum(int(group.lengths.sum()) for group in self._groups) * per_sample,
             truncated_fraction=reasons.count(FinishReason.LENGTH) * per_sample,
             num_prompts=len(self.prompts),
@@ -105,6 +111,10 @@ class Evaluation:
             num_errors=verdicts.count(Verdict.ERROR),
             seconds=self._ended_s - self.started_s,
         )
+
+    def _accuracy(self) -> Estimate:
+        correct = [group.verdicts.count(Verdict.CORRECT) for group in self._groups] + [0] * self._num_failed
+        return estimate(correct, [self.samples_per_prompt] * len(correct))
 
 
 def asked(config: Config, evaluation: Evaluation) -> JSON:

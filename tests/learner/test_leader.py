@@ -18,8 +18,10 @@ HELDOUT = [Prompt(uid=f"h{i}", text=str(i), reference="") for i in range(9)]
 RESULT = EvalResult(
     version=3,
     oldest_version=3,
-    newest_version=3,
+    newest_version=4,
     accuracy=0.25,
+    accuracy_low=0.1,
+    accuracy_high=0.5,
     length_mean=7.0,
     truncated_fraction=0.0,
     num_prompts=8,
@@ -74,7 +76,10 @@ def test_an_evaluation_is_logged_with_what_is_missing_from_it(
         "eval/num_errors": 2,
     }
     line = capsys.readouterr().out
-    assert "accuracy 0.250  of 8" in line and "PROMPTS FAILED 1" in line and "ERRORS IN EVALUATION 2" in line
+    assert (row["accuracy/heldout_low"], row["accuracy/heldout_high"]) == (0.1, 0.5)
+    assert (row["accuracy/version_newest"], row["accuracy/publications"]) == (4, 1)
+    assert "accuracy 0.250  from 0.100  to 0.500  of 8" in line and "publications during the evaluation 1" in line
+    assert "PROMPTS FAILED 1" in line and "ERRORS IN EVALUATION 2" in line
 
 
 # ---- nobody there

@@ -26,6 +26,7 @@ from common.config import (
     TransportConfig,
     WeightsConfig,
 )
+from common.scores import estimate
 from common.types import (
     MAX_CAPACITY,
     Ack,
@@ -1028,6 +1029,8 @@ def test_before_the_first_step_evaluation_goes_first_and_is_not_admitted() -> No
     result = coordinator.ledger.poll_evaluation()
     assert result is not None
     assert (result.accuracy, result.num_samples, result.num_failed) == (6 / 12, 12, 0)
+    clustered = estimate([3, 3, 0], [4, 4, 4])
+    assert (result.accuracy_low, result.accuracy_high) == (clustered.low, clustered.high)
     assert result.length_mean == pytest.approx((8 * 1 + 4 * 2) / 12)
     assert coordinator.ledger.poll_evaluation() is None
 
