@@ -2,11 +2,13 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from actors.engine import Engine
 from actors.sampling import Completion
+from actors.verifier.judgement import Judgement
 from actors.verifier.pool import VerifierPool
 from actors.verifier.rewards import reward
 from common.config import RewardConfig
@@ -16,25 +18,21 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 TAIL_TOKENS = 32  # of a prompt, in which a chat template's opened tag and the white space after it have room
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """All n completions of a lease with what the verifier saw and said of each."""
+
+    completions: list[Completion]
+    texts: list[str]
+    judgements: list[Judgement]
+    generation_s: float
+    verification_s: float
+
+
 async def complete(lease: Lease, engine: Engine, verifier: VerifierPool, rewards: RewardConfig) -> CompletedGroup:
-    """The completed group of a lease. Truncated responses are graded as they stand.
-
-    Raises RequestRefused when the engine cannot sample it; cancelling it aborts the engine's requests.
-    """
-    try:
-        return await _complete(lease, engine, verifier, rewards)
-    finally:
-        engine.forget(lease.lease_id)  # what it has drawn could be asked for until here
-
-
-async def _complete(lease: Lease, engine: Engine, verifier: VerifierPool, rewards: RewardConfig) -> CompletedGroup:
-    started = time.monotonic()
-    completions = await engine.sample(lease)
-    sampled = time.monotonic()
-    opened = opened_reasoning(lease.prompt_token_ids, engine)
-    judgements = await asyncio.gather(
-        *(verifier.judge(_seen(completion, opened, engine), lease.reference, lease.row) for completion in completions)
-    )
+    """The completed group of a lease. Truncated responses are graded as they stand. Raises as `sample_and_judge`."""
+    judged = await sample_and_judge(lease, engine, verifier)
+    completions, judgements = judged.completions, judged.judgements
     values = [
         reward(judgement, len(completion.token_ids), lease.max_tokens, rewards)
         for judgement, completion in zip(judgements, completions, strict=True)
@@ -49,6 +47,30 @@ async def _complete(lease: Lease, engine: Engine, verifier: VerifierPool, reward
         verdicts=tuple(judgement.verdict for judgement in judgements),
         verifier_error=next((judgement.error for judgement in judgements if judgement.error is not None), None),
         finish_reasons=tuple(completion.finish_reason for completion in completions),
+        generation_s=judged.generation_s,
+        verification_s=judged.verification_s,
+    )
+
+
+async def sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool) -> Judged:
+    """Raises RequestRefused when the engine cannot sample it; cancelling it aborts the engine's requests."""
+    try:
+        return await _sample_and_judge(lease, engine, verifier)
+    finally:
+        engine.forget(lease.lease_id)  # what it has drawn could be asked for until here
+
+
+async def _sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool) -> Judged:
+    started = time.monotonic()
+    completions = await engine.sample(lease)
+    sampled = time.monotonic()
+    opened = opened_reasoning(lease.prompt_token_ids, engine)
+    texts = [_seen(completion, opened, engine) for completion in completions]
+    judgements = await asyncio.gather(*(verifier.judge(text, lease.reference, lease.row) for text in texts))
+    return Judged(
+        completions=completions,
+        texts=texts,
+        judgements=judgements,
         generation_s=sampled - started,
         verification_s=time.monotonic() - sampled,
     )

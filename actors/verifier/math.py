@@ -21,6 +21,13 @@ INTERRUPTIBLE = (
     *("mpmath", "pylatexenc"),
     *("abc", "collections", "contextlib", "dataclasses", "enum", "fractions", "json", "numbers", "random", "re"),
 )
+# Where each of the functions looks for the answer.
+EXTRACTIONS = {
+    "verify": Extraction.BOXED,
+    "verify_answer_line": Extraction.ANSWER_LINE,
+    "verify_hashes": Extraction.HASHES,
+    "verify_anywhere": Extraction.ANYWHERE,
+}
 # Typical answers by the heavy module that they need, for warm_up.
 _TYPICAL = {
     "actors.verifier.compare": (
@@ -47,28 +54,28 @@ _TYPICAL = {
 
 def verify(response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT) -> Verdict:
     """Compares the last \\boxed{} or \\fbox{} of the response with the reference."""
-    return _verify(response, reference, Extraction.BOXED, answer_form)
+    return _verify(response, reference, EXTRACTIONS["verify"], answer_form)
 
 
 def verify_answer_line(
     response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT
 ) -> Verdict:
     """As `verify`; without a box, the last line of the form "Answer: ..."."""
-    return _verify(response, reference, Extraction.ANSWER_LINE, answer_form)
+    return _verify(response, reference, EXTRACTIONS["verify_answer_line"], answer_form)
 
 
 def verify_hashes(
     response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT
 ) -> Verdict:
     """As `verify`; without a box, the text after the last ####."""
-    return _verify(response, reference, Extraction.HASHES, answer_form)
+    return _verify(response, reference, EXTRACTIONS["verify_hashes"], answer_form)
 
 
 def verify_anywhere(
     response: str, reference: str, row: dict[str, Any], answer_form: AnswerForm = AnswerForm.EXACT
 ) -> Verdict:
     """As `verify`; without a box, "the answer is ...", else the last formula or number of the text."""
-    return _verify(response, reference, Extraction.ANYWHERE, answer_form)
+    return _verify(response, reference, EXTRACTIONS["verify_anywhere"], answer_form)
 
 
 def warm_up(module: str) -> None:

@@ -2,7 +2,8 @@
 
 `load_task` turns a TaskConfig into a train set, a held-out set that shares no prompt with it, and the name
 of the default verifier. `chain_sum` and `number_walk` are procedural; `file` reads JSONL or Parquet.
-`load_dataset` (common/tasks/dataset.py) adds the token ids and leaves out what a model cannot be asked.
+`load_heldout` is for what is only evaluated. `load_dataset` (common/tasks/dataset.py) adds the token ids and leaves out
+what a model cannot be asked.
 """
 
 from collections import Counter
@@ -72,10 +73,11 @@ class Task:
             shares=tuple(replace(share, num_prompts=counts[share.uid_prefix]) for share in self.shares),
             problems=(*self.problems, *problems),
         )
-        left._refuse_empty()
+        left.refuse_empty()
         return left
 
-    def _refuse_empty(self) -> None:
+    def refuse_empty(self) -> None:
+        """Raises ConfigError when no row of a file can be used."""
         labels = Counter(_prefix(prompt) for prompt in (*self.train, *self.heldout))
         for data in self.files:
             if not labels[data.uid_prefix]:
@@ -106,6 +108,25 @@ def load_task(config: TaskConfig) -> Task:
         known = ", ".join([*_PROCEDURAL, "file"])
         raise ConfigError(f"task.name is '{config.name}', but the tasks are: {known}.")
     return _generate(config)
+
+
+def load_heldout(config: TaskConfig) -> Task:
+    """The held-out set alone: what is only evaluated needs no file to train on. Raises ConfigError as `load_task`."""
+    if config.name != "file":
+        return replace(load_task(config), train=())
+    path = _heldout_path(config)
+    data = file.read_file(path, f"heldout/{path.name}", config.prompt_field, config.answer_field)
+    settle(data.problems, config.on_bad_row)
+    task = Task(
+        name=config.name,
+        train=(),
+        heldout=data.prompts,
+        verifier=file.VERIFIER,
+        files=(data,),
+        problems=data.problems,
+    )
+    task.refuse_empty()
+    return task
 
 
 def default_verifier(config: TaskConfig) -> str:
@@ -152,14 +173,12 @@ def _generate(config: TaskConfig) -> Task:
 def _load_files(config: TaskConfig) -> Task:
     _refuse_settings(config, _PROCEDURAL_SETTINGS, "belongs to the procedural tasks")
     sources = _train_files(config)
-    if config.heldout_file is None:
-        raise ConfigError("task.heldout_file is not set; task.name=file needs both of its files.")
-    columns = (config.prompt_field, config.answer_field)
+    heldout_path, columns = _heldout_path(config), (config.prompt_field, config.answer_field)
     parts = [
         file.read_file(Path(source.path), f"train/{label}", *columns)
         for source, label in zip(sources, _labels(sources), strict=True)
     ]
-    heldout = file.read_file(Path(config.heldout_file), f"heldout/{Path(config.heldout_file).name}", *columns)
+    heldout = file.read_file(heldout_path, f"heldout/{heldout_path.name}", *columns)
     problems = [problem for part in (*parts, heldout) for problem in part.problems]
     settle(problems, config.on_bad_row)
     task = Task(
@@ -175,6 +194,12 @@ def _load_files(config: TaskConfig) -> Task:
         problems=tuple(problems),
     )
     return _apart(task, config.on_bad_row)
+
+
+def _heldout_path(config: TaskConfig) -> Path:
+    if config.heldout_file is None:
+        raise ConfigError("task.heldout_file is not set; task.name=file needs both of its files.")
+    return Path(config.heldout_file)
 
 
 def _train_files(config: TaskConfig) -> list[TrainFile]:

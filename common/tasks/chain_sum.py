@@ -59,10 +59,16 @@ def verify(response: str, reference: str, row: dict[str, object]) -> Verdict:
 
     The steps are not graded.
     """
-    _, marker, answer = response.rpartition("#")
-    if not marker:
+    answer = read_answer(response)
+    if answer is None:
         return Verdict.UNANSWERED
     return Verdict.CORRECT if answer == reference else Verdict.WRONG
+
+
+def read_answer(response: str) -> str | None:
+    """What follows the last `#`; None without one."""
+    _, marker, answer = response.rpartition("#")
+    return answer if marker else None
 
 
 def _forgetful_sum(total: int, term: int) -> int:

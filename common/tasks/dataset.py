@@ -61,7 +61,11 @@ def load_dataset(config: Config, folder: Path | None, num_processes: int = 1) ->
 
     Raises ConfigError for data that cannot be used, by file and line; which rows are left out: task.on_bad_row.
     """
-    task = load_task(config.task)
+    return tokenized(config, load_task(config.task), folder, num_processes)
+
+
+def tokenized(config: Config, task: Task, folder: Path | None, num_processes: int = 1) -> Dataset:
+    """As `load_dataset`, of prompts at hand."""
     prompts = (*task.train, *task.heldout)
     key = _key(config, prompts)
     results = _read(folder / "tokens.npz", key) if folder is not None else None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.config import Config, OverAge, StalenessConfig
-from common.seeds import hashed
+from common.seeds import eval_seed, hashed
 from common.types import Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.partial import Partial, Pending
@@ -164,7 +164,7 @@ def eval_lease(
         reference=prompt.reference,
         row=prompt.row,
         num_samples=evaluation.samples_per_prompt,
-        seed=hashed(f"{config.seed}/eval/{prompt.uid}"),
+        seed=eval_seed(config.seed, prompt.uid),
         temperature=evaluation.temperature,
         max_tokens=config.rollout.max_tokens,
         stop=tuple(config.rollout.stop),
