@@ -34,6 +34,13 @@ from common.processtree import Guardian
 from common.types import AnswerForm
 
 USER_ERROR = 2
+EVAL_OPTIONS = (  # of `eval`: the setting that each stands for
+    ("--samples", "eval.samples_per_prompt", "responses to each prompt: K of avg@K"),
+    ("--temperature", "eval.temperature", "0 is greedy, one response a prompt"),
+    ("--top-p", "eval.top_p", "sample from the smallest set of tokens with this much probability"),
+    ("--max-tokens", "rollout.max_tokens", "length limit of a response"),
+    ("--seed", "seed", "of the sampling"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,6 +267,26 @@ def _grade(arguments: argparse.Namespace) -> int:
     return run_grade(arguments.cases, Config(verifier=VerifierConfig(answer_form=AnswerForm(arguments.answer_form))))
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    from actors.evaluation.main import main as run_eval
+    from actors.evaluation.plan import Request
+
+    with _role("eval"):
+        return run_eval(
+            Request(
+                model=arguments.model,
+                step=arguments.step,
+                data=arguments.data,
+                by=tuple(arguments.by),
+                num_prompts=arguments.num_prompts,
+                out=arguments.out,
+                is_json=arguments.is_json,
+                files=tuple(arguments.config),
+                overrides=(*arguments.overrides, *arguments.options),
+            )
+        )
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from learner.export import main as run_export
 
@@ -343,6 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_roles(commands)
     _add_tools(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -434,6 +462,31 @@ def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default=AnswerForm.ANY.value,
         help="verifier.answer_form: any spelling of the right value (the default here), or exact, as in training",
     )
+
+
+def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("eval", help="sample a file of prompts from a model or a run, and score the responses")
+    parser.set_defaults(command=_eval)
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="model folder, OWNER/NAME on the Hub, or run directory")
+    parser.add_argument("--data", metavar="FILE", help=".jsonl or .parquet (default: the configuration's held-out set)")
+    parser.add_argument("--step", type=int, help="of a run: step of a checkpoint (default: the final export)")
+    parser.add_argument("--prompts", type=int, dest="num_prompts", metavar="N", help="only the first N prompts")
+    parser.add_argument(
+        "--by", action="append", default=[], metavar="COLUMN", help="scores for each value of a column; repeatable"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="of transcripts (default: RUN/eval/DATA, runs/eval/MODEL-DATA)")
+    parser.add_argument("--json", action="store_true", dest="is_json", help="print JSON instead of a table")
+    for option, setting, meaning in EVAL_OPTIONS:
+        parser.add_argument(
+            option,
+            dest="options",
+            action="append",
+            default=[],
+            metavar="X",
+            type=f"{setting}={{}}".format,
+            help=meaning,
+        )
+    _add_config(parser)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -54,6 +54,7 @@ RUN_CONTENT = (
     "checkpoints",
     "incarnation.json",
     "record",
+    "eval",
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # Models are folders on disk, so nothing has to be fetched or reported.

@@ -23,7 +23,14 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def held(path: Path, run_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
+def held(
+    path: Path,
+    run_dir: Path,
+    wait_s: float = 0.0,
+    *,
+    use: str = "is being trained",
+    way_out: str = "choose another name=...",
+) -> Iterator[None]:
     """Holds the lock of `run_dir` in the file `path`, whose content names the holder for others.
 
     It is flock's, which NFS keeps on its server for all hosts. Where the file system has no locks, a warning says so.
@@ -43,9 +50,7 @@ def held(path: Path, run_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ConfigError(
-                    f"{run_dir} is being trained now by {holder}: stop that one, or choose another name=..."
-                )
+                raise ConfigError(f"{run_dir} {use} now by {holder}: stop that one, or {way_out}")
             time.sleep(POLL_S)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

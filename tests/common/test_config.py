@@ -14,6 +14,7 @@ MODEL = "model.path=configs/models/chain_sum"
 NAMES = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
 WITH_OWN_MODEL = ("demo", "number_walk")  # the others need one that is not shipped, or go on top of a task
 FOR_GPUS = [name for name in NAMES if "qwen" in name or name == "one_gpu"]  # with a task and a model of their own
+FOR_EVAL = ["eval_aime24"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_every_shipped_recipe_loads(name: str, long_model: str) -> None:
 
 
 @pytest.mark.parametrize("task", WITH_OWN_MODEL)
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in WITH_OWN_MODEL and n not in FOR_GPUS])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*WITH_OWN_MODEL, *FOR_GPUS, *FOR_EVAL)])
 def test_every_algorithm_and_ablation_goes_on_top_of_a_task(task: str, name: str) -> None:
     before, after = load_config([task], []), load_config([task, name], [])
     assert after.name == task and after.model == before.model
@@ -114,7 +115,13 @@ def settings(config: Config) -> dict[str, object]:
 
 
 def test_every_recipe_has_its_list_of_changes() -> None:
-    assert sorted([*CHANGES, *WITH_OWN_MODEL, *FOR_GPUS]) == NAMES
+    assert sorted([*CHANGES, *WITH_OWN_MODEL, *FOR_GPUS, *FOR_EVAL]) == NAMES
+
+
+def test_the_papers_evaluation_has_the_papers_numbers(long_model: str) -> None:
+    config = load_config(["eval_aime24"], [long_model])
+    assert (config.eval.samples_per_prompt, config.eval.temperature, config.eval.top_p) == (32, 1.0, 0.7)
+    assert config.verifier.function == "actors.verifier.math:verify"
 
 
 @pytest.mark.parametrize("name", CHANGES)

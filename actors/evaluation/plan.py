@@ -1,0 +1,191 @@
+"""What `run.py eval` is asked for, made into a configuration, prompts and a folder; nothing is started here."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.config import Config, ConfigError, Placement, TaskConfig
+from common.launcher import RUN_PY
+from common.loading import load_config, read_config
+from common.model_folder import weights_fingerprint
+from common.tasks import default_verifier, load_heldout, verifier_function
+from common.tasks.columns import value_at
+from common.tasks.dataset import Dataset, tokenized
+from common.types import JSON, Prompt
+from common.validation import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line. `files` and `overrides` are those of `train`."""
+
+    model: str  # a model folder, OWNER/NAME on the Hub, or a run directory
+    step: int | None  # of a run's checkpoint; None: its final export
+    data: str | None  # file of prompts; None: the held-out set of the configuration
+    by: tuple[str, ...]  # columns of the data whose values get scores of their own
+    num_prompts: int | None  # the first so many; None: all
+    out: str | None
+    is_json: bool
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`config` is settled: one engine that has its device for itself, and the model folder to load."""
+
+    config: Config
+    source: str  # what is evaluated, in words
+    data: Dataset
+    prompts: tuple[Prompt, ...]  # of its held-out set
+    num_samples: int
+    out: Path
+    settings: dict[str, JSON]
+
+
+@contextmanager
+def planned(request: Request) -> Iterator[Plan]:
+    """The plan, while the model folder is there that a step of a run is exported to.
+
+    Raises ConfigError for what cannot be evaluated, by file and line where it is the data.
+    """
+    run = Path(request.model) if (Path(request.model) / "config.yaml").is_file() else None
+    if run is None and request.step is not None:
+        raise ConfigError(f"--step {request.step} is of a run, but {request.model} is no run directory: leave it out")
+    config = _config(request, run)
+    data = tokenized(config, load_heldout(config.task), folder=None, num_processes=len(os.sched_getaffinity(0)))
+    prompts = tuple(data.task.heldout[: request.num_prompts])
+    for column in request.by:
+        check_column(prompts, column)
+    out = Path(request.out) if request.out is not None else _usual_folder(request, run, config)
+    with _exported(request, run, out) as exported:
+        config = config if exported is None else _with_model(config, exported)
+        yield Plan(
+            config=config,
+            source=request.model if request.step is None else f"{request.model}, step {request.step}",
+            data=data,
+            prompts=prompts,
+            num_samples=config.eval.samples_per_prompt if config.eval.temperature > 0 else 1,  # greedy ones are alike
+            out=out,
+            settings=_settings(config, prompts),
+        )
+
+
+def column_of(prompt: Prompt, name: str) -> str:
+    """What the row of a prompt has in a column, as text."""
+    return str(value_at(prompt.row, name))
+
+
+def check_column(prompts: tuple[Prompt, ...], name: str) -> None:
+    """Raises ConfigError unless every row has the column."""
+    for prompt in prompts:
+        try:
+            value_at(prompt.row, name)
+        except KeyError:
+            there = ", ".join(sorted(prompt.row)) or "none"
+            raise ConfigError(f"--by {name}: the row of {prompt.uid} has no such column (there is: {there})") from None
+
+
+def _config(request: Request, run: Path | None) -> Config:
+    """Of a run its own, then files and overrides; the data is the request's, and nothing of the training is left that
+    could be in the way."""
+    own = [] if run is None else [str(run / "config.yaml")]
+    model = _model_of(request, run)
+    overrides = [f"model.path={model}", "model.critic_path=null", "learner.replay=null", *request.overrides]
+    config = load_config([*own, *request.files], overrides)
+    if request.data is not None:
+        function = config.verifier.function
+        if function is None and run is not None:  # what the run was trained on grades it, whatever the prompts are
+            function = default_verifier(config.task)
+        task = TaskConfig(
+            name="file",
+            train_file=None,
+            heldout_file=request.data,
+            prompt_field=config.task.prompt_field,
+            answer_field=config.task.answer_field,
+            on_bad_row=config.task.on_bad_row,
+            chat_template_kwargs=config.task.chat_template_kwargs,
+        )
+        config = replace(config, task=task, verifier=replace(config.verifier, function=function))
+    alone = Placement.separate if config.is_shared else config.actors.placement
+    actors = replace(
+        config.actors,
+        placement=alone,
+        sleep_while_training=False,
+        gpu_memory_utilization=None if config.is_shared else config.actors.gpu_memory_utilization,
+    )
+    config = replace(config, actors=actors)
+    validate(config)
+    return config
+
+
+def _model_of(request: Request, run: Path | None) -> str:
+    """The folder to check and to take the tokenizer from."""
+    if run is None:
+        return request.model
+    if request.step is not None:
+        return read_config(run / "config.yaml").model.path
+    final = run / "checkpoints" / "final"
+    if not (final / "config.json").is_file():
+        raise ConfigError(f"{run} has no final export yet: name a checkpoint with --step")
+    return str(final)
+
+
+@contextmanager
+def _exported(request: Request, run: Path | None, out: Path) -> Iterator[Path | None]:
+    """The model of --step, written to `out` for as long as it is needed; None without."""
+    if run is None or request.step is None:
+        yield None
+        return
+    folder = out.with_name(f".{out.name}.model")
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+    command = [sys.executable, str(RUN_PY), "export", str(run), "--step", str(request.step), "--out", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise ConfigError(reason.removeprefix("error: "))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_model(config: Config, folder: Path) -> Config:
+    return replace(config, model=replace(config.model, path=str(folder)))
+
+
+def _usual_folder(request: Request, run: Path | None, config: Config) -> Path:
+    """RUN/eval/DATA, or runs_dir/eval/MODEL-DATA."""
+    data = Path(request.data).stem if request.data is not None else config.task.name
+    if run is not None:
+        return run / "eval" / (data if request.step is None else f"{data}-step-{request.step}")
+    return Path(config.runs_dir) / "eval" / f"{Path(request.model).name}-{data}"
+
+
+def _settings(config: Config, prompts: tuple[Prompt, ...]) -> dict[str, JSON]:
+    """All that two parts of one evaluation must have in common."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr(prompt).encode("utf-8", "surrogatepass"))
+    evaluation, rollout = config.eval, config.rollout
+    return {
+        "weights": weights_fingerprint(config.model.path),
+        "prompts": digest.hexdigest(),
+        "chat_template_kwargs": config.task.chat_template_kwargs,
+        "samples": evaluation.samples_per_prompt,
+        "temperature": evaluation.temperature,
+        "top_p": evaluation.top_p,
+        "top_k": evaluation.top_k,
+        "max_tokens": rollout.max_tokens,
+        "stop": list(rollout.stop),
+        "dtype": str(config.model.dtype),
+        "seed": config.seed,
+        "verifier": verifier_function(config),
+        "answer_form": str(config.verifier.answer_form),
+    }
