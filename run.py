@@ -474,7 +474,7 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--by", action="append", default=[], metavar="COLUMN", help="scores for each value of a column; repeatable"
     )
-    parser.add_argument("--out", metavar="FOLDER", help="of transcripts (default: RUN/eval/DATA, runs/eval/MODEL-DATA)")
+    parser.add_argument("--out", metavar="FOLDER", help="of transcripts (default: in RUN/eval, or runs/eval)")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print JSON instead of a table")
     for option, setting, meaning in EVAL_OPTIONS:
         parser.add_argument(

@@ -1,14 +1,15 @@
 """What `run.py eval` is asked for, made into a configuration, prompts and a folder; nothing is started here."""
 
 import hashlib
+import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.config import Config, ConfigError, Placement, TaskConfig
 from common.launcher import RUN_PY
@@ -63,17 +64,19 @@ def planned(request: Request) -> Iterator[Plan]:
     prompts = tuple(data.task.heldout[: request.num_prompts])
     for column in request.by:
         check_column(prompts, column)
-    out = Path(request.out) if request.out is not None else _usual_folder(request, run, config)
-    with _exported(request, run, out) as exported:
-        config = config if exported is None else _with_model(config, exported)
+    num_samples = config.eval.samples_per_prompt if config.eval.temperature > 0 else 1  # greedy ones are all alike
+    with _exported(request, run) as exported:
+        if exported is not None:
+            config = replace(config, model=replace(config.model, path=exported))
+        settings = _settings(config, prompts, num_samples)
         yield Plan(
             config=config,
             source=request.model if request.step is None else f"{request.model}, step {request.step}",
             data=data,
             prompts=prompts,
-            num_samples=config.eval.samples_per_prompt if config.eval.temperature > 0 else 1,  # greedy ones are alike
-            out=out,
-            settings=_settings(config, prompts),
+            num_samples=num_samples,
+            out=Path(request.out) if request.out is not None else _usual_folder(request, run, config, settings),
+            settings=settings,
         )
 
 
@@ -138,37 +141,33 @@ def _model_of(request: Request, run: Path | None) -> str:
 
 
 @contextmanager
-def _exported(request: Request, run: Path | None, out: Path) -> Iterator[Path | None]:
-    """The model of --step, written to `out` for as long as it is needed; None without."""
+def _exported(request: Request, run: Path | None) -> Iterator[str | None]:
+    """The model folder of --step, which is there for as long as it is needed; None without."""
     if run is None or request.step is None:
         yield None
         return
-    folder = out.with_name(f".{out.name}.model")
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
-    command = [sys.executable, str(RUN_PY), "export", str(run), "--step", str(request.step), "--out", str(folder)]
-    try:
+    evaluations = run / "eval"
+    evaluations.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix=".model-", dir=evaluations) as folder:
+        command = [sys.executable, str(RUN_PY), "export", str(run), "--step", str(request.step), "--out", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
             raise ConfigError(reason.removeprefix("error: "))
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _with_model(config: Config, folder: Path) -> Config:
-    return replace(config, model=replace(config.model, path=str(folder)))
-
-
-def _usual_folder(request: Request, run: Path | None, config: Config) -> Path:
-    """RUN/eval/DATA, or runs_dir/eval/MODEL-DATA."""
-    data = Path(request.data).stem if request.data is not None else config.task.name
+def _usual_folder(request: Request, run: Path | None, config: Config, settings: dict[str, JSON]) -> Path:
+    """RUN/eval/DATA-DIGEST, or runs_dir/eval/MODEL-DATA-DIGEST: another one for other settings."""
+    parts = [Path(request.data).stem if request.data is not None else config.task.name]
+    parts += [] if request.step is None else [f"step-{request.step}"]
+    parts.append(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8])
     if run is not None:
-        return run / "eval" / (data if request.step is None else f"{data}-step-{request.step}")
-    return Path(config.runs_dir) / "eval" / f"{Path(request.model).name}-{data}"
+        return run / "eval" / "-".join(parts)
+    return Path(config.runs_dir) / "eval" / "-".join([Path(request.model).name, *parts])
 
 
-def _settings(config: Config, prompts: tuple[Prompt, ...]) -> dict[str, JSON]:
+def _settings(config: Config, prompts: tuple[Prompt, ...], num_samples: int) -> dict[str, JSON]:
     """All that two parts of one evaluation must have in common."""
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -178,7 +177,7 @@ def _settings(config: Config, prompts: tuple[Prompt, ...]) -> dict[str, JSON]:
         "weights": weights_fingerprint(config.model.path),
         "prompts": digest.hexdigest(),
         "chat_template_kwargs": config.task.chat_template_kwargs,
-        "samples": evaluation.samples_per_prompt,
+        "samples": num_samples,
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "top_k": evaluation.top_k,
