@@ -54,8 +54,8 @@ class Runner:
         try:
             while working:
                 ended, _ = await asyncio.wait({*working, watching}, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    task.result()
+                for finished in ended:
+                    finished.result()
                 working -= ended
         finally:
             for task in tasks:
