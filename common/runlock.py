@@ -28,7 +28,7 @@ def held(
     run_dir: Path,
     wait_s: float = 0.0,
     *,
-    use: str = "is being trained",
+    use: str = "is being trained now by",
     way_out: str = "choose another name=...",
 ) -> Iterator[None]:
     """Holds the lock of `run_dir` in the file `path`, whose content names the holder for others.
@@ -50,7 +50,7 @@ def held(
             if time.monotonic() >= deadline:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ConfigError(f"{run_dir} {use} now by {holder}: stop that one, or {way_out}")
+                raise ConfigError(f"{run_dir} {use} {holder}: stop that one, or {way_out}")
             time.sleep(POLL_S)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

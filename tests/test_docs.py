@@ -65,7 +65,7 @@ def test_a_command_is_one_that_the_program_takes(words: list[str]) -> None:
     settings = [word for word in arguments.overrides if word not in places]
     base = f"model.path={RECIPES / 'models' / 'number_walk'}"
     sizes = ["device=cpu", "model.dtype=float32"]
-    if any("qwen" in name or name in ("vapo", "ppo", "grpo", "dapo") for name in recipes):
+    if any("qwen" in name or name in ("vapo", "ppo", "grpo", "dapo", "eval_aime24") for name in recipes):
         sizes += ["rollout.max_tokens=64", "model.max_model_len=128", "reward.overlong_penalty=false"]
     load_config(recipes, [base, *settings, *sizes])
 

@@ -40,7 +40,7 @@ def killed(out: Path) -> list[str]:
     with subprocess.Popen(command(out, *ONE_AT_A_TIME), cwd=ROOT, stdout=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + LIMIT_S
         while not path.is_file() or not path.stat().st_size:
-            assert first.poll() is None and time.monotonic() < deadline, (out / "eval.log").read_text()[-3000:]
+            assert first.poll() is None and time.monotonic() < deadline, (out / "engine.log").read_text()[-3000:]
             time.sleep(0.02)
         family = psutil.Process(first.pid).children(recursive=True)
         first.kill()

@@ -2,8 +2,8 @@
 
     python run.py eval MODEL_OR_RUN --data FILE --samples K
 
-What has been sampled is in OUT/transcripts.jsonl, and the same call again goes on from there. OUT/eval.log is what the
-engine says, OUT/scores.json what the table says.
+What has been sampled is in OUT/transcripts.jsonl, and the same call again goes on from there. OUT/engine.log is what
+the engine says, OUT/scores.json what the table says.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from common.progress import Progress
 from common.tasks import is_own_verifier
 from common.types import AnswerForm
 
-LOG, SCORES = "eval.log", "scores.json"
+LOG, SCORES = "engine.log", "scores.json"
 
 
 @dataclass

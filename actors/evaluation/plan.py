@@ -19,7 +19,10 @@ from common.tasks import default_verifier, load_heldout, verifier_function
 from common.tasks.columns import value_at
 from common.tasks.dataset import Dataset, tokenized
 from common.types import JSON, Prompt
-from common.validation import validate
+from common.validation import LARGEST_INTEGER, validate
+
+# What a run, or a recipe, says of its learner does not limit what is only sampled.
+NO_LEARNER = ("model.critic_path=null", "learner.replay=null", f"learner.tokens_per_micro_batch={LARGEST_INTEGER}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +103,7 @@ def _config(request: Request, run: Path | None) -> Config:
     could be in the way."""
     own = [] if run is None else [str(run / "config.yaml")]
     model = _model_of(request, run)
-    overrides = [f"model.path={model}", "model.critic_path=null", "learner.replay=null", *request.overrides]
-    config = load_config([*own, *request.files], overrides)
+    config = load_config([*own, *request.files], [f"model.path={model}", *NO_LEARNER, *request.overrides])
     if request.data is not None:
         function = config.verifier.function
         if function is None and run is not None:  # what the run was trained on grades it, whatever the prompts are

@@ -73,7 +73,7 @@ def transcripts(
     """Those in `folder`, which is made. Raises ConfigError when it is not that of an evaluation with `settings`, or
     when another process writes there."""
     _refuse_others(folder, settings)
-    with held(folder / LOCK, folder, use="is being written", way_out="choose another --out"):
+    with held(folder / LOCK, folder, use="is being written now by", way_out="choose another --out"):
         if not (folder / SETTINGS).is_file():
             temporary = folder / f"{SETTINGS}.tmp"
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
