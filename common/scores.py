@@ -32,7 +32,7 @@ class Estimate:
     high: float
 
 
-def estimate(totals: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> Estimate:
+def estimate(totals: npt.ArrayLike, counts: npt.ArrayLike) -> Estimate:
     """The share sum(totals) / sum(counts), with its interval.
 
     The variance is that of a ratio by the delta method, clustered by prompt,
@@ -46,13 +46,12 @@ def estimate(totals: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> Esti
     that all agree do not tell how much prompts differ. One prompt tells nothing about others: 0..1.
 
     Args:
-        totals: [P], in 0..counts: of each prompt, its right responses, or a score.
-        counts: [P], its responses, at least one; None: 1 each.
+        totals: [P], in 0..counts: of each prompt its right responses, or a score times its responses.
+        counts: [P], its responses, at least one.
 
     Raises ValueError when there is no prompt.
     """
-    of_prompt = np.asarray(totals, dtype=np.float64)
-    weights = np.ones_like(of_prompt) if counts is None else np.asarray(counts, dtype=np.float64)
+    of_prompt, weights = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     num_prompts, num_responses = len(of_prompt), float(weights.sum())
     if num_prompts == 0:
         raise ValueError("there is no share of no prompts")

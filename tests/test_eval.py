@@ -65,7 +65,7 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> N
     right = [row["verdict"] == "correct" for row in responses]
     assert found["avg"]["value"] == pytest.approx(sum(right) / len(right))
     assert 0.02 < found["avg"]["value"] < 0.6, "the demo's model prefers the wrong way"
-    assert found["pass"]["1"] == found["avg"]
+    assert found["pass"]["1"] == pytest.approx(found["avg"])
     assert found["num_prompts"] == NUM_PROMPTS and found["settings"]["top_p"] == 0.9
     for row in responses:
         start, _, target = row["prompt"].removesuffix("=").partition(">")

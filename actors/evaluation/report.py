@@ -81,11 +81,15 @@ def _scores(plan: Plan, done: dict[str, list[Response]], prompts: Sequence[Promp
             is_correct[row, column] = response.is_correct
             votes[row, column] = ABSTAINS if response.vote is None else response.vote
     num_correct, num_samples = is_correct.sum(axis=1), plan.num_samples
+
+    def over_prompts(scores: Array) -> Estimate:
+        return estimate(scores * num_samples, np.full(len(prompts), num_samples))
+
     return Scores(
         num_prompts=len(prompts),
-        avg=estimate(num_correct, np.full(len(prompts), num_samples)),
-        passes={k: estimate(pass_at(num_correct, num_samples, k)) for k in powers_up_to(num_samples)},
-        maj=estimate(majority(votes, is_correct)) if _has_votes(plan) else None,
+        avg=over_prompts(num_correct / num_samples),
+        passes={k: over_prompts(pass_at(num_correct, num_samples, k)) for k in powers_up_to(num_samples)},
+        maj=over_prompts(majority(votes, is_correct)) if _has_votes(plan) else None,
     )
 
 

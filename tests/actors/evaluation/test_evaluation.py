@@ -86,6 +86,7 @@ def test_scores_of_everything_and_by_column(
         pytest.approx((0 + 1 / 2 + 5 / 6 + 1 + 1 + 1) / 6),
         pytest.approx(5 / 6),
     ]
+    assert found["pass"]["1"] == pytest.approx(found["avg"]), "with its interval"
     assert found["maj"]["value"] == pytest.approx((0 + 0 + 0.5 + 1 + 1 + 1) / 6), "a tie is an expectation"
     assert found["by_column"]["level"]["0"]["avg"]["value"] == pytest.approx((0 + 2 + 4) / 12)
     assert found["by_column"]["level"]["1"]["num_prompts"] == 3
