@@ -118,6 +118,7 @@ class Runner:
                 index=index,
                 prompt=text,
                 response=judged.texts[index],
+                reference=prompt.reference,
                 verdict=judgement.verdict,
                 reason=completion.finish_reason,
                 reward=reward(judgement, len(completion), config.rollout.max_tokens, config.reward),

@@ -29,6 +29,7 @@ class Response:
     index: int  # among the responses to its prompt
     prompt: str  # as the model got it
     response: str  # as the verifier saw it
+    reference: str
     verdict: Verdict
     reason: FinishReason
     reward: float

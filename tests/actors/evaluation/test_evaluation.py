@@ -119,6 +119,7 @@ def test_transcripts_have_what_was_sampled(evaluate: Evaluate, tmp_path: Path) -
         "index": 0,
         "prompt": "",
         "response": "long way #77",
+        "reference": "0",
         "verdict": "wrong",
         "reason": "stop",
         "reward": -1.0,
