@@ -305,7 +305,30 @@ DISK = [
     ),
 ]
 
-TABLE = [*CONFIG, *DATA, *MODEL, *VERIFIER, *NETWORK, *DISK]
+EVALUATION = [
+    Mistake("eval_of_nothing", command("eval", "{}/none"), ("none is not a Hugging Face model folder",)),
+    Mistake("eval_of_a_step", command("eval", str(BASE), "--step", "3"), ("--step 3 is of a run", "leave it out")),
+    Mistake("eval_without_file", command("eval", str(BASE), "--data", "{}/a.jsonl"), ("there is no such file",)),
+    Mistake("eval_of_no_prompt", command("eval", str(BASE), "--prompts", "0"), ("--prompts 0 must be at least 1",)),
+    Mistake("eval_without_samples", command("eval", str(BASE), "--samples", "0"), ("eval.samples_per_prompt=0 must",)),
+    Mistake(
+        "eval_of_a_run_without_export",
+        written(["eval", "{}/a"], a__config_dot_yaml=f"model: {{path: {BASE}}}\n"),
+        ("has no final export yet", "--step"),
+    ),
+    Mistake(
+        "eval_into_something_else",
+        written(["eval", str(BASE), *DEMO, "--out", "{}/a"], a__thesis_dot_tex="x"),
+        ("is not empty and holds no evaluation", "choose another --out"),
+    ),
+    Mistake(
+        "eval_by_a_column_that_is_not_there",
+        command("eval", str(BASE), *DEMO, "--by", "topic"),
+        ("--by topic", "there is: start, target"),
+    ),
+]
+
+TABLE = [*CONFIG, *DATA, *MODEL, *VERIFIER, *NETWORK, *DISK, *EVALUATION]
 
 
 @pytest.mark.parametrize("mistake", TABLE, ids=[mistake.name for mistake in TABLE])

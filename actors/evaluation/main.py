@@ -79,7 +79,7 @@ def main(request: Request) -> int:
             with transcripts(plan.out, plan.settings, uids, plan.num_samples) as found:
                 return _evaluate(request, plan, found)
     except (EngineError, VerifierError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -125,7 +125,10 @@ def _sample(plan: Plan, found: Transcripts, *, is_quiet: bool) -> tuple[int | No
             return interruption.number, {}
 
     with _logged(plan.out / LOG) as console:
-        return asyncio.run(run())
+        try:
+            return asyncio.run(run())
+        except EngineError as error:
+            raise EngineError(f"{error} (log: {plan.out / LOG})") from error
 
 
 async def _run(plan: Plan, found: Transcripts, interruption: Interruption, *, is_quiet: bool) -> dict[str, str]:

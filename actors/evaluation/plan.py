@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.config import Config, ConfigError, Placement, TaskConfig
+from common.config import Config, ConfigError, Placement, TaskConfig, TransferBackend
 from common.launcher import RUN_PY
 from common.loading import load_config, read_config
 from common.model_folder import weights_fingerprint
@@ -60,6 +60,8 @@ def planned(request: Request) -> Iterator[Plan]:
     Raises ConfigError for what cannot be evaluated, by file and line where it is the data.
     """
     run = Path(request.model) if (Path(request.model) / "config.yaml").is_file() else None
+    if request.num_prompts is not None and request.num_prompts < 1:
+        raise ConfigError(f"--prompts {request.num_prompts} must be at least 1")
     if run is None and request.step is not None:
         raise ConfigError(f"--step {request.step} is of a run, but {request.model} is no run directory: leave it out")
     config = _config(request, run)
@@ -118,16 +120,22 @@ def _config(request: Request, run: Path | None) -> Config:
             chat_template_kwargs=config.task.chat_template_kwargs,
         )
         config = replace(config, task=task, verifier=replace(config.verifier, function=function))
-    alone = Placement.separate if config.is_shared else config.actors.placement
-    actors = replace(
-        config.actors,
-        placement=alone,
-        sleep_while_training=False,
-        gpu_memory_utilization=None if config.is_shared else config.actors.gpu_memory_utilization,
-    )
-    config = replace(config, actors=actors)
+    config = _alone(config)
     validate(config)
     return config
+
+
+def _alone(config: Config) -> Config:
+    """With an engine that has its device for itself, whatever the run's shared."""
+    if not config.is_shared:
+        return config
+    actors = replace(
+        config.actors,
+        placement=Placement.separate,
+        sleep_while_training=False,
+        gpu_memory_utilization=None,
+    )
+    return replace(config, actors=actors, weights=replace(config.weights, backend=TransferBackend.auto))
 
 
 def _model_of(request: Request, run: Path | None) -> str:

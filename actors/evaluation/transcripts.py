@@ -104,9 +104,12 @@ def _refuse_others(folder: Path, settings: dict[str, JSON]) -> None:
 
 def _complete(path: Path, uids: Collection[str], num_samples: int) -> dict[str, list[Response]]:
     found: defaultdict[str, list[Response]] = defaultdict(list)
-    for row in read_jsonl(path) if path.is_file() else ():
-        response = _response(row)
-        found[response.prompt_uid].append(response)
+    try:
+        for row in read_jsonl(path) if path.is_file() else ():
+            response = _response(row)
+            found[response.prompt_uid].append(response)
+    except (ValueError, TypeError, KeyError) as error:  # a line that we have not written
+        raise ConfigError(f"{path} is damaged ({error}): choose another --out, or remove that line") from error
     return {
         uid: responses
         for uid, responses in found.items()

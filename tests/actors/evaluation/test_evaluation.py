@@ -16,9 +16,9 @@ import pytest
 import run
 from actors.evaluation import main as command
 from actors.evaluation import runner
-from actors.evaluation.plan import Request
+from actors.evaluation.plan import Request, planned
 from actors.sampling import EngineError, RequestRefused
-from common.config import ConfigError
+from common.config import ConfigError, Placement, TransferBackend
 from common.scores import estimate
 from common.types import Lease
 from tests.support.runs import ROOT, rows
@@ -155,7 +155,8 @@ def test_a_second_call_samples_what_the_first_had_not_and_comes_to_the_same(
     whole = capsys.readouterr().out
     dies = until(3, right_by_index, lambda: EngineError("the engine died: it is gone"))
     assert evaluate(dies, "actors.groups_in_flight=1", "rollout.group_size=4") == 1
-    assert capsys.readouterr().err == "error: the engine died: it is gone\n"
+    log = tmp_path / "out" / "engine.log"
+    assert capsys.readouterr().err == f"error: the engine died: it is gone (log: {log})\n"
     path = tmp_path / "out" / "transcripts.jsonl"
     done = {row["prompt_uid"] for row in rows(path)}
     assert 0 < len(done) < NUM_PROMPTS
@@ -241,7 +242,9 @@ def test_an_engine_that_stands_still_ends_the_call(
 
     monkeypatch.setattr(runner, "LOOK_S", 0.001)
     assert evaluate(Still) == 1
-    assert capsys.readouterr().err == ("error: the engine has drawn no token for 120 s (transport.lease_timeout_s)\n")
+    assert (
+        "error: the engine has drawn no token for 120 s (transport.lease_timeout_s) (log: " in capsys.readouterr().err
+    )
 
 
 FAILING = """
@@ -288,7 +291,27 @@ def test_what_is_no_run_has_no_steps_and_a_run_without_export_says_so(evaluate: 
         evaluate(right_by_index, model=str(tmp_path / "run"))
 
 
-def test_a_mistake_is_one_sentence_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_has_the_gpu_for_itself_that_a_run_has_shared() -> None:
+    shared = ("device=cuda", "actors.placement=shared", "weights.backend=ipc", "actors.gpu_memory_utilization=0.2")
+    synchronous = ("staleness.max_staleness=0", "actors.sleep_while_training=true")
+    request = Request(
+        model=MODEL,
+        step=None,
+        data=None,
+        by=(),
+        num_prompts=1,
+        out=None,
+        is_json=True,
+        files=(),
+        overrides=("task.num_train=1", "task.num_heldout=1", *shared, *synchronous, "model.max_model_len=256"),
+    )
+    with planned(request) as plan:
+        actors = plan.config.actors
+        assert (actors.placement, actors.sleep_while_training) == (Placement.separate, False)
+        assert actors.gpu_memory_utilization is None and plan.config.transfer_backend is TransferBackend.nccl
+
+
+def test_the_options_are_settings_that_come_last() -> None:
     assert run._parse(["eval", MODEL, "--samples", "8", "seed=3", "--top-p", "0.7"]).options == [
         "eval.samples_per_prompt=8",
         "eval.top_p=0.7",
