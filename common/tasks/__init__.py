@@ -113,7 +113,7 @@ def load_task(config: TaskConfig) -> Task:
 def load_heldout(config: TaskConfig) -> Task:
     """The held-out set alone: what is only evaluated needs no file to train on. Raises ConfigError as `load_task`."""
     if config.name != "file":
-        return replace(load_task(config), train=())
+        return replace(load_task(replace(config, num_train=1)), train=())  # held-out problems are drawn first
     path = _heldout_path(config)
     data = file.read_file(path, f"heldout/{path.name}", config.prompt_field, config.answer_field)
     settle(data.problems, config.on_bad_row)

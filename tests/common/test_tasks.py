@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import ConfigError, TaskConfig
-from common.tasks import chain_sum, load_task, number_walk
+from common.tasks import chain_sum, load_heldout, load_task, number_walk
 from common.types import Verdict
 
 PROCEDURAL = ("chain_sum", "number_walk")
@@ -38,6 +38,13 @@ def test_the_task_seed_alone_decides_the_sets(name: str) -> None:
     )
     assert (first.train, first.heldout) == (again.train, again.heldout)
     assert first.heldout != other.heldout
+
+
+@pytest.mark.parametrize("name", PROCEDURAL)
+def test_the_held_out_set_alone_is_the_one_of_training(name: str) -> None:
+    config = TaskConfig(name=name, num_train=500, num_heldout=50)
+    alone = load_heldout(config)
+    assert alone.heldout == load_task(config).heldout and not alone.train
 
 
 @pytest.mark.parametrize("name", PROCEDURAL)
@@ -221,6 +228,20 @@ def test_jsonl_rows_become_prompts_in_order(tmp_path: Path) -> None:
     assert second.row == {"answer": 4, "tags": ["sum", None]}
     assert task.heldout[0].uid == "heldout/heldout.jsonl:1"
     assert task.verifier == "actors.verifier.math:verify"
+
+
+def test_a_held_out_file_is_read_without_one_to_train_on(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"prompt": "1+1=", "answer": 2}\n{"prompt": "1+2=", "answer": 3, "level": 1}\n')
+    task = load_heldout(TaskConfig(name="file", heldout_file=str(path)))
+    assert [(p.uid, p.reference) for p in task.heldout] == [
+        ("heldout/test.jsonl:1", "2"),
+        ("heldout/test.jsonl:2", "3"),
+    ]
+    assert not task.train and task.verifier == "actors.verifier.math:verify"
+    path.write_text('{"prompt": "1+1="}\n')
+    with pytest.raises(ConfigError, match=r"test\.jsonl"):
+        load_heldout(TaskConfig(name="file", heldout_file=str(path)))
 
 
 def test_parquet_rows_with_nested_columns_become_prompts(tmp_path: Path) -> None:

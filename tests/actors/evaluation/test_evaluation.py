@@ -303,7 +303,14 @@ def test_an_engine_has_the_gpu_for_itself_that_a_run_has_shared() -> None:
         out=None,
         is_json=True,
         files=(),
-        overrides=("task.num_train=1", "task.num_heldout=1", *shared, *synchronous, "model.max_model_len=256"),
+        overrides=(
+            "task.num_train=1",
+            "task.num_heldout=1",
+            "eval.num_prompts=1",
+            *shared,
+            *synchronous,
+            "model.max_model_len=256",
+        ),
     )
     with planned(request) as plan:
         actors = plan.config.actors
