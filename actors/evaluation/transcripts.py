@@ -28,8 +28,8 @@ class Response:
     prompt_uid: str
     index: int  # among the responses to its prompt
     prompt: str  # as the model got it
+    reference: str  # what the verifier compared with
     response: str  # as the verifier saw it
-    reference: str
     verdict: Verdict
     reason: FinishReason
     reward: float
