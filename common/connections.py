@@ -9,7 +9,8 @@ import errno
 import logging
 import socket
 import struct
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ MAX_STRANGERS = 1024  # connections in the handshake; the oldest go first
 STRANGER_BYTES = 16 << 10  # a handshake takes below 1 KiB
 IN_FLIGHT_BYTES = 16 << 20  # may lie in the kernel and in libzmq, as whole messages that nobody has seen yet
 MAX_STRIKES = 10  # malformed messages of one connection
+CHECK_S = 0.25  # between two looks at one connection
 
 # What a server sends before it accepts a client (ZMTP 3.1): greeting 64, with CURVE WELCOME 170, and one for SYN.
 _NULL_REPLY_BYTES = 64 + 1
@@ -73,17 +75,20 @@ class Connections:
         self.refusals: Counter[Refusal] = Counter()
         self._max_bytes = max_bytes + IN_FLIGHT_BYTES
         self._peers: dict[int, _Peer] = {}  # oldest first
+        self._round: deque[int] = deque()  # those that this round has still to look at
+        self._checked_s = time.monotonic()
         self._max_queued = int(router.getsockopt(zmq.RCVHWM))
         self._left_over: dict[int, tuple[bytes, int]] = {}  # of who was cut off: identity, messages still to be read
 
     def follow(self) -> None:
         """Read what the monitor has told since the last call."""
-        while self.monitor.poll(0):
+        while self.monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             event = recv_monitor_message(self.monitor)
             kind, value = event["event"], event["value"]
             if kind == zmq.EVENT_ACCEPTED:
                 self._peers.pop(value, None)
                 self._peers[value] = _Peer()
+                self._round.append(value)
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._peers.pop(value, None)
             elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -110,24 +115,42 @@ class Connections:
                 self._left_over[descriptor] = identity, self._max_queued
                 self.cut(descriptor, Refusal.MALFORMED)
 
-    def check(self) -> None:
-        """Cut off who sends too much. To be called when all messages that have come are read."""
-        strangers = []
-        for descriptor, peer in list(self._peers.items()):
-            if (traffic := self._traffic(descriptor)) is None:
-                del self._peers[descriptor]  # closed
-                continue
-            peer.is_known = peer.is_known or traffic.sent > self._reply_bytes
-            if peer.base is None:
-                peer.base = traffic.received
-            if not peer.is_known and traffic.received > STRANGER_BYTES:
-                self.cut(descriptor, Refusal.STRANGER)
-            elif traffic.received - peer.base > self._max_bytes:
-                self.cut(descriptor, Refusal.ENDLESS)
-            elif not peer.is_known:
-                strangers.append(descriptor)
-        for descriptor in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
+    def check(self, now: float) -> None:
+        """Look at as many connections as are due by `now`, a monotonic time, and cut off who sends too much: each once
+        in CHECK_S, since all at once would keep everybody waiting. To be called when all messages that have come are
+        read."""
+        if not self._round:
+            self._round.extend(self._peers)
+        each_s = CHECK_S / max(1, len(self._peers))
+        num_due = min(int((now - self._checked_s) / each_s), len(self._round))
+        if not num_due:
+            return
+        self._checked_s = max(self._checked_s + num_due * each_s, now - CHECK_S)
+        for _ in range(num_due):
+            self._look(self._round.popleft())
+        if not self._round:
+            self._limit_strangers()
+
+    def _look(self, descriptor: int) -> None:
+        if (peer := self._peers.get(descriptor)) is None:
+            return
+        if (traffic := self._traffic(descriptor)) is None:
+            del self._peers[descriptor]  # closed
+            return
+        peer.is_known = peer.is_known or traffic.sent > self._reply_bytes
+        if peer.base is None:
+            peer.base = traffic.received
+        if not peer.is_known and traffic.received > STRANGER_BYTES:
             self.cut(descriptor, Refusal.STRANGER)
+        elif traffic.received - peer.base > self._max_bytes:
+            self.cut(descriptor, Refusal.ENDLESS)
+
+    def _limit_strangers(self) -> None:
+        strangers = [descriptor for descriptor, peer in self._peers.items() if not peer.is_known]
+        for descriptor in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
+            self._look(descriptor)  # the handshake may be over by now
+            if (peer := self._peers.get(descriptor)) is not None and not peer.is_known:
+                self.cut(descriptor, Refusal.STRANGER)
 
     def cut(self, descriptor: int, reason: Refusal) -> None:
         """End the connection; libzmq frees what it kept of it."""

@@ -34,7 +34,6 @@ LINGER_MS = 3000  # how long a closed socket may still deliver what was sent: St
 MESSAGES_PER_TURN = 1000  # read at once, so that a flood does not keep the learner from sending
 BYTES_PER_TURN = 64 << 20  # the same
 FRAMES_PER_TURN = 10_000  # of a message that has too many of them, skipped at once
-CHECK_S = 0.25  # between two looks at what the connections have brought
 RCV_QUEUE = 64  # messages of one actor that wait to be read; then its TCP connection waits
 SND_QUEUE = 100_000  # messages that an actor has not read: it is given up
 HANDSHAKE_MS = 10_000  # longest handshake
@@ -114,7 +113,6 @@ class LearnerSocket:
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # as bound; a wildcard stays one
         self.port = self._connections.port = int(self.endpoint.rpartition(":")[2])
         self._is_skipping = False  # the rest of a message of many frames
-        self._next_check_s = 0.0
         self._awake, self._waker = socket.socketpair()
         for end in (self._awake, self._waker):
             end.setblocking(False)
@@ -154,7 +152,7 @@ class LearnerSocket:
             try:
                 identity, frame = self._next_frame()
             except zmq.Again:
-                self._check_connections()
+                self._connections.check(time.monotonic())  # what one has brought beyond its messages is a part of one
                 return
             num_bytes += len(frame)
             yield identity, self._decoded(identity, frame)
@@ -187,13 +185,6 @@ class LearnerSocket:
         except WireError as error:
             self._connections.strike(descriptor, identity)
             return error
-
-    def _check_connections(self) -> None:
-        """Nothing is left to be read: what a connection has brought beyond its messages is a part of one."""
-        now = time.monotonic()
-        if now >= self._next_check_s:
-            self._connections.check()
-            self._next_check_s = now + CHECK_S
 
     def send(self, identity: bytes, message: LearnerMessage) -> bool:
         """False when no peer of that identity is connected, or when it has stopped reading."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
@@ -271,6 +272,7 @@ def _text(key: Any, where: str) -> str:
     return key
 
 
+@cache
 def _little_endian(dtype: str) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 

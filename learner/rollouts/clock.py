@@ -1,5 +1,6 @@
 """The lease clock: which leases get nowhere, because their engine hangs or because it is much slower than others."""
 
+from bisect import bisect_left, insort
 from collections import deque
 from statistics import median
 
@@ -46,6 +47,29 @@ class EngineClock:
         return self._busy_s - since_s if tokens else 0.0
 
 
+class RunningMedian:
+    """Of the last REMEMBERED numbers. They are kept sorted: it is asked for with every group."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def add(self, number: float) -> None:
+        self._last.append(number)
+        insort(self._sorted, number)
+        if len(self._last) > REMEMBERED:
+            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
+
+    @property
+    def value(self) -> float:
+        """Of at least one number."""
+        middle = len(self._sorted) // 2
+        return median(self._sorted[middle - 1 + len(self._sorted) % 2 : middle + 1])
+
+
 class LeaseTimes:
     """The training leases that arrived last: how long each took, and how fast the completion grew that grew most.
 
@@ -56,23 +80,25 @@ class LeaseTimes:
     def __init__(self, transport: TransportConfig) -> None:
         self._factor = transport.straggler_factor
         self._least_s = 2 * transport.heartbeat_s  # growth is known from one heartbeat to the next
-        self._last: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # seconds, tokens per second
+        self._seconds = RunningMedian()
+        self._speed = RunningMedian()  # tokens per second
 
     def add(self, seconds: float, num_steps: int) -> None:
         """`num_steps` tokens were drawn of the completion that grew most."""
         if seconds > 0 and num_steps > 0:
-            self._last.append((seconds, num_steps / seconds))
+            self._seconds.add(seconds)
+            self._speed.add(num_steps / seconds)
 
     def is_straggler(self, seconds: float, num_steps: int) -> bool:
         """Of a lease that has been out for so long and has grown by so much."""
-        if len(self._last) < FEWEST or seconds <= self.limit_s:
+        if len(self._seconds) < FEWEST or seconds <= self.limit_s:
             return False
-        return num_steps / seconds < median(speed for _, speed in self._last) / self._factor
+        return num_steps / seconds < self._speed.value / self._factor
 
     @property
     def limit_s(self) -> float:
         """The time after which a lease may be a straggler."""
-        return max(self._least_s, self._factor * median(seconds for seconds, _ in self._last)) if self._last else 0.0
+        return max(self._least_s, self._factor * self._seconds.value) if self._seconds else 0.0
 
 
 class Rest:

@@ -1,6 +1,6 @@
 """Whether what an actor sent can be what it was leased: everything that would be trained on is looked at."""
 
-import numpy as np
+import math
 
 from common.config import Config
 from common.rewards import overlong_penalty, verdict_reward
@@ -55,7 +55,7 @@ def _problem_with_rewards(group: CompletedGroup, max_tokens: int, config: Config
     """Our own verifiers give verdicts, which fix the rewards; a user's function may give any number with either."""
     settings, are_fixed = config.reward, is_own_verifier(config)
     for verdict, reward, length in zip(group.verdicts, group.rewards.tolist(), group.lengths.tolist(), strict=True):
-        if not np.isfinite(reward):
+        if not math.isfinite(reward):
             return f"a reward of {reward}"
         if verdict is Verdict.ERROR:
             continue  # such a group is dropped

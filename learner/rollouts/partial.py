@@ -104,7 +104,7 @@ class Partial:
 
     def prefix(self) -> dict[str, Any]:
         """The prefix fields of a lease."""
-        whole = _joined([self._completion(index) for index in range(len(self._lengths))])
+        whole = _joined([piece for pieces in self._pieces for piece in pieces])
         return {
             "prefix_lengths": self.lengths,
             "prefix_token_ids": whole.token_ids,

@@ -48,6 +48,7 @@ from learner.rollouts.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 0.25  # between two looks at all members: there may be hundreds
 REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected
 
 
@@ -87,6 +88,7 @@ class Reception:
         self._num_commands = incarnation * COMMANDS_PER_LIFE  # an actor tells those of an earlier life by their ids
         self._stop: Stop | None = None
         self._judge: Callable[[Float32Array], str | None] | None = None
+        self._looked_s = float("-inf")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -310,10 +312,16 @@ class Reception:
     def tick(self, now: float) -> None:
         """What time brings: the coordinator's part, names that are claimed, members that nobody waits for."""
         self._coordinator.tick(now)
+        self._settle_claims(now)
+        if now - self._looked_s >= LOOK_S:
+            self._looked_s = now
+            self._look_at_members(now)
+        self._dismiss_condemned()
+
+    def _look_at_members(self, now: float) -> None:
+        """At each of them."""
         for name, reason in self._coordinator.hung():
             self._coordinator.condemn(name, reason)
-        self._dismiss_condemned()
-        self._settle_claims(now)
         for name in self._coordinator.forgettable(now):
             self._part(name, f"it is forgotten after {self._config.transport.reconnect_s:g} s")
             self._coordinator.count_forgotten()

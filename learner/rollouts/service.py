@@ -5,8 +5,11 @@
         groups = service.take_batch(timeout_s=600)
 
 One lock guards the state (coordinator and reception). The thread takes it to handle what arrived and to send; an
-API call takes it, changes the state, and wakes the thread, so that a command leaves at once. Nobody holds it while
-waiting. An exception in the thread is raised by the API calls that are waiting and by every later one.
+API call takes it, changes the state, and wakes the thread, so that a command leaves with the next turn. Nobody holds it
+while waiting. An exception in the thread is raised by the API calls that are waiting and by every later one.
+
+A turn costs a dozen calls of the system, and may wait for the interpreter as often. Therefore turns begin TURN_S apart
+at least: hundreds of small messages a second share them, and a training loop in the main thread is left in peace.
 """
 
 import logging
@@ -45,7 +48,8 @@ from learner.rollouts.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.25  # longest sleep of the thread: silence is noticed this late, messages and commands at once
+TICK_S = 0.25  # longest sleep of the thread: silence is noticed this late
+TURN_S = 0.003  # from the beginning of a turn to that of the next, at least
 STOP_S = 5.0  # how long actors may take to say bye
 
 T = TypeVar("T")
@@ -342,7 +346,7 @@ class LearnerService:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The state, to be changed; what that puts down to be sent leaves at once."""
+        """The state, to be changed; what that puts down to be sent leaves with the next turn."""
         with self._changed:
             socket = self._open_socket()
             yield
@@ -393,7 +397,9 @@ class LearnerService:
             while not is_last:
                 socket.poll(TICK_S)
                 is_last = self._is_closing  # read before the turn: what was put down earlier still leaves
-                self._turn(socket, time.monotonic())
+                started = time.monotonic()
+                self._turn(socket, started)
+                time.sleep(max(0.0, started + TURN_S - time.monotonic()))
         except BaseException as error:
             logger.exception("the service thread failed")
             with self._changed:

@@ -187,6 +187,31 @@ def test_of_too_many_strangers_the_oldest_go(tmp_path: Path, monkeypatch: pytest
         greet(served, actor)
 
 
+def test_every_connection_is_looked_at_in_time_but_not_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of its own: two rounds in steps of a tenth of CHECK_S."""
+    learner = LearnerSocket("127.0.0.1", 0, 1)
+    crowd = [strangers.connect(learner.port) for _ in range(20)]
+    table = learner._connections
+    deadline = time.monotonic() + 10.0
+    while len(table._peers) < len(crowd):
+        assert time.monotonic() < deadline, f"{len(table._peers)} of {len(crowd)} were told of"
+        table.follow()
+    looks: list[int] = []
+    monkeypatch.setattr(table, "_look", looks.append)
+    table._round.clear()
+    start_s = table._checked_s
+    for step in range(1, 21):
+        before = len(looks)
+        table.check(start_s + step * connections.CHECK_S / 10)
+        assert len(looks) - before <= 3, f"step {step}"
+    assert {looks.count(descriptor) for descriptor in table._peers} <= {1, 2} and len(looks) >= 39
+    table.check(start_s + 3 * connections.CHECK_S)
+    assert {looks.count(descriptor) for descriptor in table._peers} <= {2, 3}
+    for peer in crowd:
+        peer.close()
+    learner.close()
+
+
 def test_a_slow_handshake_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "HANDSHAKE_MS", 200)
     with serving(None) as served:

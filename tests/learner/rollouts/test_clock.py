@@ -1,12 +1,15 @@
 """Leases that get nowhere: an engine that stands still, a lease that is stuck, an actor that is much slower."""
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.config import TransportConfig
 from common.types import Cancel, DropReason, Lease
-from learner.rollouts.clock import FEWEST, EngineClock, LeaseTimes
+from learner.rollouts.clock import FEWEST, REMEMBERED, EngineClock, LeaseTimes, RunningMedian
 from learner.rollouts.coordinator import Coordinator
 from tests.learner.rollouts.test_coordinator import finish, granted, make, make_config
 from tests.support.fake_actors import NO_PROBE, group, heartbeat, progress
@@ -199,3 +202,12 @@ def test_a_slow_actor_rests_for_twice_as_long_each_time() -> None:
     member.rest.begin(400.0, 30.0)
     assert member.rest.until_s == 430.0
     assert times.limit_s == 0.0 and not times.is_straggler(1e9, 0), "without a median nobody is slow"
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3 * REMEMBERED))
+def test_the_running_median_is_that_of_the_last_numbers(numbers: list[int]) -> None:
+    running = RunningMedian()
+    for number in numbers:
+        running.add(number)
+    assert running.value == median(numbers[-REMEMBERED:])
+    assert len(running) == min(len(numbers), REMEMBERED)
