@@ -82,7 +82,7 @@ class Connections:
 
     def follow(self) -> None:
         """Read what the monitor has told since the last call."""
-        while self.monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while int(self.monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             event = recv_monitor_message(self.monitor)
             kind, value = event["event"], event["value"]
             if kind == zmq.EVENT_ACCEPTED:
