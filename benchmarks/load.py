@@ -29,6 +29,7 @@ from learner.rollouts.service import LearnerService, StillWaiting
 SPAWN = multiprocessing.get_context("spawn")
 JOIN_S = 120.0
 PACE_S = 0.005  # between two looks for a batch, where nothing is trained
+TAKE_S = 0.05  # between two looks, where something is: a few batches a second are there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +75,23 @@ def service_config() -> Config:
 
 
 class Consumer:
-    """Takes the batches that are there, and counts their groups."""
+    """Takes the batches that are there, every now and then."""
 
     def __init__(self, service: LearnerService) -> None:
         self._service = service
         self._steps = 0
+        self._next_s = 0.0
         service.turn_s = 0.0
 
     def take(self) -> None:
+        if time.monotonic() < self._next_s:
+            return
         with suppress(StillWaiting):
             while True:
                 self._service.take_batch(JOIN_S)
                 self._steps += 1
                 self._service.set_version(0, self._steps)
+        self._next_s = time.monotonic() + TAKE_S
 
 
 @contextmanager

@@ -5,14 +5,12 @@ of a message whose last frame never comes, nor how many strangers are in the han
 much each connection has brought; whoever exceeds what an honest peer can need is cut off, and may connect again.
 """
 
-import errno
 import logging
 import socket
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -157,24 +155,33 @@ class Connections:
         if self._peers.pop(descriptor, None) is None:
             return
         self.refusals[reason] += 1
-        with suppress(OSError), self._borrowed(descriptor) as connection:
+        if (connection := self._borrowed(descriptor)) is None:
+            return
+        with suppress(OSError):
             logger.warning("the connection from %s is cut off: %s", connection.getpeername()[:2], reason)
             connection.shutdown(socket.SHUT_RDWR)
+        connection.detach()
 
     def _traffic(self, descriptor: int) -> _Traffic | None:
         """None when it is no connection to our port (any more)."""
-        with suppress(OSError), self._borrowed(descriptor) as connection:
+        if (connection := self._borrowed(descriptor)) is None:
+            return None
+        try:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES.size)
             return _Traffic(*_TCP_INFO_BYTES.unpack(info))
-        return None
-
-    @contextmanager
-    def _borrowed(self, descriptor: int) -> Iterator[socket.socket]:
-        """libzmq's descriptor as a socket, which stays libzmq's to close. Raises OSError when it is no longer ours."""
-        connection = socket.socket(fileno=descriptor)
-        try:
-            if connection.type != socket.SOCK_STREAM or connection.getsockname()[1:2] != (self.port,):
-                raise OSError(errno.EBADF, "no connection to the learner's port")
-            yield connection
+        except OSError:
+            return None
         finally:
             connection.detach()
+
+    def _borrowed(self, descriptor: int) -> socket.socket | None:
+        """libzmq's descriptor as a socket, which the caller detaches; None when it is no connection to our port."""
+        try:
+            connection = socket.socket(fileno=descriptor)
+        except OSError:
+            return None
+        with suppress(OSError):
+            if connection.type == socket.SOCK_STREAM and connection.getsockname()[1:2] == (self.port,):
+                return connection
+        connection.detach()
+        return None

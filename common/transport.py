@@ -345,6 +345,7 @@ def _limit(channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int, receiv
     channel.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     channel.setsockopt(zmq.RCVHWM, receive)
     channel.setsockopt(zmq.SNDHWM, send)
+    channel.setsockopt(zmq.LINGER, LINGER_MS)  # a connection that is ending when the socket closes keeps this one
     channel.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     channel.setsockopt(zmq.TCP_KEEPALIVE, 1)  # a dead connection is found, and its memory freed, in two minutes
     channel.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)

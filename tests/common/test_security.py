@@ -1,6 +1,7 @@
 """What strangers, wrong keys and hostile peers get: nothing decoded, a sentence, a bound; and the others are served."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -240,9 +241,8 @@ def test_empty_frames_are_no_messages() -> None:
         greet(served, None)
 
 
-def test_who_has_stopped_reading_is_as_good_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "SND_QUEUE", 100)
-    learner = LearnerSocket("127.0.0.1", 0, 1)
+def fill(learner: LearnerSocket) -> tuple[socket.socket, int]:
+    """A peer that does not read what it is sent, and how many messages the learner could send to it."""
     peer = strangers.connect(learner.port)
     strangers.ready(peer, b"deaf")
     peer.sendall(strangers.frame(pack(encode(Bye(error=None))), 0))
@@ -252,10 +252,31 @@ def test_who_has_stopped_reading_is_as_good_as_gone(monkeypatch: pytest.MonkeyPa
         arrived += learner.receive()
     ((identity, _),) = arrived
     command = WeightsCommand(command_id=1, phase=WeightsPhase.INIT, version=1, payload={"long": "x" * 100_000})
-    sent = sum(takewhile(bool, (learner.send(identity, command) for _ in range(10_000))))
-    assert 100 <= sent < 10_000
+    return peer, sum(takewhile(bool, (learner.send(identity, command) for _ in range(10_000))))
+
+
+def test_who_has_stopped_reading_is_as_good_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "SND_QUEUE", 100)
+    learner = LearnerSocket("127.0.0.1", 0, 1)
+    peer, num_sent = fill(learner)
+    assert 100 <= num_sent < 10_000
     peer.close()
     learner.close()
+
+
+def test_a_peer_that_ends_while_the_learner_closes_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again: once in dozens it keeps a socket that is told only then how long it may linger."""
+    monkeypatch.setattr(transport, "SND_QUEUE", 100)
+    monkeypatch.setattr(transport, "LINGER_MS", 100)
+    for _ in range(40):
+        learner = LearnerSocket("127.0.0.1", 0, 1)
+        peer, _ = fill(learner)
+        closing = threading.Thread(
+            target=lambda *ends: [end.close() for end in ends], args=(peer, learner), daemon=True
+        )
+        closing.start()
+        closing.join(10.0)
+        assert not closing.is_alive(), "the learner's socket does not close"
 
 
 def test_an_actor_that_connects_again_takes_the_place_of_its_dead_connection() -> None:
