@@ -42,7 +42,7 @@ class Run:
         while (received := self.coordinator.stats()["received_groups"]) < num_groups:
             assert (now := next(self._clock)) < 2 * num_groups, f"{received} groups in {now} s"
             self._leases = self._turn(list(self._answers(self._leases)))
-            while self.coordinator.take_batch() is not None:
+            while self.coordinator.ledger.take_batch() is not None:
                 self._steps += 1
                 self.coordinator.set_version(self._steps, self._steps)
                 for name in NAMES:
@@ -59,7 +59,7 @@ class Run:
 
     def _answers(self, leases: list[tuple[bytes, Lease]]) -> Iterator[tuple[bytes, ActorMessage]]:
         """Mostly a group; some are all wrong, some come twice, some fail, some are reported of before."""
-        version = self.coordinator.version
+        version = self._steps
         for name, lease in leases:
             whole = group(lease.lease_id, [version] * 3, num_correct=int(lease.lease_id % 5 > 0))
             if lease.lease_id % 29 == 0:
