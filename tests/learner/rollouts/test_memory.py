@@ -92,5 +92,5 @@ def test_memory_does_not_grow_with_the_groups_of_a_run(
         tracemalloc.stop()
     stats = run.coordinator.stats()
     assert stats["dropped/uninformative"] and stats["dropped/duplicate"] and stats["lease_failures"]
-    assert sum(isinstance(item, CompletedGroup) for item in gc.get_objects()) < 100
+    assert sum(type(item) is CompletedGroup for item in gc.get_objects()) < 100
     assert after - before < 20 * MANY, "bytes: the id of a group alone takes more"
