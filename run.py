@@ -142,6 +142,12 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from learner.planning.command import plan
+
+    return plan(load_config(arguments.config, arguments.overrides), arguments)
+
+
 def _settle(config: Config) -> Config:
     """The configuration with a model folder that is tied as model.tie_word_embeddings asks."""
     if config.model.tie_word_embeddings is None:
@@ -369,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_roles(commands)
+    _add_plan(commands)
     _add_tools(commands)
     _add_eval(commands)
     return parser
@@ -404,6 +411,32 @@ def _add_roles(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actors.set_defaults(command=_actors)
     actors.add_argument("run", help="run directory of a `train` that runs on this machine")
     actors.add_argument("--count", type=int, help="how many there shall be (default: only say how many there are)")
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Options of speed are None where they are not given: learner/planning/command.py has what is assumed then."""
+    plan = commands.add_parser("plan", help="memory, speed and the number of actors of a run, without starting it")
+    plan.set_defaults(command=_plan)
+    _add_config(plan)
+    plan.add_argument(
+        "--from",
+        dest="runs",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="take the speeds of this run; repeatable",
+    )
+    plan.add_argument("--actor-tokens-per-s", type=float, help="of one actor, with all the sequences that it may run")
+    plan.add_argument("--learner-tokens-per-s", type=float, help="response tokens, without waiting and publishing")
+    plan.add_argument("--publish-s", type=float, help="seconds of a publication, for which actors pause")
+    plan.add_argument("--length-mean", type=float, help="tokens of a response")
+    plan.add_argument("--length-sigma", type=float, help="standard deviation of the logarithm of a response's length")
+    plan.add_argument("--uninformative", type=float, help="share of groups that algorithm.dynamic_sampling replaces")
+    plan.add_argument("--gpus", type=int, help="plan for so many GPUs instead of those of this machine")
+    plan.add_argument("--gpu-gib", type=float, help="memory of each of them")
+    plan.add_argument("--idle", type=float, default=0.05, help="share of its time that a busy learner may wait")
+    plan.add_argument("--steps", type=int, help="policy steps that each simulation counts")
+    plan.add_argument("--json", action="store_true", help="the same as JSON")
 
 
 def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

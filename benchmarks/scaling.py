@@ -1,27 +1,25 @@
-"""Measures how a run grows with its actors: the learner's own coordinator on a virtual clock, with simulated actors.
+"""Measures how a run grows with its actors: the simulation of `run.py plan`, and the coordinator's own time.
 
     python benchmarks/scaling.py [--steps N] [--json OUT.json]
 
 No engine, no model, no sockets. An actor holds `places` groups at once and draws every response of a group at one token
-per TOKEN_S; lengths are log-normal with sigma 1, and each token is stamped with the version that the actor has at that
-time. A learner's step takes as long as four such actors need on average for its groups, so that four are ideally enough
-and both sides always busy. The first fifth of the steps is not counted.
+per TOKEN_S, however many run; lengths are log-normal with sigma 1. A learner's step takes as long as four such actors
+need on average for its groups, so that four are ideally enough and both sides always busy. Steps in which the pipeline
+fills are not counted.
 
 Idle: the learner's share of time without a batch. Ideal: the smaller of what the actors can draw when all their
 places are full and what the learner can train. The second table is the CPU time of the coordinator itself.
 """
 
 import argparse
-import heapq
 import itertools
 import json
 import logging
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +28,19 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import (
+    ActorsConfig,
     AlgorithmConfig,
     Batching,
     Config,
-    LearnerConfig,
+    EvalConfig,
     OverAge,
     RolloutConfig,
     StalenessConfig,
-    TransportConfig,
 )
 from common.types import CompletedGroup, FinishReason, Heartbeat, Lease, Prompt, Verdict
+from learner.planning.engine import EngineSpeed
+from learner.planning.simulation import simulate
+from learner.planning.speeds import Speeds
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.prompts import PromptStream
 
@@ -69,94 +70,6 @@ class Row:
     dropped: int  # groups
 
 
-@dataclass
-class Actor:
-    name: str
-    places: int
-    token_s: float
-    loaded_s: list[float] = field(default_factory=lambda: [0.0])  # when each version came
-
-    def versions(self, began_s: float, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Of all tokens of a group, whose responses are drawn side by side."""
-        drawn_s = began_s + self.token_s * np.concatenate([np.arange(1, length + 1) for length in lengths])
-        return (np.searchsorted(np.array(self.loaded_s), drawn_s, side="right") - 1).astype(np.int32)
-
-
-def draw_lengths(seed: int, num_groups: int) -> npt.NDArray[np.int32]:
-    """(num_groups, SAMPLES), the same for the same seed."""
-    location = math.log(MEAN_TOKENS) - SIGMA**2 / 2
-    drawn = np.random.default_rng(seed).lognormal(location, SIGMA, (num_groups, SAMPLES))
-    return np.clip(drawn, 1, MAX_TOKENS).astype(np.int32)
-
-
-class Simulation:
-    """Events in the order of their times; after each of them, a turn of the service and a try for a batch."""
-
-    def __init__(self, config: Config, actors: Sequence[Actor], step_s: float) -> None:
-        self._config, self._step_s = config, step_s
-        prompts = [Prompt(uid=f"p{i}", text="", reference="") for i in range(50_000)]
-        self._coordinator = Coordinator(config, PromptStream(prompts, seed=0), lambda prompt: [1])
-        self._actors = {actor.name: actor for actor in actors}
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self._now = 0.0
-        self._idle_since: float | None = 0.0
-        self.taken_s: list[float] = []  # when each step began
-        self.waited_s: list[float] = []
-        self.ages_T: list[npt.NDArray[np.int32]] = []  # of each step
-        for actor in actors:
-            self._coordinator.join(actor.name, actor.places, 0.0)
-            self._coordinator.ready(actor.name, 0, NO_PROBE)
-
-    @property
-    def num_dropped(self) -> int:
-        return self._coordinator.drops.total()
-
-    def run(self) -> None:
-        self._turn()
-        while len(self.taken_s) < self._config.learner.steps:
-            self._now, _, happen = heapq.heappop(self._events)
-            happen()
-            self._turn()
-
-    def _at(self, seconds: float, happen: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (seconds, next(self._order), happen))
-
-    def _turn(self) -> None:
-        for name in self._actors:
-            self._coordinator.heard(name, self._now)
-        self._coordinator.tick(self._now)
-        if self._idle_since is not None and (batch := self._coordinator.ledger.take_batch()) is not None:
-            self.waited_s.append(self._now - self._idle_since)
-            self.taken_s.append(self._now)
-            versions_T = np.concatenate([group.completed.versions for group in batch])
-            self.ages_T.append(self._coordinator.ledger.version - versions_T)
-            self._idle_since = None
-            self._at(self._now + self._step_s, self._publish)
-        self._coordinator.dispatch(self._now)
-        while self._coordinator.outbox:
-            name, message = self._coordinator.outbox.popleft()
-            if isinstance(message, Lease):
-                self._sample(self._actors[name], message, self._now)
-
-    def _sample(self, actor: Actor, lease: Lease, began_s: float) -> None:
-        lengths = draw_lengths(lease.seed, 1)[0]
-
-        def arrive() -> None:
-            group = completed(lease.lease_id, lengths, actor.versions(began_s, lengths), self._now - began_s)
-            self._coordinator.receive(actor.name, group, self._now)
-
-        self._at(began_s + actor.token_s * int(lengths.max()), arrive)
-
-    def _publish(self) -> None:
-        version = self._coordinator.ledger.version + 1
-        for actor in self._actors.values():
-            actor.loaded_s.append(self._now)
-            self._coordinator.loaded(actor.name, version)
-        self._coordinator.set_version(version, version)
-        self._idle_since = self._now
-
-
 def completed(
     lease_id: int, lengths: npt.NDArray[np.int32], versions: npt.NDArray[np.int32], generation_s: float
 ) -> CompletedGroup:
@@ -180,31 +93,32 @@ def measure(order: tuple[Batching, OverAge], places: int, slowness: Sequence[flo
     config = Config(
         rollout=RolloutConfig(prompts_per_step=GROUPS, group_size=SAMPLES, max_tokens=MAX_TOKENS),
         staleness=StalenessConfig(max_staleness=BOUND, batching=order[0], over_age=order[1]),
-        algorithm=AlgorithmConfig(critic_warmup_steps=0),
-        learner=LearnerConfig(steps=steps),
-        transport=TransportConfig(heartbeat_timeout_s=1e6, straggler_factor=1e9),  # what order alone does
+        actors=ActorsConfig(groups_in_flight=places),
+        eval=EvalConfig(every=0),
     )
-    typical = draw_lengths(0, 20_000)
-    group_s, group_tokens = float(typical.max(axis=1).mean()) * TOKEN_S, float(typical.sum(axis=1).mean())
+    lengths = {"length_mean": MEAN_TOKENS, "length_sigma": SIGMA}
+    engine, nothing = EngineSpeed(base_s=TOKEN_S), (0.0,)
+    random, typical = (
+        np.random.default_rng(0),
+        Speeds(train_token_s=nothing, publish_s=nothing, engine=engine, **lengths),
+    )
+    drawn = np.stack([typical.lengths(0, random, SAMPLES, MAX_TOKENS) for _ in range(20_000)])
+    group_s, group_tokens = float(drawn.max(axis=1).mean()) * TOKEN_S, float(drawn.sum(axis=1).mean())
     step_s = GROUPS * group_s / (4 * places)
-    actors = [Actor(f"actor-{i}", places, TOKEN_S * times) for i, times in enumerate(slowness)]
-    simulation = Simulation(config, actors, step_s)
-    simulation.run()
-    first = steps // 5
-    span_s = simulation.taken_s[-1] - simulation.taken_s[first]
+    speeds = replace(typical, train_token_s=(step_s / (GROUPS * group_tokens),))
+    outcome = simulate(config, speeds, actors=len(slowness), steps=steps, slowness=slowness)
     rate = sum(places / (group_s * times) for times in slowness)
-    ages_T = np.concatenate(simulation.ages_T)
     return Row(
         batching=order[0],
         over_age=order[1],
         places=places,
         actors=" + ".join(f"{len(list(same))} x {times:g}" for times, same in itertools.groupby(slowness)),
-        tokens_per_s=sum(len(ages) for ages in simulation.ages_T[first:-1]) / span_s,
+        tokens_per_s=outcome.trained_tokens_per_s,
         ideal_tokens_per_s=group_tokens * min(rate, GROUPS / step_s),
-        idle=sum(simulation.waited_s[first + 1 :]) / span_s,
-        oldest=int(ages_T.max()),
-        masked=float((ages_T > BOUND).mean()),
-        dropped=simulation.num_dropped,
+        idle=outcome.learner_idle,
+        oldest=outcome.staleness_max,
+        masked=outcome.masked,
+        dropped=sum(outcome.dropped.values()),
     )
 
 

@@ -1,7 +1,7 @@
 """What a run writes down: metrics.jsonl, ledger.jsonl, TensorBoard events and one console line per step.
 
     metrics.jsonl   {"step": 12, "time": 1.7e9, "reward/mean": 0.41, ...}, a line per `RunLog.log`, flushed
-    ledger.jsonl    one line per trained group: who sampled it, from which versions, what it earned
+    ledger.jsonl    one line per trained group: who sampled it, from which versions, what it earned, how long it took
 
 Values are floats; a mapping (staleness/hist: version gap -> tokens) is a histogram. What the summary
 reads, and how it reduces it over a run:
@@ -111,6 +111,8 @@ class RunLog:
             "versions": [group.oldest_version, group.newest_version],
             "rewards": completed.rewards.tolist(),
             "lengths": completed.lengths.tolist(),
+            "generation_s": round(completed.generation_s, 6),
+            "verification_s": round(completed.verification_s, 6),
         }
         _write_line(self._ledger, line)
 

@@ -45,12 +45,17 @@ def settle(config: Config, gpus: Sequence[Gpu]) -> Config:
 
     Raises ConfigError when roles do not find a place or do not fit, before anything is loaded.
     """
+    return settle_memory(place(config, gpus), gpus)
+
+
+def place(config: Config, gpus: Sequence[Gpu]) -> Config:
+    """The configuration with the placement decided. Raises ConfigError when roles do not find a place."""
     if config.device is Device.cpu:
         return config
     if config.actors.placement is Placement.auto:
         config = _decided(config, len(gpus))
     assign(config, [gpu.name for gpu in gpus])
-    return settle_memory(config, gpus)
+    return config
 
 
 def _decided(config: Config, num_gpus: int) -> Config:
@@ -77,7 +82,7 @@ def settle_memory(config: Config, gpus: Sequence[Gpu]) -> Config:
         return config
     decides = config.is_shared and config.actors.gpu_memory_utilization is None
     try:
-        shapes, memory = _known(config, gpus)
+        shapes, memory = known(config, gpus)
     except ConfigError as error:
         if not decides:
             return config
@@ -94,13 +99,13 @@ def plan_here(config: Config) -> MemoryPlan | None:
     if not config.is_shared:
         return None
     try:
-        shapes, memory = _known(config, visible_gpus())
+        shapes, memory = known(config, visible_gpus())
     except ConfigError:  # `settle_memory` has said what follows from that
         return None
     return plan_memory(config, shapes, memory)
 
 
-def _known(config: Config, gpus: Sequence[Gpu]) -> tuple[Shapes, int]:
+def known(config: Config, gpus: Sequence[Gpu]) -> tuple[Shapes, int]:
     """Sizes of the networks, and bytes of the smallest GPU in use. Raises ConfigError when one is not known."""
     used = gpus[:1] if config.is_shared else gpus
     memory = [gpu.memory for gpu in used if gpu.memory is not None]

@@ -68,6 +68,8 @@ def test_the_ledger_line_has_exactly_the_documented_fields(tmp_path: Path) -> No
         "versions": [4, 5],
         "rewards": [1.0, -1.0],
         "lengths": [3, 2],
+        "generation_s": 0.1,
+        "verification_s": 0.01,
     }
 
 

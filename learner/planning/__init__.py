@@ -1,0 +1,1 @@
+"""How fast a configuration would run, before it is run: `run.py plan`."""

@@ -1,0 +1,136 @@
+"""`run.py plan`: the table of memory, the number of actors, text and JSON, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run as cli
+from common.loading import load_config
+from common.memory import GIB
+from common.placement import Gpu
+from learner.planning.fleet import alternatives, plan_fleet
+from learner.planning.memory import report, table
+from learner.planning.speeds import Speeds, assumed
+from tests.support.measured_runs import groups, rows, write_run
+
+ROOT = Path(cli.__file__).parent
+SMALL = ["-c", "demo", "rollout.prompts_per_step=4", "rollout.group_size=2", "actors.groups_in_flight=4"]
+SMALL.append("eval.every=0")
+FAST = ["--steps", "8", "--publish-s", "0.1", "--length-mean", "20"]
+CUDA = ["device=cuda", "model.dtype=bfloat16"]
+
+
+def speeds(actor: float, learner: float) -> Speeds:
+    return assumed(
+        actor_tokens_per_s=actor,
+        learner_tokens_per_s=learner,
+        publish_s=0.0,
+        length_mean=20.0,
+        length_sigma=0.0,
+        sequences=8,
+        overhead=1.0,
+    )
+
+
+def test_three_slow_actors_feed_one_learner() -> None:
+    """All groups of a step fit on one actor, so that s actors sample s batches at once if the bound lets them."""
+    config = load_config(["demo"], [*SMALL[2:], "staleness.max_staleness=4"])
+    fleet = plan_fleet(config, speeds(actor=100.0, learner=300.0), idle=0.05, steps=10)
+    assert fleet.smallest is not None and fleet.smallest.actors == 3
+    assert [outcome.actors for outcome in fleet.outcomes] == [1, 2, 3, 4, 6]
+    assert fleet.planned.actors == 1
+    assert fleet.planned.learner_idle == pytest.approx(2 / 3, abs=0.05)
+    assert fleet.best.trained_tokens_per_s == pytest.approx(300.0, rel=0.02)
+
+
+def test_a_bound_that_no_number_of_actors_meets_is_found_out() -> None:
+    config = load_config(["demo"], [*SMALL[2:], "staleness.max_staleness=0"])
+    fleet = plan_fleet(config, speeds(actor=100.0, learner=300.0), idle=0.05, steps=10)
+    assert fleet.smallest is None and fleet.best.actors == 1
+    others = dict(alternatives(config, speeds(actor=100.0, learner=300.0), actors=1, steps=10))
+    gain = others["staleness.max_staleness=1"].trained_tokens_per_s / fleet.planned.trained_tokens_per_s
+    assert gain == pytest.approx(4 / 3, rel=0.02)
+    assert "staleness.max_staleness=-1" not in others
+
+
+def test_the_table_has_what_each_gpu_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(["demo"], [*CUDA, "learner.ranks=2", "actors.count=3"])
+    memory = report(config, [Gpu(name=str(i), memory=80 * GIB) for i in range(5)])
+    assert memory.problem is None and memory.max_sequences_tokens is not None
+    assert [(role.role, role.processes) for role in memory.roles] == [("learner rank", 2), ("engine", 3)]
+    assert memory.roles[1].total == int(80 * GIB * 0.9) + 3 * GIB // 4
+    assert "each GPU has 80.0 GiB, of which 76.0 GiB are planned with" in table(memory)[0]
+    assert table(memory)[2].startswith("engine                     3 x  72.8 GiB   key-value cache ")
+
+
+def test_what_does_not_fit_is_the_sentence_of_train_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "-c", "demo", *CUDA, "learner.tokens_per_micro_batch=4000000", "--gpus", "2", "--gpu-gib", "8"]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "too little memory on a GPU of 8.0 GiB" in captured.err
+    assert "; set learner." in captured.err and captured.err.count("\n") == 1
+    assert captured.out.startswith("memory    each GPU has 8.0 GiB") and "actors  " not in captured.out
+
+
+def test_the_text_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *SMALL, *FAST, "--actor-tokens-per-s", "100", "--learner-tokens-per-s", "250"]) == 0
+    captured = capsys.readouterr()
+    labels = [line[:10].strip() for line in captured.out.splitlines() if line[:10].strip()]
+    assert labels == ["memory", "speeds", "planned", "actors", "instead"]
+    assert "100 with 8; the learner 250; a publication 0.10 s; responses of 20 tokens" in captured.out
+    assert "--length-sigma are not given: what follows is no better than these guesses" in captured.out
+    assert captured.err == ""
+
+
+def test_the_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *SMALL, *FAST, "--json", "actors.count=2"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["memory"]["fits"] and made["memory"]["problem"] is None
+    assert made["planned"]["actors"] == 2 and made["planned"]["steps"] == 8
+    assert made["planned"] in made["actors"]["outcomes"]
+    assert "staleness.max_staleness=3" in made["instead"]
+    assert made["speeds"]["source"] == "assumed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--idle", "1"], "--idle 1 is no share of the time"),
+        (["--publish-s", "-1"], "--publish-s -1 must be 0 or more"),
+        (["--length-mean", "0"], "--length-mean 0 must be above 0"),
+        (["--uninformative", "1"], "--uninformative 1 must be from 0 to below 1"),
+        (["--steps", "0"], "--steps 0 must be 1 or more"),
+        (["--from", "nowhere"], "nowhere has no config.yaml"),
+        (["--from", "nowhere", "--publish-s", "1"], "--publish-s with --from: the run tells it"),
+        ([*CUDA, "--gpus", "1"], "give both or none"),
+        ([*CUDA, "--gpus", "0", "--gpu-gib", "8"], "are no GPUs"),
+        ([*CUDA, "--gpus", "1", "--gpu-gib", "8", "learner.ranks=2"], "need 3 GPUs, but 1 are visible"),
+        (["staleness.max_staleness=-1"], "staleness.max_staleness"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "-c", "demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and sentence in captured.err and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_plan_loads_neither_torch_nor_vllm() -> None:
+    code = "import sys, learner.planning.command; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+def test_settings_on_which_speed_depends_are_compared_with_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", rows(12), groups(12))
+    assert cli.main(["plan", *SMALL, "--from", str(run), "--steps", "8", "learner.mini_batches=2"]) == 0
+    out = capsys.readouterr().out
+    assert f"{run} had learner.mini_batches=4, not 2: its speeds may not hold" in out
+    assert f"{run} had learner.ranks" not in out
