@@ -1,9 +1,8 @@
 """What one step reports about itself, under the names that the logs use.
 
     reward/* length/*      the batch             critic/*     the critic before and during its updates
-    staleness/*            versions of tokens    policy/*     the policy's updates
-    offpolicy/*            pi_old against what sampled the tokens, overall and per version gap
-    gae/*                  lambdas, advantages
+    gae/*                  lambdas, advantages   policy/*     the policy's updates
+    staleness/*            versions of tokens, and offpolicy/*, what that does to them: learner/algorithm/views.py
 
 Unless a name says otherwise a mean is over the tokens in the loss mask of the whole batch, all ranks. A
 mean over nothing is left out instead of being a made-up number, and so is what warm-up does not need:
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.algorithm.advantages import expand
 from learner.algorithm.losses import LOG_RATIO_LIMIT, TrustRegion
 from learner.algorithm.packing import Batch
 
@@ -50,12 +48,18 @@ class Totals:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
+        self._by_gap: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
         self._shared: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
         """A part: the total is the sum over micro-batches and ranks."""
         self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+
+    def add_by_gap(self, name: str, x_T: Tensor, gap_T: Tensor, num_gaps: int) -> None:
+        """Parts by version gap, below `num_gaps`: the totals are `gap_0/name`, `gap_1/name` and so on."""
+        zeros = torch.zeros(num_gaps, dtype=torch.float64, device=self._device)
+        self._by_gap[name] = self._by_gap.get(name, zeros).index_add(0, gap_T, x_T.detach().double())
 
     def add_shared(self, name: str, value: Tensor) -> None:
         """A number that every rank has already, such as a gradient norm: one rank's sum is the total."""
@@ -69,7 +73,8 @@ class Totals:
 
     def merge(self, other: "Totals") -> None:
         """Adds all that `other` has."""
-        for mine, parts in ((self._sums, other._sums), (self._shared, other._shared)):
+        pairs = ((self._sums, other._sums), (self._by_gap, other._by_gap), (self._shared, other._shared))
+        for mine, parts in pairs:
             for name, value in parts.items():
                 mine[name] = mine.get(name, 0.0) + value
         for name, value in other._maxima.items():
@@ -77,16 +82,26 @@ class Totals:
 
     def reduce(self, process_group: dist.ProcessGroup | None) -> tuple[Metrics, Metrics]:
         """(sums, maxima) over all ranks. A collective when there is a process group."""
-        sums = torch.stack([*self._sums.values(), torch.zeros((), dtype=torch.float64, device=self._device)])
-        maxima = torch.cat([*self._maxima.values(), torch.zeros(1, dtype=torch.float64, device=self._device)])
+        names = [*self._sums, *(f"gap_{gap}/{name}" for name, x in self._by_gap.items() for gap in range(len(x)))]
+        zero = torch.zeros(1, dtype=torch.float64, device=self._device)
+        sums = torch.cat([*(x.reshape(1) for x in self._sums.values()), *self._by_gap.values(), zero])
+        maxima = torch.cat([*self._maxima.values(), zero])
         if process_group is not None:
             dist.all_reduce(sums, group=process_group)
             dist.all_reduce(maxima, dist.ReduceOp.MAX, group=process_group)
         shared = {name: value.item() for name, value in self._shared.items()}
         return (
-            dict(zip(self._sums, sums.tolist(), strict=False)) | shared,
+            dict(zip(names, sums.tolist(), strict=False)) | shared,
             dict(zip(self._maxima, maxima.tolist(), strict=False)),
         )
+
+
+def named(values: Mapping[str, Tensor]) -> Metrics:
+    """Single numbers that are on one device, fetched at once."""
+    if not values:
+        return {}
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
 
 
 def batch_metrics(batch: Batch) -> Metrics:
@@ -115,90 +130,6 @@ def _group_metrics(batch: Batch) -> Metrics:
     solved = (correct_G == size_G).double().mean().item()
     unsolved = (correct_G == 0).double().mean().item()
     return {"reward/solved_group_fraction": solved, "reward/unsolved_group_fraction": unsolved}
-
-
-def staleness_metrics(gap_T: Tensor, mask_T: Tensor, cu_seqlens_B1: Tensor) -> Metrics:
-    """Version gaps (learner version at consumption - the token's) over all response tokens, masked or not."""
-    gap_T = gap_T.double()
-    # Versions never decrease within a response, so its first token has the largest gap.
-    spans_B = gap_T[cu_seqlens_B1[:-1]] - gap_T[cu_seqlens_B1[1:] - 1] + 1
-    return {
-        "staleness/token_mean": gap_T.mean().item(),
-        "staleness/token_max": gap_T.max().item(),
-        "staleness/versions_per_response": spans_B.mean().item(),
-        "staleness/masked_fraction": 1.0 - mask_T.double().mean().item(),
-    }
-
-
-def offpolicy_metrics(
-    old_logprobs_T: Tensor,
-    behavior_logprobs_T: Tensor,
-    weights_T: Tensor,
-    gap_T: Tensor,
-    mask_T: Tensor,
-    cu_seqlens_B1: Tensor,
-    truncation: float,
-    is_published: bool,
-) -> Metrics:
-    """rho = pi_old / pi_behavior before any correction, and the weights that the correction makes of it.
-
-    ess is (SUM rho)^2 / (n SUM rho^2). k1 and k3 estimate KL(pi_behavior || pi_old) from the behavior's
-    samples: k1 = -log rho, k3 = rho - 1 - log rho. `mismatch_abs_mean` is mean |log rho| over the tokens
-    of responses that the current version drew whole, where only the two engines differ (in a response that
-    spans versions even its newest tokens may be drawn from a key-value cache of older weights);
-    `mismatch_prob_error` is mean e^|log rho| over the same. Neither they nor gap_0 are measured unless
-    `is_published`, that pi_old is the current version: with weights.publish_every > 1 it has moved on in most
-    steps, which is drift and not the engines'.
-    """
-    log_rho_T = (old_logprobs_T - behavior_logprobs_T).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    metrics = _ratio_statistics("offpolicy", log_rho_T[mask_T])
-    if not metrics:
-        return {}
-    rho_T, weights_T = log_rho_T[mask_T].exp(), weights_T[mask_T].double()
-    log_rho_B = _sum_by_response(torch.where(mask_T, log_rho_T, 0.0), cu_seqlens_B1)
-    rho_B = log_rho_B.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    metrics |= {
-        "offpolicy/ratio_std": rho_T.std(correction=0).item(),
-        "offpolicy/ratio_min": rho_T.min().item(),
-        "offpolicy/ratio_max": rho_T.max().item(),
-        "offpolicy/ratio_above_fraction": (rho_T > truncation).double().mean().item(),
-        "offpolicy/ratio_below_fraction": (rho_T < 1.0 / truncation).double().mean().item(),
-        "offpolicy/weight_mean": weights_T.mean().item(),
-        "offpolicy/rejected_fraction": (weights_T == 0.0).double().mean().item(),
-        "offpolicy/chi2_token": rho_T.square().mean().item() - 1.0,
-        "offpolicy/chi2_sequence": rho_B.square().mean().item() - 1.0,
-    }
-    for gap in torch.unique(gap_T[mask_T]).tolist():
-        if gap > 0 or is_published:
-            of_gap_T = log_rho_T[mask_T & (gap_T == gap)]
-            metrics |= _ratio_statistics(f"offpolicy/gap_{gap}", of_gap_T)
-    if not is_published:
-        return metrics
-    of_current_T = log_rho_T[mask_T & _is_whole(gap_T == 0, cu_seqlens_B1)].abs()
-    if of_current_T.numel():
-        metrics["offpolicy/mismatch_abs_mean"] = of_current_T.mean().item()
-        metrics["offpolicy/mismatch_prob_error"] = of_current_T.exp().mean().item()
-    return metrics
-
-
-def _is_whole(is_true_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
-    """(T,) bool: whether `is_true_T` holds for every token of the token's response."""
-    is_whole_B = _sum_by_response((~is_true_T).double(), cu_seqlens_B1) == 0
-    return expand(is_whole_B, cu_seqlens_B1, len(is_true_T))
-
-
-def _ratio_statistics(prefix: str, log_rho_T: Tensor) -> Metrics:
-    """Nothing for no tokens."""
-    if not log_rho_T.numel():
-        return {}
-    rho_T = log_rho_T.exp()
-    return {
-        f"{prefix}/tokens": float(rho_T.numel()),
-        f"{prefix}/ratio_mean": rho_T.mean().item(),
-        f"{prefix}/ess": (rho_T.mean().square() / rho_T.square().mean()).item(),
-        f"{prefix}/kl_k1": -log_rho_T.mean().item(),
-        f"{prefix}/kl_k3": (rho_T - 1.0 - log_rho_T).mean().item(),
-    }
 
 
 def gae_metrics(gae_lambda_B: Tensor) -> Metrics:
@@ -289,11 +220,6 @@ def area_under_curve(positives: Tensor, negatives: Tensor) -> float:
     return ((below + not_above).double().mean() / (2 * ranked.numel())).item()
 
 
-def _sum_by_response(x_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
-    before_T1 = torch.nn.functional.pad(x_T.cumsum(0), (1, 0))
-    return before_T1[cu_seqlens_B1[1:]] - before_T1[cu_seqlens_B1[:-1]]
-
-
 @torch.no_grad()
 def add_policy_totals(
     totals: Totals,
@@ -325,9 +251,8 @@ def add_policy_totals(
     totals.add("clipped_high_prob", logprobs_T.exp()[high_T].sum())
     totals.keep_max("ratio_max", u_T)
     totals.keep_max("-ratio_min", -u_T)
-    for gap in range(num_gaps):
-        totals.add(f"gap_{gap}/tokens", (gap_T == gap).sum())
-        totals.add(f"gap_{gap}/clipped", ((high_T | low_T) & (gap_T == gap)).sum())
+    totals.add_by_gap("tokens", torch.ones_like(u_T), gap_T, num_gaps)
+    totals.add_by_gap("clipped", high_T | low_T, gap_T, num_gaps)
 
 
 def update_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Metrics:

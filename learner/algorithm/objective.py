@@ -79,6 +79,29 @@ def proximal_logprobs(algorithm: AlgorithmConfig, e: Experience) -> Tensor:
     return e.old_logprobs_T
 
 
+@torch.no_grad()
+def lost_advantage(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor) -> dict[str, Tensor]:
+    """Which tokens the correction takes from the policy's loss, or a part of them, by kind; bool (T,), disjoint.
+
+    masked: without any gradient, whatever the sign of A; clipped: without one, because the ratio is beyond the edge
+    that stops this sign; truncated: with less weight than pi_old / pi_behavior. Only kinds that the correction has.
+    """
+    u_T, region = losses.ratio(logprobs_T, proximal_logprobs(algorithm, e)), trust_region(algorithm)
+    above_T, below_T = u_T > 1.0 + region.high, u_T < 1.0 - region.low
+    if region.is_band:
+        return {"masked": (u_T >= 1.0 + region.high) | (u_T <= 1.0 - region.low)}
+    beyond_dual_T = u_T > region.dual if region.dual is not None else torch.zeros_like(above_T)
+    clipped_T = torch.where(e.advantages_T > 0.0, above_T, below_T | beyond_dual_T)
+    if algorithm.correction is Correction.icepop:
+        masked_T = e.weights_T == 0.0
+        return {"masked": masked_T, "clipped": clipped_T & ~masked_T}
+    if algorithm.correction in (Correction.decoupled, Correction.tis):
+        assert e.old_logprobs_T is not None
+        is_cut_T = losses.ratio(e.old_logprobs_T, e.behavior_logprobs_T) > algorithm.truncation
+        return {"clipped": clipped_T, "truncated": is_cut_T & ~clipped_T}
+    return {"clipped": clipped_T}
+
+
 def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, scale_T: Tensor) -> Tensor:
     """PPO's clipped loss, or that of DIS. Around pi_behavior the ratio is the whole correction: no weights."""
     proximal_T = proximal_logprobs(algorithm, e)

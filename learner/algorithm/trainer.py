@@ -5,7 +5,7 @@
               in warm-up only values, after the first step of the run
     estimate  advantages, value targets and correction weights, once (learner/algorithm/experience.py)
     update    per mini-batch: the critic, then, outside warm-up, the policy
-    describe  metrics (learner/algorithm/diagnostics.py)
+    describe  metrics (learner/algorithm/diagnostics.py and views.py)
 
 Every rank is given the same batch and works on its own share. Denominators are counts over the whole
 mini-batch, which every rank knows from the batch; gradients are SUMMED over ranks (FSDP2 averages them by
@@ -20,16 +20,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.config import AdvantageEstimator, Config, Device, Offload, OverAge
-from learner.algorithm import diagnostics, losses
+from learner.algorithm import diagnostics, losses, views
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
-from learner.algorithm.objective import Counts, count, policy_terms, proximal_logprobs, trust_region
+from learner.algorithm.objective import (
+    Counts,
+    count,
+    lost_advantage,
+    policy_terms,
+    proximal_logprobs,
+    trust_region,
+)
 from learner.algorithm.optimised import Optimised, StateDict
 from learner.algorithm.packing import Batch, MicroBatches, partition
 
@@ -67,6 +75,7 @@ class Trainer:
         self.reference = reference
         self.num_steps = 0  # taken so far, warm-up included; seeds the shuffling
         self.num_policy_steps = 0  # those after the warm-up
+        self.distances = views.VersionDistances(config.staleness.max_staleness)
         self.group = dist.group.WORLD if world > 1 else None
         on_cuda = config.device is Device.cuda
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
@@ -98,7 +107,8 @@ class Trainer:
             experience = estimate(self.config, batch, mine, scores, version, is_warmup, self.group)
         if observe is not None:
             observe(experience)
-        work = Work(batch, experience, is_warmup, is_published, Totals(self.device), clock)
+        totals, num_updates = Totals(self.device), self.policy.num_updates
+        work = Work(batch, experience, version, is_warmup, is_published, num_updates, totals, clock)
         for plan in plans:
             for mini in plan:
                 self._update(work, mini, updates_policy=plan is plans[-1] and not is_warmup)
@@ -110,8 +120,12 @@ class Trainer:
 
     def state_dict(self) -> StateDict:
         """Networks, optimizers and counters, for learner/checkpoint.py."""
-        counters = {"num_steps": self.num_steps, "num_policy_steps": self.num_policy_steps}
-        state: StateDict = {"policy": self.policy.state_dict()} | counters
+        state: StateDict = {
+            "policy": self.policy.state_dict(),
+            "num_steps": self.num_steps,
+            "num_policy_steps": self.num_policy_steps,
+            "version_distances": self.distances.state_dict(),
+        }
         return state if self.critic is None else state | {"critic": self.critic.state_dict()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -120,6 +134,7 @@ class Trainer:
             self.critic.load_state_dict(state_dict["critic"])
         self.num_steps = state_dict["num_steps"]
         self.num_policy_steps = state_dict["num_policy_steps"]
+        self.distances.load_state_dict(state_dict["version_distances"])
 
     def _count_updates(self, is_warmup: bool) -> None:
         """Tells the schedules how many updates the run makes: those that were made, and those of all steps to come.
@@ -224,8 +239,10 @@ class Trainer:
 
     def _update_policy(self, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
         """One optimizer step of the policy."""
-        algorithm, max_staleness = self.config.algorithm, self.config.staleness.max_staleness
+        algorithm, num_gaps = self.config.algorithm, work.num_gaps
         totals = Totals(self.device)
+        updates_before = self.policy.num_updates - work.num_updates
+        totals.add_shared("updates_before", torch.tensor(float(counts.tokens * updates_before)))
         for micro, e in work.share(mini[self.rank]):
             with_entropy = algorithm.entropy_weight != 0.0
             logprobs_T, entropy_T = self._run_policy(self.policy.network, micro, with_entropy)
@@ -240,9 +257,12 @@ class Trainer:
                 e.advantages_T,
                 e.gap_T,
                 e.mask_T,
-                num_gaps=max_staleness + 1,
+                num_gaps=num_gaps,
                 region=trust_region(algorithm),
             )
+            assert e.advantages_T is not None
+            lost = lost_advantage(algorithm, e, logprobs_T)
+            views.add_lost_totals(totals, e.advantages_T, e.gap_T, e.mask_T, lost, num_gaps)
         self._apply(self.policy, work, totals)
 
     def _apply(self, network: Optimised, work: "Work", totals: Totals) -> None:
@@ -257,21 +277,9 @@ class Trainer:
 
     def _describe(self, work: "Work") -> Metrics:
         """Everything that the step reports but its times. A collective."""
-        algorithm, batch, e = self.config.algorithm, work.batch, work.experience
-        cu_seqlens_B1 = batch.response_cu_seqlens_B1.to(self.device)
-        metrics = diagnostics.batch_metrics(batch)
-        metrics |= diagnostics.staleness_metrics(e.gap_T, e.mask_T, cu_seqlens_B1)
-        if e.old_logprobs_T is not None and e.weights_T is not None:
-            metrics |= diagnostics.offpolicy_metrics(
-                e.old_logprobs_T,
-                e.behavior_logprobs_T,
-                e.weights_T,
-                e.gap_T,
-                e.mask_T,
-                cu_seqlens_B1,
-                algorithm.truncation,
-                work.is_published,
-            )
+        batch, e = work.batch, work.experience
+        sums, maxima = work.totals.reduce(self.group)
+        metrics = diagnostics.batch_metrics(batch) | self._age_metrics(work)
         if e.advantages_T is not None:
             metrics |= diagnostics.token_metrics("gae/advantage", e.advantages_T, e.mask_T)
         if e.mask_T.any():
@@ -279,19 +287,44 @@ class Trainer:
             if e.entropy_T is not None:
                 metrics["policy/entropy"] = e.entropy_T[e.mask_T].mean().item()
         if e.values_T is not None:
-            lambda_B = policy_lambda(algorithm, batch.response_lengths_B, e.uses_values is not False)
-            metrics |= diagnostics.gae_metrics(lambda_B)
-            metrics |= diagnostics.critic_metrics(
-                e.values_T,
-                batch.rewards_B.to(self.device),
-                batch.is_correct_B.to(self.device),
-                e.mask_T,
-                cu_seqlens_B1,
-                (self.config.reward.wrong, self.config.reward.correct),
-            )
+            metrics |= self._critic_metrics(batch, e, e.values_T)
         if e.uses_values is not None:
             metrics["critic/gate_open"] = float(e.uses_values)
-        return metrics | diagnostics.update_metrics(*work.totals.reduce(self.group)) | self._learning_rates()
+        metrics |= diagnostics.update_metrics(sums, maxima) | views.update_views(sums) | self._learning_rates()
+        if not work.is_warmup:
+            metrics["staleness/lr_gauge"] = metrics["staleness/token_max"] * metrics["policy/learning_rate"]
+        return metrics
+
+    def _age_metrics(self, work: "Work") -> Metrics:
+        """How old the tokens are, and how far the policy has moved away from what sampled them."""
+        e, cu_seqlens_B1 = work.experience, work.batch.response_cu_seqlens_B1.to(self.device)
+        metrics = views.staleness_metrics(e.gap_T, e.mask_T, cu_seqlens_B1)
+        if e.old_logprobs_T is not None and e.weights_T is not None:
+            metrics |= views.offpolicy_metrics(
+                e.old_logprobs_T,
+                e.behavior_logprobs_T,
+                e.weights_T,
+                e.gap_T,
+                e.mask_T,
+                cu_seqlens_B1,
+                self.config.algorithm.truncation,
+                work.is_published,
+            )
+        if not work.is_warmup:
+            metrics |= self.distances.observe(work.version, metrics, e.gap_T, e.mask_T, work.is_published)
+        return metrics
+
+    def _critic_metrics(self, batch: Batch, e: Experience, values_T: Tensor) -> Metrics:
+        cu_seqlens_B1, rewards_B = batch.response_cu_seqlens_B1.to(self.device), batch.rewards_B.to(self.device)
+        is_correct_B, reward = batch.is_correct_B.to(self.device), self.config.reward
+        lambda_B = policy_lambda(self.config.algorithm, batch.response_lengths_B, e.uses_values is not False)
+        return (
+            diagnostics.gae_metrics(lambda_B)
+            | diagnostics.critic_metrics(
+                values_T, rewards_B, is_correct_B, e.mask_T, cu_seqlens_B1, (reward.wrong, reward.correct)
+            )
+            | views.critic_views(values_T, rewards_B, e.gap_T, e.mask_T, cu_seqlens_B1)
+        )
 
     def _learning_rates(self) -> Metrics:
         """Of the next optimizer steps."""
@@ -305,10 +338,18 @@ class Work:
 
     batch: Batch
     experience: Experience
+    version: int
     is_warmup: bool
     is_published: bool
+    num_updates: int  # of the policy, before the step
     totals: Totals
     clock: "Stopwatch"
+
+    @cached_property
+    def num_gaps(self) -> int:
+        """One more than the largest version gap in the loss mask, 0 without a token there; the same on all ranks."""
+        e = self.experience
+        return int(torch.where(e.mask_T, e.gap_T, -1).max()) + 1
 
     def share(self, micros: MicroBatches) -> Iterator[tuple[Batch, Experience]]:
         """Batch and experience of each of these micro-batches, empty ones included."""

@@ -15,8 +15,6 @@ from learner.algorithm.diagnostics import (
     critic_metrics,
     explained_variance,
     gae_metrics,
-    offpolicy_metrics,
-    staleness_metrics,
     token_metrics,
     update_metrics,
 )
@@ -54,82 +52,6 @@ def test_batch_metrics_by_hand() -> None:
     assert uneven["reward/solved_group_fraction"] == uneven["reward/unsolved_group_fraction"] == 0.5
 
 
-def test_staleness_by_hand() -> None:
-    """Response 0 has versions 2, 2, 3 and response 1 version 4 throughout, read at version 4."""
-    gap_T, mask_T = torch.tensor([2, 2, 1, 0, 0]), torch.tensor([False, False, True, True, True])
-    assert staleness_metrics(gap_T, mask_T, torch.tensor([0, 3, 5])) == {
-        "staleness/token_mean": 1.0,
-        "staleness/token_max": 2.0,
-        "staleness/versions_per_response": 1.5,
-        "staleness/masked_fraction": pytest.approx(0.4),
-    }
-
-
-def test_offpolicy_ratios_by_hand() -> None:
-    """rho = 1, 4 at gap 0 and 1/2 at gap 1; a fourth, masked token does not count."""
-    old_T = tensor(0.0, math.log(4), -math.log(2), 5.0)
-    mask_T = torch.tensor([True, True, True, False])
-    metrics = offpolicy_metrics(
-        old_T,
-        torch.zeros(4),
-        weights_T=tensor(1.0, 2.0, 0.0, 1.0),
-        gap_T=torch.tensor([0, 0, 1, 1]),
-        mask_T=mask_T,
-        cu_seqlens_B1=torch.tensor([0, 2, 4]),
-        truncation=1.5,
-        is_published=True,
-    )
-    expected = {
-        "offpolicy/tokens": 3.0,
-        "offpolicy/ratio_mean": 5.5 / 3,
-        "offpolicy/ratio_max": 4.0,
-        "offpolicy/ratio_min": 0.5,
-        "offpolicy/ess": 5.5**2 / (3 * 17.25),
-        "offpolicy/chi2_token": 17.25 / 3 - 1,
-        "offpolicy/chi2_sequence": (16 + 0.25) / 2 - 1,
-        "offpolicy/kl_k1": -math.log(2) / 3,
-        "offpolicy/weight_mean": 1.0,
-        "offpolicy/rejected_fraction": 1 / 3,
-        "offpolicy/ratio_above_fraction": 1 / 3,
-        "offpolicy/ratio_below_fraction": 1 / 3,
-        "offpolicy/mismatch_abs_mean": math.log(4) / 2,
-        "offpolicy/mismatch_prob_error": 2.5,
-        "offpolicy/gap_0/tokens": 2.0,
-        "offpolicy/gap_0/ess": 25 / (2 * 17),
-        "offpolicy/gap_1/ratio_mean": 0.5,
-        "offpolicy/gap_1/ess": 1.0,
-    }
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
-
-
-def test_mismatch_leaves_out_responses_that_span_versions() -> None:
-    """The second response's newest token is of gap 0, but drawn from a cache that older weights filled."""
-    metrics = offpolicy_metrics(
-        tensor(math.log(2), 3.0, 4.0),
-        torch.zeros(3),
-        weights_T=torch.ones(3),
-        gap_T=torch.tensor([0, 1, 0]),
-        mask_T=torch.ones(3, dtype=torch.bool),
-        cu_seqlens_B1=torch.tensor([0, 1, 3]),
-        truncation=2.0,
-        is_published=True,
-    )
-    assert metrics["offpolicy/mismatch_abs_mean"] == pytest.approx(math.log(2))
-    assert metrics["offpolicy/gap_0/tokens"] == 2.0
-
-
-def test_after_steps_that_were_not_published_nothing_is_said_about_the_engines() -> None:
-    """The policy has moved on since version 4 was published: that is drift, of the older version's tokens too."""
-    inputs = (tensor(math.log(2), 3.0), torch.zeros(2), torch.ones(2), torch.tensor([0, 1]), torch.ones(2).bool())
-    published, later = (
-        offpolicy_metrics(*inputs, torch.tensor([0, 1, 2]), truncation=2.0, is_published=is_published)
-        for is_published in (True, False)
-    )
-    about_engines = {name for name in published if name.startswith(("offpolicy/gap_0/", "offpolicy/mismatch_"))}
-    assert len(about_engines) == 7
-    assert later == {name: value for name, value in published.items() if name not in about_engines}
-
-
 def test_lambda_metrics_count_the_clamped() -> None:
     metrics = gae_metrics(tensor(0.0, 0.5, 1.0, 0.0))
     assert metrics == {"gae/lambda_mean": 0.375, "gae/lambda_min": 0.0, "gae/lambda_clamped_fraction": 0.5}
@@ -154,7 +76,6 @@ def test_means_over_nothing_are_left_out() -> None:
     x_T, none_T = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
     cu_seqlens_B1 = torch.tensor([0, 3])
     assert token_metrics("x", x_T, none_T) == {}
-    assert offpolicy_metrics(x_T, x_T, x_T, x_T.long(), none_T, cu_seqlens_B1, 2.0, True) == {}
     assert critic_metrics(x_T, torch.ones(1), torch.ones(1).bool(), none_T, cu_seqlens_B1, (0.0, 1.0)) == {}
 
 
