@@ -354,6 +354,25 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
+class AlarmConfig:
+    """Limits of health, each for the median of `window` policy steps; null: not judged. What it means to cross one, and
+    what to do then, is in common/limits.py and docs/metrics.md."""
+
+    enabled: bool = True
+    window: int = 5  # policy steps
+    min_ess: float | None = 0.3  # of tokens; verl
+    min_sequence_ess: float | None = 0.03  # of responses
+    min_weight_mean: float | None = 0.5  # of the correction's weights; verl
+    max_weight_mean: float | None = 2.0  # verl
+    max_chi2: float | None = 1.0  # of tokens; verl
+    max_m2: float | None = 0.2  # nats^2 a token
+    max_grad_norm_factor: float | None = 4.0  # times the policy's first `window` steps
+    min_entropy_factor: float | None = 0.2  # times the first `window` steps
+    min_explained_variance: float | None = -0.5
+    max_mismatch_factor: float | None = 10.0  # times the first `window` steps that measure it
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # steps, warm-up included; 0: only at the end of the critic's warm-up and of the run
     keep: int = 2  # newest complete checkpoints kept
@@ -381,6 +400,7 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property

@@ -2,6 +2,8 @@
 
     metrics.jsonl   {"step": 12, "time": 1.7e9, "reward/mean": 0.41, ...}, a line per `RunLog.log`, flushed
     ledger.jsonl    one line per trained group: who sampled it, from which versions, what it earned, how long it took
+    ledger.jsonl    one line per trained group: who sampled it, from which versions, what it earned
+    events.jsonl    {"step": 12, "time": 1.7e9, "kind": "alarm", "text": "...", ...}, what the console was told
 
 Values are floats; a mapping (staleness/hist: version gap -> tokens) is a histogram. What the summary
 reads, and how it reduces it over a run:
@@ -73,11 +75,12 @@ class RunLog:
         self._dir = Path(run_dir)
         self._dir.mkdir(parents=True, exist_ok=True)
         if keep_through is not None:
-            for name in ("metrics.jsonl", "ledger.jsonl"):
+            for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
                 _drop_after(self._dir / name, keep_through)
         self._metrics = (self._dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._ledger = (self._dir / "ledger.jsonl").open("a", encoding="utf-8")
-        self._events = _TensorBoard(self._dir / "tensorboard", keep_through)
+        self._events = (self._dir / "events.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = _TensorBoard(self._dir / "tensorboard", keep_through)
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +88,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._tensorboard.close()
         self._events.close()
         self._ledger.close()
         self._metrics.close()
@@ -94,7 +98,7 @@ class RunLog:
         now = time.time()
         line = {"step": step, "time": round(now, 3)}
         _write_line(self._metrics, line | {name: _jsonable(value) for name, value in values.items()})
-        self._events.write(step, now, values)
+        self._tensorboard.write(step, now, values)
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Show a text in TensorBoard alone. Any thread may call it."""
@@ -115,6 +119,13 @@ class RunLog:
             "verification_s": round(completed.verification_s, 6),
         }
         _write_line(self._ledger, line)
+
+    def event(self, step: int, kind: str, text: str, **more: str | float) -> None:
+        """Append one line, and print `text`, which is one line too. `step` is the one after which it happened."""
+        line = {"step": step, "time": round(time.time(), 3), "kind": kind}
+        fields = {name: value if isinstance(value, str) else _jsonable(value) for name, value in more.items()}
+        _write_line(self._events, line | fields | {"text": text})
+        print(text, flush=True)
 
     def progress(self, step: int, num_steps: int, values: Mapping[str, Value], stage: str = "step") -> None:
         """Print the console line of one step: the names of CONSOLE that `values` has, and alarms."""

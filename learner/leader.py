@@ -130,6 +130,10 @@ class Leader:
         else:
             self.log.progress(step - warmup_steps, self._config.learner.steps, values)
 
+    def event(self, step: int, kind: str, text: str, **more: str | float) -> None:
+        """Writes and prints what happened after `step` (RunLog.event)."""
+        self._log.event(step, kind, text, **more)
+
     def finish_evaluation(self, step: int, version: int) -> None:
         """Waits for the evaluation that is running, if one is, and logs it under `step`. Raises MembersWaiting."""
         if self._is_evaluating:
@@ -211,6 +215,7 @@ class Leader:
             "verifier/num_timed_out": change["verdicts/timed_out"],
             "queue/buffered_groups": counters["buffered_groups"],
             "queue/in_flight_groups": counters["in_flight_groups"],
+            "queue/window_fill": counters["admitted_groups"] / counters["window_groups"],
         }
         if change["uptime_s"] > 0:
             rates["actors/idle_fraction"] = 1.0 - change["busy_s"] / change["uptime_s"]

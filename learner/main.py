@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +34,7 @@ from common.tasks.dataset import load_dataset
 from common.transport import model_fingerprints
 from common.types import TrajectoryGroup
 from learner.agreement import gather
+from learner.alarm import Alarm
 from learner.algorithm.optimised import StateDict
 from learner.algorithm.packing import Batch, broadcast_batch
 from learner.algorithm.trainer import Trainer
@@ -106,6 +108,7 @@ class Learner:
         self._is_mid_step = False  # trained, but not published: no state to go on from
         self.warmup_steps = config.algorithm.critic_warmup_steps
         self.sentinel = DriftSentinel(config.weights.drift_factor, config.model.dtype)
+        self.alarm = Alarm(config.alarm)
 
     def run(self) -> None:
         """From where it stands to the end of the run.
@@ -143,6 +146,7 @@ class Learner:
         own = {
             "warmup_steps": self.warmup_steps,
             "mismatch_floor": self.sentinel.floor,
+            "alarm": self.alarm.state_dict(),
             "probe": self.publisher.probe.state_dict(),
             "settings": settings(self.config),
         }
@@ -152,6 +156,7 @@ class Learner:
         if state_dict["settings"][WARMUP] == self.config.algorithm.critic_warmup_steps:  # else it was changed since
             self.warmup_steps = state_dict["warmup_steps"]
         self.sentinel.floor = state_dict["mismatch_floor"]
+        self.alarm.load_state_dict(state_dict["alarm"])
         self.publisher.probe.load_state_dict(state_dict["probe"])
         self.trainer.load_state_dict(state_dict)
 
@@ -178,11 +183,14 @@ class Learner:
         self.step += 1
         if is_warmup:
             self._end_warmup_early(values)
-        values |= {"time/wait_for_batch_s": wait_s} | self._publish_when_due(is_warmup)
+        judged, crossings = ({}, []) if is_warmup else self.alarm.observe(self.step, values)
+        values |= judged | {"time/wait_for_batch_s": wait_s} | self._publish_when_due(is_warmup)
         if self.leader is not None:
             if not is_warmup:
                 values["staleness/hist"] = version_gaps(groups, version)
             self.leader.record(self.step, self.version, self.warmup_steps, groups, values)
+            for crossing in crossings:
+                self.leader.event(self.step, "alarm", **asdict(crossing))
         self._is_mid_step = False
 
     def _next_batch(self) -> tuple[Sequence[TrajectoryGroup], Batch, float]:

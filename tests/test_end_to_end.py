@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from common.samples import read_samples, sampled_steps
+from common.catalogue import find
 from tests.support.runs import ROOT, processes_of, rows
 
 SMALL = [
@@ -56,6 +57,7 @@ def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dic
     assert 0.0 <= steps[-1]["weights/probe_difference"] <= steps[-1]["weights/probe_max"] < 1e-3
     assert 0.0 < steps[-1]["weights/probe_floor"] < 1e-4
     assert metrics[-1]["accuracy/heldout"] is not None
+    assert {name for row in metrics for name in row if find(name) is None} == {"step", "time"}
     ledger = rows(tmp_path / "run" / "ledger.jsonl")
     assert len(ledger) == 16
     assert len({row["lease_id"] for row in ledger}) == 16
