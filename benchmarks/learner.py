@@ -181,7 +181,7 @@ def our_update(folder: Path, batch: Batch, is_packed: bool) -> Callable[[], floa
     counts = count(batch, experience, plan[0])
 
     def update() -> float:
-        work = Work(batch, experience, False, True, Totals(CPU), Stopwatch(CPU))
+        work = Work(batch, experience, 0, False, True, trainer.policy.num_updates, Totals(CPU), Stopwatch(CPU))
         trainer._update_policy(work, plan[0], counts)
         return work.totals.reduce(None)[0]["policy/grad_norm"]
 

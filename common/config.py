@@ -361,12 +361,12 @@ class AlarmConfig:
     enabled: bool = True
     window: int = 5  # policy steps
     min_ess: float | None = 0.3  # of tokens; verl
-    min_sequence_ess: float | None = 0.03  # of responses
+    min_sequence_ess_factor: float | None = 0.1  # of responses, times the policy's first `window` steps
     min_weight_mean: float | None = 0.5  # of the correction's weights; verl
     max_weight_mean: float | None = 2.0  # verl
     max_chi2: float | None = 1.0  # of tokens; verl
     max_m2: float | None = 0.2  # nats^2 a token
-    max_grad_norm_factor: float | None = 4.0  # times the policy's first `window` steps
+    max_grad_norm_factor: float | None = 4.0  # times the first `window` steps
     min_entropy_factor: float | None = 0.2  # times the first `window` steps
     min_explained_variance: float | None = -0.5
     max_mismatch_factor: float | None = 10.0  # times the first `window` steps that measure it

@@ -28,8 +28,9 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(
         metric="offpolicy/sequence_ess",
-        setting="min_sequence_ess",
+        setting="min_sequence_ess_factor",
         is_lowest=True,
+        is_relative=True,
         meaning="the responses are no longer samples of this policy, which token ESS does not show",
         remedy=f"{_LEARN_SLOWER}; {_CORRECT}",
     ),

@@ -130,7 +130,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "samples.max_mb": (1, INF, True),
     "alarm.window": (1, 10_000, True),
     "alarm.min_ess": (0, 1, True),
-    "alarm.min_sequence_ess": (0, 1, True),
+    "alarm.min_sequence_ess_factor": (0, 1, True),
     "alarm.min_weight_mean": (0, INF, True),
     "alarm.max_weight_mean": (0, INF, False),
     "alarm.max_chi2": (0, INF, False),
