@@ -242,9 +242,9 @@ WEIGHTS = _rows(
      "mean difference of log-probs of a fixed text, of the actor where it is largest"),
     ("weights/probe_max", "nats", "the largest difference of a single token"),
     ("weights/probe_floor", "nats", "the mean that was seen at version 0"),
-    ("weights/gather_s", "s", "of the publication: gathering shards"),
+    ("weights/gather_s", "s", "of the publication: gathering shards, beside sending"),
     ("weights/send_s", "s", "of the publication: sending"),
-    ("weights/wait_s", "s", "of the publication: waiting for actors"),
+    ("weights/wait_s", "s", "of the publication: waiting for actors beyond that"),
 )  # fmt: skip
 
 SECTIONS: dict[str, tuple[Metric, ...]] = {
