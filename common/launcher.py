@@ -45,6 +45,7 @@ RUN_CONTENT = (
     "data",
     "metrics.jsonl",
     "ledger.jsonl",
+    "events.jsonl",
     "endpoint",
     "control",
     "keys",

@@ -8,7 +8,16 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.config import AlgorithmConfig, CheckpointConfig, Config, ConfigError, EvalConfig, LearnerConfig, ModelConfig
+from common.config import (
+    AlarmConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+)
 from common.stopping import Interrupted, RunEnds
 from learner import main as learner_main
 from learner.main import Learner
@@ -224,6 +233,36 @@ def test_a_checkpoint_holds_what_the_probe_saw_at_version_0(stage: Stage) -> Non
     stage.probe = Probe(Config(), torch.arange(4))
     make_learner(stage, Config()).load_state_dict(state)
     assert stage.probe.floor == 0.03
+
+
+def test_an_alarm_is_told_once_also_across_a_checkpoint_and_not_in_warm_up(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The critic is worse than a constant all the time; two policy steps in a row make an alarm."""
+    config = Config(
+        model=ModelConfig(path="nowhere"),
+        algorithm=AlgorithmConfig(critic_warmup_steps=2),
+        alarm=AlarmConfig(window=2),
+    )
+    monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
+    monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
+    stage.probe = Probe(config, torch.arange(4))
+    stage.explained_variance = [-1.0] * 6
+    told: list[tuple[int, str]] = []
+    rows: list[dict[str, Any]] = []
+    leader = leader_of(stage, *[None] * 6)
+    leader.event = lambda step, kind, name, **_: told.append((step, f"{kind} {name}"))
+    leader.record = lambda step, version, warmup, groups, values: rows.append(values)
+    learner = make_learner(stage, config, leader)
+    for _ in range(4):
+        learner._take_step()
+    resumed = make_learner(stage, config, leader)
+    resumed.load_state_dict(learner.state_dict())
+    resumed.step = 4
+    for _ in range(2):
+        resumed._take_step()
+    assert told == [(4, "alarm critic/explained_variance")]
+    assert [row.get("alarm/active") for row in rows] == [None, None, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_actors_can_be_judged_by_the_initial_policy_before_the_first_one_is_ready(stage: Stage) -> None:
