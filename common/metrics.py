@@ -102,7 +102,7 @@ class RunLog:
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Show a text in TensorBoard alone. Any thread may call it."""
-        self._events.write_text(step, time.time(), name, markdown)
+        self._tensorboard.write_text(step, time.time(), name, markdown)
 
     def ledger(self, group: TrajectoryGroup, step: int) -> None:
         """Append the line of one group that was trained at `step`."""

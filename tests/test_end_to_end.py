@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from common.samples import read_samples, sampled_steps
 from common.catalogue import find
+from common.samples import read_samples, sampled_steps
 from tests.support.runs import ROOT, processes_of, rows
 
 SMALL = [
