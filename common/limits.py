@@ -59,7 +59,8 @@ LIMITS: tuple[Limit, ...] = (
         metric="offpolicy/m2",
         setting="max_m2",
         is_lowest=False,
-        meaning="the policy has moved far from what sampled its data; without a correction runs collapse from here, with one they learn slower",
+        meaning="the policy has moved far from what sampled its data: without a correction runs collapse from here, "
+        "with one they learn slower",
         remedy=f"{_LEARN_SLOWER}; {_CORRECT}",
     ),
     Limit(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, SCALARS, EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from common.metrics import RunLog, format_progress, read_jsonl
 from common.types import CompletedGroup, FinishReason, Lease, Purpose, TrajectoryGroup, Verdict
@@ -93,16 +94,20 @@ def test_tensorboard_reads_texts_too(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_resume_forgets_the_steps_that_are_done_again(tmp_path: Path) -> None:
+def test_a_resume_forgets_the_steps_that_are_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files of one process and second are read in the order of their numbers as text: 9 and 10 would be swapped.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with RunLog(tmp_path) as log:
         for step in (1, 2, 3):
             log.log(step, {"reward/mean": 0.0})
             log.ledger(group(step), step)
+            log.event(step, "alarm", f"step {step}")
     with RunLog(tmp_path, keep_through=1) as log:
         log.log(2, {"reward/mean": 1.0})
         log.ledger(group(20), 2)
     assert [(row["step"], row["reward/mean"]) for row in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 0), (2, 1)]
     assert [row["lease_id"] for row in read_jsonl(tmp_path / "ledger.jsonl")] == [1, 20]
+    assert [row["text"] for row in read_jsonl(tmp_path / "events.jsonl")] == ["step 1"]
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.0), (2, 1.0)]
 
