@@ -130,10 +130,6 @@ class Leader:
         else:
             self.log.progress(step - warmup_steps, self._config.learner.steps, values)
 
-    def event(self, step: int, kind: str, text: str, **more: str | float) -> None:
-        """Writes and prints what happened after `step` (RunLog.event)."""
-        self._log.event(step, kind, text, **more)
-
     def finish_evaluation(self, step: int, version: int) -> None:
         """Waits for the evaluation that is running, if one is, and logs it under `step`. Raises MembersWaiting."""
         if self._is_evaluating:

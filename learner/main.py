@@ -190,7 +190,7 @@ class Learner:
                 values["staleness/hist"] = version_gaps(groups, version)
             self.leader.record(self.step, self.version, self.warmup_steps, groups, values)
             for crossing in crossings:
-                self.leader.event(self.step, "alarm", **asdict(crossing))
+                self.leader.log.event(self.step, "alarm", **asdict(crossing))
         self._is_mid_step = False
 
     def _next_batch(self) -> tuple[Sequence[TrajectoryGroup], Batch, float]:

@@ -95,10 +95,6 @@ class Replay:
         num_steps = min(warmup_steps + self._config.learner.steps, self._record.last_step)
         self.log.progress(step, num_steps, values, stage="replayed")
 
-    def event(self, step: int, kind: str, text: str, **more: str | float) -> None:
-        """Writes and prints what happened after `step` (RunLog.event)."""
-        self._log.event(step, kind, text, **more)
-
     def _compare(self, step: int) -> None:
         """Says once of each setting from where on it is not what it was."""
         before = self._record.settings(step)

@@ -251,7 +251,7 @@ def test_an_alarm_is_told_once_also_across_a_checkpoint_and_not_in_warm_up(
     told: list[tuple[int, str]] = []
     rows: list[dict[str, Any]] = []
     leader = leader_of(stage, *[None] * 6)
-    leader.event = lambda step, kind, name, **_: told.append((step, f"{kind} {name}"))
+    leader.log = SimpleNamespace(event=lambda step, kind, name, **_: told.append((step, f"{kind} {name}")))
     leader.record = lambda step, version, warmup, groups, values: rows.append(values)
     learner = make_learner(stage, config, leader)
     for _ in range(4):
