@@ -230,6 +230,7 @@ EVALUATION = _rows(
     ("accuracy/version", "versions", "that it was asked of"),
     ("accuracy/version_newest", "versions",
      "of the newest token in it: another one when a version was published meanwhile"),
+    ("accuracy/publications", "count", "of weights that came in while it was sampled"),
     ("accuracy/length_mean", "tokens", "of the held-out responses"),
     ("accuracy/truncated_fraction", "fraction", "of them that ended at the length limit"),
     ("eval/num_prompts", "count", "held-out prompts"),
