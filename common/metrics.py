@@ -2,7 +2,6 @@
 
     metrics.jsonl   {"step": 12, "time": 1.7e9, "reward/mean": 0.41, ...}, a line per `RunLog.log`, flushed
     ledger.jsonl    one line per trained group: who sampled it, from which versions, what it earned, how long it took
-    ledger.jsonl    one line per trained group: who sampled it, from which versions, what it earned
     events.jsonl    {"step": 12, "time": 1.7e9, "kind": "alarm", "text": "...", ...}, what the console was told
 
 Values are floats; a mapping (staleness/hist: version gap -> tokens) is a histogram. What the summary
