@@ -69,7 +69,7 @@ class _Said(IntEnum):
 
     ANSWER = 0
     WAIT = 1  # not yet
-    PUBLISH = 2  # the current version, for a late joiner; then ask again
+    SERVE = 2  # actors that joined late, with the current version; then ask again
     FAILED = 3  # the run cannot go on
 
 
@@ -285,8 +285,9 @@ class Learner:
     def _led(self, ask: Callable[[Leader | Replay], Answer]) -> Answer | None:
         """Rank 0's answer there, None elsewhere; a collective. Raises RunEnds.
 
-        An actor that joined late waits for weights: then all ranks publish the current version again, as it was, and
-        rank 0 asks once more. An answer counts more than an interrupt, because what it took would be lost.
+        An actor that joined late waits for weights: then all ranks bring the current version to it alone, as it was
+        published, and rank 0 asks once more. An answer counts more than an interrupt, because what it took would be
+        lost.
         """
         while True:
             answer, mine, failure = None, _Said.ANSWER, None
@@ -296,7 +297,7 @@ class Learner:
                 mine = _Said.WAIT
             except MembersWaiting as waiting:
                 logger.info("%s", waiting)
-                mine = _Said.PUBLISH
+                mine = _Said.SERVE
             except (ConfigError, TimeoutError) as error:
                 mine, failure = _Said.FAILED, error
             said, number = self._agreed(mine)
@@ -306,8 +307,8 @@ class Learner:
                 raise RunEnds(failure)
             if number:
                 raise RunEnds(Interrupted(number))
-            if said is _Said.PUBLISH:
-                self.publisher.publish(self.version)
+            if said is _Said.SERVE:
+                self.publisher.serve(self.version)
 
     def _end_if_interrupted(self) -> None:
         _, number = self._agreed(_Said.ANSWER)

@@ -71,9 +71,13 @@ class Service:
     workers: dict[MemberId, Worker]
     dismissed: dict[str, str] = field(default_factory=dict)
     commands: list[WeightsPhase] = field(default_factory=list)
+    told: list[MemberId] = field(default_factory=list)  # one a command
 
     def member_ids(self) -> tuple[MemberId, ...]:
         return tuple(sorted(self.workers))
+
+    def waiting_ids(self) -> tuple[MemberId, ...]:
+        return tuple(member for member in self.member_ids() if member.name == "late")
 
     def command(
         self,
@@ -86,6 +90,7 @@ class Service:
         if meanwhile is not None:
             meanwhile()
         self.commands.append(phase)
+        self.told += payloads
         command = WeightsCommand(command_id=1, phase=phase, version=version, payload={})
         return {member: self.answer(member, replace(command, payload=payload)) for member, payload in payloads.items()}
 
@@ -155,6 +160,24 @@ def test_actors_hold_the_learners_weights_and_nothing_of_its_memory(tmp_path: Pa
                 assert torch.equal(dict(worker.policy.model.named_parameters())[name], parameter), name
     assert service.dismissed == {}
     assert service.commands.count(WeightsPhase.UPDATE) > 4 and service.commands.count(WeightsPhase.INIT) == 1
+
+
+@pytest.mark.usefixtures("shared_memory_for_gpu_memory")
+def test_joiners_get_the_weights_and_the_others_hear_nothing_of_it(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path)
+    service = Service({MemberId("first", 1): Worker(load_policy(tiny_run(path), CPU, None))})
+    publication = publisher(path, service)
+    train(publication.policy)
+    publication.publish(1)
+    late, elsewhere = MemberId("late", 2), MemberId("late", 3)
+    service.workers[late] = Worker(load_policy(tiny_run(path), CPU, None))
+    service.workers[elsewhere] = Worker(load_policy(tiny_run(path), CPU, None), gpu=2)
+    service.told.clear()
+    assert publication.serve(1).members == (late,)
+    assert set(service.told) == {late, elsewhere} and "GPU-2" in service.dismissed["late"]
+    for name, parameter in publication.policy.model.named_parameters():
+        assert torch.equal(dict(service.workers[late].policy.model.named_parameters())[name], parameter), name
+    assert publication.publish(2).members == (MemberId("first", 1), late)
 
 
 @pytest.mark.usefixtures("shared_memory_for_gpu_memory")

@@ -20,11 +20,15 @@ pytestmark = pytest.mark.slow
 
 
 def endpoint_of(folder: Path, learner: ForkServerProcess) -> str:
-    deadline = time.monotonic() + 240.0
-    while not (folder / "endpoint").exists():
-        assert learner.is_alive() and time.monotonic() < deadline, "the learner did not come up"
-        time.sleep(0.05)
+    await_file(folder / "endpoint", learner)
     return (folder / "endpoint").read_text()
+
+
+def await_file(file: Path, learner: ForkServerProcess) -> None:
+    deadline = time.monotonic() + 240.0
+    while not file.exists():
+        assert learner.is_alive() and time.monotonic() < deadline, f"the learner did not write {file.name}"
+        time.sleep(0.05)
 
 
 def exit_code(process: ForkServerProcess) -> int | None:
@@ -57,3 +61,17 @@ def test_an_actor_that_is_killed_in_a_bucket_leaves_the_others_with_the_weights(
     killed = start(act, endpoint, "killed", folder, KILLED, WeightsPhase.UPDATE, 2)
     assert (exit_code(learner), exit_code(good), exit_code(killed)) == (0, 0, -9)
     assert (tmp_path / "reached").read_text() == "good\ngood"
+
+
+def test_joiners_are_served_while_the_others_hear_nothing_and_one_that_is_killed_costs_only_itself(
+    tmp_path: Path,
+) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    learner = start(publish_twice, folder, "127.0.0.1", 1, tmp_path, 2)
+    endpoint = endpoint_of(tmp_path, learner)
+    first = start(act, endpoint, "first", folder)
+    await_file(tmp_path / "published", learner)
+    late = start(act, endpoint, "late", folder)
+    killed = start(act, endpoint, "killed", folder, KILLED, WeightsPhase.UPDATE, 2)
+    assert (exit_code(learner), exit_code(first), exit_code(late), exit_code(killed)) == (0, 0, 0, -9)
+    assert (tmp_path / "reached").read_text() == "first\nlate\ntold killed late\nfirst late"

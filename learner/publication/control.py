@@ -27,6 +27,10 @@ class ActorControl(Protocol):
         """The ready ones."""
         ...
 
+    def waiting_ids(self) -> tuple[MemberId, ...]:
+        """Those of them that do not hold the current version."""
+        ...
+
     def command(
         self,
         phase: WeightsPhase,

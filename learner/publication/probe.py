@@ -98,7 +98,7 @@ class Probe:
         self.floor: float | None = None  # mean |difference| at version 0, nats a token; None until it was measured
         self._initial: Float32Array | None = None  # [tokens - 1], the learner's at version 0
         self._expected: Float32Array = np.empty(0, np.float32)  # [tokens - 1], the learner's at the present version
-        self._agreed: dict[Hashable, int] = {}  # members of the last publication that agreed, and at which version
+        self._agreed: dict[Hashable, int] = {}  # who agreed when last asked, in the present version or the one before
 
     @property
     def limit(self) -> float:
@@ -119,6 +119,7 @@ class Probe:
         self, version: int, members: tuple[Member, ...], reports: Mapping[Member, WeightsReport]
     ) -> Verdict[Member]:
         """Who of `members` samples from what was measured last, published as `version`, by their reports of RESUME.
+        They may be all, or those that joined after the others.
 
         The first time that version 0 reached somebody sets the floor: the largest of those who are within the limit.
         """
@@ -132,7 +133,8 @@ class Probe:
         good = tuple(name for name in members if name not in refused)
         if version == 0 and self.floor is None and good:
             self.floor = max(means[name] for name in good)
-        self._agreed = dict.fromkeys(good, version)
+        known = {name: agreed for name, agreed in self._agreed.items() if agreed >= version}
+        self._agreed = known | dict.fromkeys(good, version)
         largest = [np.abs(logprobs - self._expected).max() for logprobs in found.values()]
         return Verdict(
             good=good,

@@ -1,8 +1,9 @@
 """Publication: how the learner's policy becomes the next version in every actor.
 
-`Publisher.publish(version)` is a collective over the learner's ranks. All of them gather the weights bucket by bucket
-(learner/publication/buckets.py), and rank 0 leads the actors through the phases of WeightsPhase
-(learner/publication/control.py) and sends (learner/publication/transfer.py). An attempt on rank 0 is
+`Publisher.publish(version)` brings a version to all members, `Publisher.serve(version)` to those who joined late, over
+a group of their own, while the others go on sampling. Both are collectives over the learner's ranks. All of them
+gather the weights bucket by bucket (learner/publication/buckets.py), and rank 0 leads the members through the phases of
+WeightsPhase (learner/publication/control.py) and sends (learner/publication/transfer.py). An attempt on rank 0 is
 
     PAUSE -> INIT, when the members are not those of the last time -> START -> UPDATE per bucket -> FINISH
 
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,11 +26,13 @@ from common.config import Config
 from common.types import MemberId, WeightsPhase
 from learner.networks.model import Policy
 from learner.publication.buckets import BUCKET_BYTES, Bucket, PolicySource, gather
-from learner.publication.control import ActorControl, Channel, Costs, Deadlines, PublishError
+from learner.publication.control import ActorControl, Channel, Costs, Deadlines, PublishError, names
 from learner.publication.probe import Probe, Verdict
-from learner.publication.transfer import Transfer, transfer_for
+from learner.publication.transfer import Line, Transfer, transfer_for
 
 logger = logging.getLogger(__name__)
+
+Members: TypeAlias = Callable[[ActorControl], tuple[MemberId, ...]]  # whom to reach, of those who are there
 
 _NOBODY: Verdict[MemberId] = Verdict(good=(), refused={}, difference=None, largest=None)
 
@@ -72,7 +76,7 @@ class Publication:
 
 @dataclass
 class Publisher:
-    """Publishes versions to all members. `control` is None on ranks other than 0.
+    """Brings versions to members. `control` is None on ranks other than 0.
 
     A version names one set of weights: who joins late gets what the others got, also when the policy has moved on
     since. For that a copy is kept where it can happen, with weights.publish_every > 1 or staleness.exact: one set of
@@ -89,9 +93,9 @@ class Publisher:
     new_transfer: Callable[[Config], Transfer] = transfer_for
     bucket_bytes: int = BUCKET_BYTES
     _source: PolicySource = field(init=False)
-    # Rank 0 only: the transfer that works, its members, and the attempt that is under way.
-    _transfer: Transfer | None = field(default=None, init=False)
-    _met: tuple[MemberId, ...] = field(default=(), init=False)
+    # Rank 0 only: the way to all members, those who failed together as joiners, and the attempt that is under way.
+    _main: Line = field(init=False)
+    _doubted: set[MemberId] = field(default_factory=set, init=False)
     _channel: Channel | None = field(default=None, init=False)
     _sending: Background[None] | None = field(default=None, init=False)
     _version: int | None = field(default=None, init=False)  # the last one that was held
@@ -101,6 +105,7 @@ class Publisher:
         moves_on = self.config.weights.publish_every > 1 or self.config.staleness.exact
         self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value), keeps=moves_on)
         self._deadlines = Deadlines(self.config.weights.timeout_s)
+        self._main = self._new_line()
         self.probe = Probe(self.config, self.probe_token_ids)
 
     def hold(self, version: int) -> None:
@@ -118,9 +123,43 @@ class Publisher:
         lease. Raises PublishError on every rank when FRUITLESS_ATTEMPTS attempts in a row failed without anybody to
         blame.
         """
-        started, costs = time.monotonic(), Costs()
         self.hold(version)
-        verdict = self._finish(version) if self._deliver(version, costs) else _NOBODY
+        return self._reach(version, self._main, lambda control: control.member_ids())
+
+    def serve(self, version: int) -> Publication:
+        """Brings those members that lack `version`, the one that is held, to it. Nobody else pauses or takes part.
+        Called by all ranks together, and again as long as somebody waits.
+
+        A joiner to which nothing can be sent leaves, if others hold the version: they show whose fault that is. Of
+        several that failed together each is tried alone then. Raises PublishError where nobody holds it.
+        """
+        assert version == self._version, f"version {version} is not the one that is held, which is {self._version}"
+        joiners = self._next_joiners()
+        if set(joiners) & set(self._main.members):  # came back: its workers leave one group for the other
+            self._main.close()
+        side = self._new_line()
+        try:
+            served = self._reach(
+                version, side, lambda control: tuple(member for member in control.member_ids() if member in joiners)
+            )
+        except PublishError as error:
+            if self._decided(self._suspect(joiners, error)) is _Decision.GIVE_UP:
+                raise
+            return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=None)
+        finally:
+            side.close()
+        if served.members:
+            logger.info("version %d has reached %s in %.2f s", version, names(served.members), served.seconds)
+        return served
+
+    def shutdown(self) -> None:
+        """Ends the transfer; the next attempt makes a new one."""
+        self._main.close()
+
+    def _reach(self, version: int, line: Line, members: Members) -> Publication:
+        """Delivers to `members`, and judges what came of it."""
+        started, costs = time.monotonic(), Costs()
+        verdict = self._finish(version) if self._deliver(version, line, members, costs) else _NOBODY
         return Publication(
             version=version,
             members=verdict.good,
@@ -131,69 +170,81 @@ class Publisher:
             probe_floor=self.probe.floor,
         )
 
-    def shutdown(self) -> None:
-        """Ends the transfer; the next attempt makes a new one."""
-        transfer, self._transfer = self._transfer, None
-        if transfer is not None:
-            transfer.close()
-
-    def _deliver(self, version: int, costs: Costs) -> bool:
-        """Attempts until all members have the weights; False when there are none."""
+    def _deliver(self, version: int, line: Line, members: Members, costs: Costs) -> bool:
+        """Attempts until all of `members`, asked before each, have the weights; False when there are none."""
         problem, fruitless, gone = "", 0, set[MemberId]()
         while True:
-            asked = self.control.member_ids() if self.control is not None else ()
+            asked = members(self.control) if self.control is not None else ()
             decision = _Decision.GO_ON if asked else _Decision.NO_MEMBERS
             decision = self._decided(_Decision.GIVE_UP if fruitless == FRUITLESS_ATTEMPTS else decision)
             if decision is _Decision.GIVE_UP:
                 raise PublishError(f"version {version} was not published and no actor is to blame: {problem}")
             if decision is _Decision.NO_MEMBERS:
-                logger.warning("version %d is published to nobody: no actor is connected", version)
-                self.shutdown()
+                logger.warning("version %d goes to nobody: no actor is there to take it", version)
+                line.close()
                 return False
-            found = self._attempt(version, asked, costs)
+            found = self._attempt(version, line, asked, costs)
             if found is None:
                 return True
             problem = found
             logger.warning("publication of version %d: %s", version, problem)
-            lost = set(asked) - set(self.control.member_ids()) - gone if self.control is not None else set()
+            lost = set(asked) - set(members(self.control)) - gone if self.control is not None else set()
             gone |= lost  # each counts once: one that comes back may fail for ever
             fruitless = 0 if lost else fruitless + 1
 
-    def _attempt(self, version: int, members: tuple[MemberId, ...], costs: Costs) -> str | None:
+    def _attempt(self, version: int, line: Line, members: tuple[MemberId, ...], costs: Costs) -> str | None:
         """One try on all ranks; None when it worked, else the problem."""
-        problem = self._agreed_problem(lambda: self._begin(version, members, costs))
+        problem = self._agreed_problem(lambda: self._begin(version, line, members, costs))
         if problem is None:
             for bucket in _clocked(gather(self._source, self.bucket_bytes, self.control is not None), costs):
                 problem = self._agreed_problem(self._wait)
                 if problem is not None:
                     break
-                self._send(bucket)
+                self._send(line, bucket)
             else:
                 problem = self._agreed_problem(self._end)
         if problem is not None:
-            self.shutdown()
+            line.close()
         return problem
 
     # ---- rank 0's part, nothing elsewhere
 
-    def _begin(self, version: int, members: tuple[MemberId, ...], costs: Costs) -> None:
+    def _new_line(self) -> Line:
+        return Line(lambda: self.new_transfer(self.config))
+
+    def _next_joiners(self) -> tuple[MemberId, ...]:
+        """All who wait, but one at a time of those who failed together."""
+        waiting = self.control.waiting_ids() if self.control is not None else ()
+        return tuple(member for member in waiting if member not in self._doubted) or waiting[:1]
+
+    def _suspect(self, joiners: tuple[MemberId, ...], error: PublishError) -> _Decision:
+        """After a delivery to them that failed with nobody to blame: whether the run goes on, and without whom."""
+        if self.control is None:
+            return _Decision.GO_ON
+        if len(joiners) > 1:
+            self._doubted.update(joiners)
+            return _Decision.GO_ON
+        if set(self.control.member_ids()) == set(self.control.waiting_ids()):
+            return _Decision.GIVE_UP
+        for joiner in joiners:
+            self.control.dismiss(joiner, f"others hold the weights, and they could not be sent to it: {error}")
+        return _Decision.GO_ON
+
+    def _begin(self, version: int, line: Line, members: tuple[MemberId, ...], costs: Costs) -> None:
         """PAUSE, INIT when the members are not those of the last time, START."""
         if self.control is None:
             return
         self._sending = None
         self._channel = Channel(self.control, members, version, self._deadlines, costs)
         self._channel.pause()
-        if self._transfer is None or self._met != self._channel.members:
-            self.shutdown()
-            self._transfer, self._met = self.new_transfer(self.config), self._channel.members
-            self._transfer.meet(self._channel)
+        line.meet(self._channel)
         self._channel.run(WeightsPhase.START)
 
-    def _send(self, bucket: Bucket | None) -> None:
+    def _send(self, line: Line, bucket: Bucket | None) -> None:
         """UPDATE, in a thread: the next bucket is gathered meanwhile."""
-        if bucket is not None and self._transfer is not None and self._channel is not None:
-            transfer, channel = self._transfer, self._channel
-            self._sending = Background(lambda: transfer.send(channel, bucket))
+        if bucket is not None and self._channel is not None:
+            channel = self._channel
+            self._sending = Background(lambda: line.send(channel, bucket))
 
     def _wait(self) -> None:
         """Until the bucket that is being sent has arrived everywhere."""

@@ -1,11 +1,13 @@
 """Ways for a bucket from rank 0 into every actor. The other end is actors/weights.py.
 
-A transfer lives as long as its members stay the same, and is replaced after any failure. Only rank 0 has one.
+A transfer lives as long as its members stay the same, and is replaced after any failure; a Line sees to that. Only
+rank 0 has any.
 """
 
 import base64
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -15,9 +17,9 @@ from torch.distributed import TCPStore
 from common.addresses import own_address
 from common.broadcast import BrokenTransfer, GlooGroup, Group, NcclGroup, nccl_unique_id
 from common.config import Config, TransferBackend
-from common.types import WeightsPhase
+from common.types import MemberId, WeightsPhase
 from learner.publication.buckets import Bucket
-from learner.publication.control import Channel, Payload
+from learner.publication.control import Channel, Payload, PublishError
 from learner.publication.ipc import IpcTransfer
 
 
@@ -48,6 +50,36 @@ def transfer_for(config: Config) -> Transfer:
             return IpcTransfer(torch.device("cuda", torch.cuda.current_device()))
         case TransferBackend.auto:
             raise AssertionError("Config.transfer_backend is decided")
+
+
+@dataclass
+class Line:
+    """The transfer to one group of members, made anew when they are not those of the last time."""
+
+    new_transfer: Callable[[], Transfer]
+    members: tuple[MemberId, ...] = field(default=(), init=False)  # who has met in it
+    _transfer: Transfer | None = field(default=None, init=False)
+
+    def meet(self, channel: Channel) -> None:
+        """Phase INIT, if the channel's members have not met. Raises PublishError when they do not."""
+        if self._transfer is not None and self.members == channel.members:
+            return
+        self.close()
+        self._transfer, self.members = self.new_transfer(), channel.members
+        self._transfer.meet(channel)
+
+    def send(self, channel: Channel, bucket: Bucket) -> None:
+        """Phase UPDATE, to those who have met. Raises PublishError when somebody did not get it."""
+        transfer = self._transfer
+        if transfer is None:
+            raise PublishError("the transfer was closed")
+        transfer.send(channel, bucket)
+
+    def close(self) -> None:
+        """Ends the transfer; whoever meets next gets a new one."""
+        transfer, self._transfer, self.members = self._transfer, None, ()
+        if transfer is not None:
+            transfer.close()
 
 
 class _BroadcastTransfer(ABC):

@@ -64,7 +64,7 @@ class StillWaiting(Exception):
 
 
 class MembersWaiting(Exception):
-    """Ready actors do not hold the current version: publish it again, then repeat the call."""
+    """Ready actors do not hold the current version: serve them with it, then repeat the call."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__(f"waiting for the current weights: {', '.join(names)}")
@@ -153,7 +153,7 @@ class LearnerService:
     def take_batch(self, timeout_s: float) -> list[TrajectoryGroup]:
         """Exactly prompts_per_step groups that passed the consumption gate, in the order of staleness.batching.
 
-        Raises BatchTimeout, MembersWaiting when the current version has to be published again first, or ConfigError
+        Raises BatchTimeout, MembersWaiting when actors have to be served with the current version first, or ConfigError
         when the verdicts say that there is no point in going on.
         """
 
@@ -195,15 +195,15 @@ class LearnerService:
         with self._locked():
             return self._coordinator.member_ids()
 
+    def waiting_ids(self) -> tuple[MemberId, ...]:
+        """Those of them that do not hold the current version."""
+        with self._locked():
+            return tuple(self._coordinator.member(name).id for name in self._coordinator.waiting_for_weights())
+
     def has_company(self) -> bool:
         """Whether an actor takes part, starts up, or was heard so recently that it may still come back."""
         with self._locked():
             return self._coordinator.has_company(time.monotonic())
-
-    def needs_weights(self) -> bool:
-        """Whether a ready actor does not hold the current version."""
-        with self._locked():
-            return bool(self._coordinator.waiting_for_weights())
 
     def judge_ready(self, judge: Callable[[Float32Array], str | None]) -> None:
         """Dismiss actors for whose probe [probe tokens - 1], scored with the model folder that they loaded, `judge` has

@@ -25,7 +25,7 @@ from learner.networks.parallel import World
 from learner.publication.control import Costs
 from learner.publication.probe import Probe
 from learner.publication.publisher import Publication
-from learner.rollouts.service import StillWaiting
+from learner.rollouts.service import MembersWaiting, StillWaiting
 
 
 @dataclass
@@ -58,6 +58,10 @@ class Stage:
 
     def publish(self, version: int) -> Publication:
         self.calls.append(("publish", version))
+        return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=0.0)
+
+    def serve(self, version: int) -> Publication:
+        self.calls.append(("serve", version))
         return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=0.0)
 
     # the checkpointer
@@ -211,6 +215,12 @@ def test_an_interrupt_ends_the_wait_for_a_batch(stage: Stage, monkeypatch: pytes
     end = run_led(stage, monkeypatch, *answers, numbers=[None, None, None, None, None, signal.SIGINT])
     assert str(end) == "interrupted by SIGINT"
     assert stage.of("policy") == [0] and stage.of("save") == [1]
+
+
+def test_a_late_joiner_is_served_and_nothing_is_published_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_led(stage, monkeypatch, None, MembersWaiting(("late",)), None, ConfigError("enough"), numbers=[])
+    calls = [call for call in stage.calls if call[0] in ("publish", "serve", "batch")]
+    assert calls == [("publish", 0), ("batch", 0), ("publish", 1), ("serve", 1), ("batch", 0), ("publish", 2)]
 
 
 def test_what_ends_a_run_early_saves_what_is_new_first(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,10 @@ class Announcement(Publisher):
             self.control.command(WeightsPhase.FINISH, version, {actor: {} for actor in members}, 30.0)
         return Publication(version=version, members=members, seconds=0.0, costs=Costs(), probe_difference=0.0)
 
+    def serve(self, version: int) -> Publication:
+        """Those who lack it are told with the others: it costs a fake nothing."""
+        return self.publish(version)
+
     def shutdown(self) -> None:
         """There is no transfer group."""
 

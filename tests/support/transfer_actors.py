@@ -20,6 +20,7 @@ NO_PROBE = np.empty(0, np.float32)
 
 KILLED, SILENT, FAILS = "killed", "silent", "fails"  # its connections close; it hangs; it reports an error of its own
 FORGETS = "forgets"  # it receives all weights and loads none
+BREAKS = "breaks"  # its end of the transfer breaks, every time, and nobody is to blame
 
 
 class Lost(Exception):
@@ -44,6 +45,9 @@ class TransferActor:
         self.received.append(phase)
         if strikes and self.fault != SILENT:
             self.receiver.close()
+        if strikes and self.fault == BREAKS:
+            self.at += 1
+            return "connection closed by peer", True, NO_PROBE
         if strikes and self.fault == FAILS:
             return "no such tensor", False, NO_PROBE
         if strikes:
@@ -83,6 +87,7 @@ class LocalActors:
 
     actors: dict[MemberId, TransferActor] = field(default_factory=dict)
     dismissed: dict[str, str] = field(default_factory=dict)
+    served: set[MemberId] = field(default_factory=set)  # who has finished an update and begun no other
 
     def add(self, name: str, number: int, actor: TransferActor) -> TransferActor:
         self.actors[MemberId(name, number)] = actor
@@ -90,6 +95,9 @@ class LocalActors:
 
     def member_ids(self) -> tuple[MemberId, ...]:
         return tuple(sorted(self.actors))
+
+    def waiting_ids(self) -> tuple[MemberId, ...]:
+        return tuple(sorted(set(self.actors) - self.served))
 
     def dismiss(self, member: MemberId, reason: str) -> None:
         self.dismissed[member.name] = reason
@@ -107,6 +115,8 @@ class LocalActors:
     ) -> dict[MemberId, WeightsReport]:
         reports: dict[MemberId, WeightsReport] = {}
         started = time.monotonic()
+        if phase is WeightsPhase.START:
+            self.served -= set(payloads)
         answers = {
             member: Background(lambda member=member: self.actors[member].obey(phase, payloads[member]))
             for member in payloads
@@ -126,4 +136,6 @@ class LocalActors:
             reports[member] = WeightsReport(
                 command_id=0, phase=phase, version=version, error=error, is_shared=is_shared, probe_logprobs=probe
             )
+            if phase is WeightsPhase.FINISH and error is None:
+                self.served.add(member)
         return reports

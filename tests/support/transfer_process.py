@@ -7,7 +7,7 @@ import asyncio
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from common.config import ActorsConfig, RolloutConfig, TransportConfig, WeightsConfig
 from common.transport import ActorConnection
-from common.types import Bye, Prompt, Ready, Stop, WeightsCommand, WeightsReport, Welcome
+from common.types import Bye, MemberId, Prompt, Ready, Stop, WeightsCommand, WeightsPhase, WeightsReport, Welcome
 from learner.networks.model import load_policy
 from learner.publication.publisher import Publisher
 from learner.rollouts.service import LearnerService
@@ -49,8 +49,23 @@ def _run(
     function(*arguments)
 
 
-def publish_twice(folder: str, host: str, num_actors: int, run_dir: Path) -> None:
-    """The learner, one rank: writes `run_dir`/endpoint, publishes two versions, and writes whom they reached."""
+class NotedService(LearnerService):
+    """Notes who is told what."""
+
+    def command(
+        self,
+        phase: WeightsPhase,
+        version: int,
+        payloads: Mapping[MemberId, dict[str, Any]],
+        *arguments: Any,
+    ) -> dict[MemberId, WeightsReport]:
+        self.told |= {member.name for member in payloads}
+        return super().command(phase, version, payloads, *arguments)
+
+
+def publish_twice(folder: str, host: str, num_actors: int, run_dir: Path, num_joiners: int = 0) -> None:
+    """The learner, one rank: writes `run_dir`/endpoint, publishes two versions, and writes whom they reached. Between
+    the two it waits for joiners, if there are to be any, serves them, and writes who heard of it."""
     config = replace(
         tiny_run(folder),
         rollout=RolloutConfig(prompts_per_step=1, group_size=2, max_tokens=8),
@@ -61,9 +76,10 @@ def publish_twice(folder: str, host: str, num_actors: int, run_dir: Path) -> Non
     policy = load_policy(config, torch.device("cpu"), None)
     prompts = [Prompt(uid="p", text="", reference="")]
     reached = []
-    with LearnerService(config, prompts, lambda prompt: [1], FINGERPRINTS, PROBE.tolist()) as service:
+    with NotedService(config, prompts, lambda prompt: [1], FINGERPRINTS, PROBE.tolist()) as service:
         (run_dir / "endpoint.tmp").write_text(service.endpoint)
         (run_dir / "endpoint.tmp").rename(run_dir / "endpoint")
+        service.told = set[str]()
         service.wait_for_members(num_actors, 240.0)
         publisher = Publisher(config, policy, service, 0, PROBE, bucket_bytes=12_000)
         for version in (1, 2):
@@ -73,6 +89,13 @@ def publish_twice(folder: str, host: str, num_actors: int, run_dir: Path) -> Non
             publication = publisher.publish(version)
             service.set_version(version, version)
             reached.append(" ".join(member.name for member in publication.members))
+            if num_joiners and version == 1:
+                (run_dir / "published").touch()
+                service.wait_for_members(num_actors + num_joiners, 240.0)
+                service.told = set()
+                served = publisher.serve(version)
+                reached.append(" ".join(member.name for member in served.members))
+                reached.append("told " + " ".join(sorted(service.told)))
         publisher.shutdown()
     (run_dir / "reached").write_text("\n".join(reached))
 

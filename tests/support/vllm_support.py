@@ -156,6 +156,9 @@ class LocalControl:
     def member_ids(self) -> tuple[MemberId, ...]:
         return (LOCAL,)
 
+    def waiting_ids(self) -> tuple[MemberId, ...]:
+        return ()
+
     def quarantine(self, member: MemberId, reason: str) -> None:
         self.quarantined[member] = reason
 

@@ -185,6 +185,16 @@ def test_whoever_comes_later_is_not_judged_by_what_others_were_sent() -> None:
     assert "or a tensor was not loaded" in sentence  # at version 0 it could not be that
 
 
+def test_joiners_that_are_judged_alone_change_nothing_for_the_others() -> None:
+    run = Run()
+    run.publish(0, a=run.engine())
+    run.publish(1, a=run.engine())
+    served = run.publish(1, late=run.engine(), wrong=run.engine() + np.float32(0.5))
+    assert served.good == ("late",) and "never agreed" in served.refused["wrong"]
+    refused = run.publish(2, a=run.engine() + np.float32(0.5), late=run.engine() + np.float32(0.5)).refused
+    assert all("agreed with the learner's at version 1" in refused[name] for name in ("a", "late"))
+
+
 def test_a_member_that_missed_a_publication_starts_anew() -> None:
     """A process of the same name may be another one."""
     run = Run()

@@ -205,8 +205,8 @@ def test_a_late_joiner_gets_the_weights_that_were_published_not_todays(path: str
 
     train(publisher.policy)  # the version under way is not over
     late = actors.add("late", 2, actor(path))
-    again = publisher.publish(1)
-    assert [member.name for member in again.members] == ["first", "late"] and again.probe_difference < 1e-5
+    served = publisher.serve(1)
+    assert [member.name for member in served.members] == ["late"] and served.probe_difference < 1e-5
     assert actors.dismissed == {}
     for member in (first, late):
         assert all(tensor.equal(published[name]) for name, tensor in member.weights().items())
