@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.broadcast import BrokenTransfer, Group
+from common.broadcast import BrokenTransfer, Group, new_buffer
 
 
 class Receiver:
@@ -40,7 +40,7 @@ class Receiver:
         if self._group is None:
             raise RuntimeError("weights were announced before this worker joined a transfer group")
         outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-        buffer = torch.empty(sum(outline.nbytes for outline in outlines), dtype=torch.uint8, device=device)
+        buffer = new_buffer(sum(outline.nbytes for outline in outlines), device)
         try:
             self._group.broadcast(buffer)
         except BrokenTransfer as error:

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -74,7 +74,8 @@ MIB = 2**20
 TIMEOUT_S = 300.0
 TOKENIZER = Path(__file__).resolve().parents[1] / "configs" / "models" / "chain_sum"
 PROBE = torch.arange(3, 15)
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("forkserver")  # of a server that has imported what all of them need
+FORK.set_forkserver_preload(["learner.main", "actors.main"])
 DELIVERY = (WeightsPhase.START, WeightsPhase.UPDATE, WeightsPhase.FINISH)
 
 
@@ -96,7 +97,7 @@ def _qwen2(hidden: int, layers: int, heads: int, inner: int, vocabulary: int, is
 SHAPES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "tiny": lambda: _qwen2(32, 1, 2, 48, 17, is_tied=False),
     "150k": lambda: _qwen2(64, 3, 4, 192, 17, is_tied=False),
-    "3m": lambda: _qwen2(192, 6, 6, 640, 17, is_tied=False),
+    "3m": lambda: _qwen2(256, 4, 4, 720, 17, is_tied=False),
     "135m": lambda: LlamaConfig(  # SmolLM2-135M
         vocab_size=49152,
         hidden_size=576,
@@ -296,9 +297,9 @@ def learner(config: Config) -> Iterator[TimedService]:
 
 
 @contextmanager
-def actor(engine: str, config: Config, service: LearnerService, name: str) -> Iterator[SpawnProcess]:
+def actor(engine: str, config: Config, service: LearnerService, name: str) -> Iterator[ForkServerProcess]:
     """Leaves when the service stops."""
-    process = SPAWN.Process(target=act, args=(engine, config, service.endpoint, name))
+    process = FORK.Process(target=act, args=(engine, config, service.endpoint, name))
     process.start()
     try:
         service.wait_for_members(len(service.members()) + 1, TIMEOUT_S)
@@ -321,8 +322,8 @@ class Bare:
 
     def __enter__(self) -> "Bare":
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S))
-        self._pipe, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=_take, args=(store.port, self.pieces, theirs))
+        self._pipe, theirs = FORK.Pipe()
+        self._process = FORK.Process(target=_take, args=(store.port, self.pieces, theirs))
         self._process.start()
         self._group = GlooGroup(store, 0, 2, HOST, TIMEOUT_S)
         self._buffer = torch.zeros(max(self.pieces), dtype=torch.uint8)

@@ -39,6 +39,20 @@ class Group(Protocol):
         ...
 
 
+def new_buffer(num_bytes: int, device: "torch.device") -> "Tensor":
+    """Memory for a bucket: uint8 [num_bytes] on `device`, not set.
+
+    On a CPU it is numpy's, which asks the system for huge pages and torch does not: to touch the small ones for the
+    first time takes as long as the transfer. On a GPU torch hands out again what it has.
+    """
+    import numpy as np
+    import torch
+
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
 class Background(Generic[T]):
     """A call in a daemon thread: one that never returns hinders neither its caller nor the end of the process."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from common.broadcast import new_buffer
 from learner.networks.model import Policy, TensorSpec
 
 BUCKET_BYTES = 64 * 2**20
@@ -63,10 +64,15 @@ def gather(source: Source, bucket_bytes: int, is_sender: bool) -> Iterator[Bucke
             assert found == (spec.name, spec.dtype, spec.shape), f"announced {spec}, gathered {found}"
             if is_sender:
                 pieces.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        bucket = Bucket(specs=tuple(specs), data=torch.cat(pieces)) if is_sender else None
+        bucket = Bucket(specs=tuple(specs), data=_end_to_end(pieces)) if is_sender else None
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()
         yield bucket
+
+
+def _end_to_end(pieces: list[Tensor]) -> Tensor:
+    data = new_buffer(sum(piece.numel() for piece in pieces), pieces[0].device)
+    return torch.cat(pieces, out=data)
 
 
 def plan(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[list[TensorSpec]]:
