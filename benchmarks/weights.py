@@ -13,7 +13,8 @@ draws no token. Then another actor joins and is served: how long that takes, the
 its stall in the next publication, for which the group of both is made.
 
 *Bare* broadcasts as many bytes in the same pieces from one buffer into another over a gloo group with a third process,
-and does nothing else. It takes turns with publications; ratios are of medians.
+and does nothing else; *beside* it goes on beside the gathering of the same buckets, as a publication's broadcasts do.
+They take turns with publications; ratios are of medians.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from actors.greeting import Session
 from actors.main import Actor
 from actors.main import main as run_actor
 from actors.receiver import Receiver
-from common.broadcast import BrokenTransfer, GlooGroup, join_gloo
+from common.broadcast import Background, BrokenTransfer, GlooGroup, join_gloo
 from common.config import (
     ActorsConfig,
     AlgorithmConfig,
@@ -65,7 +66,7 @@ from common.types import Float32Array, Int32Array, MemberId, Prompt, WeightsPhas
 from learner.networks.attention import IMPLEMENTATION
 from learner.networks.model import Policy
 from learner.networks.pretrained import read_config
-from learner.publication.buckets import BUCKET_BYTES, plan
+from learner.publication.buckets import BUCKET_BYTES, PolicySource, gather, plan
 from learner.publication.publisher import Publication, Publisher
 from learner.rollouts.service import LearnerService
 
@@ -96,7 +97,7 @@ def _qwen2(hidden: int, layers: int, heads: int, inner: int, vocabulary: int, is
 
 SHAPES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "tiny": lambda: _qwen2(32, 1, 2, 48, 17, is_tied=False),
-    "150k": lambda: _qwen2(64, 3, 4, 192, 17, is_tied=False),
+    "150k": lambda: _qwen2(64, 3, 2, 176, 17, is_tied=False),
     "3m": lambda: _qwen2(256, 4, 4, 720, 17, is_tied=False),
     "135m": lambda: LlamaConfig(  # SmolLM2-135M
         vocab_size=49152,
@@ -135,6 +136,8 @@ class Row:
     mib_per_s: float
     bare_mib_per_s: float
     ratio: float
+    beside_mib_per_s: float
+    beside_ratio: float
 
 
 # ---- actors
@@ -379,9 +382,12 @@ def measure(model: str, engine: str, repeats: int) -> Row:
         with Bare(pieces) as bare, learner(config) as service, actor(engine, config, service, "first"):
             publisher = Publisher(config, policy, service, 0, PROBE)
             _published(publisher, service, 1)  # makes the group
-            timings, bare_s = [], []
+            timings, bare_s, beside_s = [], [], []
             for version in range(2, repeats + 2):
                 bare_s.append(bare.seconds())
+                gathering = Background(lambda: _gather(policy))
+                beside_s.append(bare.seconds())
+                gathering.result(TIMEOUT_S)
                 timings.append(_timed(publisher, service, version))
             with actor(engine, config, service, "late"):
                 service.told.clear()
@@ -392,7 +398,7 @@ def measure(model: str, engine: str, repeats: int) -> Row:
                 publisher.shutdown()
                 service.stop("measured")
     medians = {name: statistics.median(asdict(timing)[name] for timing in timings) for name in asdict(timings[0])}
-    mib, bare_median_s = sum(pieces) / MIB, statistics.median(bare_s)
+    mib, bare_median_s, beside_median_s = sum(pieces) / MIB, statistics.median(bare_s), statistics.median(beside_s)
     return Row(
         model=model,
         engine=engine,
@@ -406,8 +412,15 @@ def measure(model: str, engine: str, repeats: int) -> Row:
         mib_per_s=mib / medians["transfer_s"],
         bare_mib_per_s=mib / bare_median_s,
         ratio=bare_median_s / medians["transfer_s"],
+        beside_mib_per_s=mib / beside_median_s,
+        beside_ratio=beside_median_s / medians["transfer_s"],
         **medians,
     )
+
+
+def _gather(policy: Policy) -> None:
+    for _ in gather(PolicySource(policy, torch.bfloat16, keeps=False), BUCKET_BYTES, is_sender=True):
+        """Nobody takes it."""
 
 
 def _published(publisher: Publisher, service: TimedService, version: int) -> Publication:
@@ -431,7 +444,7 @@ def _timed(publisher: Publisher, service: TimedService, version: int) -> Timing:
 
 HEADER = (
     "| parameters | engine | MiB | buckets | pause s | transfer s | load s | publication s | stall s | a join s | "
-    "stall of others s | stall of the next s | MiB/s | bare MiB/s | ratio |"
+    "stall of others s | stall of the next s | MiB/s | bare MiB/s | ratio | bare beside | ratio |"
 )
 
 
@@ -441,7 +454,7 @@ def render(row: Row) -> str:
         f"| {row.parameters:,} | {row.engine} | {row.mib:,.2f} | {row.buckets} | "
         + " | ".join(f"{value:.3f}" for value in seconds)
         + f" | {row.join_stall_s:g} | {row.next_stall_s:.3f} | {row.mib_per_s:,.0f} | {row.bare_mib_per_s:,.0f} | "
-        f"{row.ratio:.2f} |"
+        f"{row.ratio:.2f} | {row.beside_mib_per_s:,.0f} | {row.beside_ratio:.2f} |"
     )
 
 

@@ -57,22 +57,20 @@ def gather(source: Source, bucket_bytes: int, is_sender: bool) -> Iterator[Bucke
     """
     tensors = source.tensors()
     for specs in plan(source.specs(), bucket_bytes):
-        pieces: list[Tensor] = []
+        data, filled = None, 0
         for spec in specs:
             name, tensor = next(tensors)
             found = (name, tensor.dtype, tuple(tensor.shape))
             assert found == (spec.name, spec.dtype, spec.shape), f"announced {spec}, gathered {found}"
             if is_sender:
-                pieces.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        bucket = Bucket(specs=tuple(specs), data=_end_to_end(pieces)) if is_sender else None
+                piece = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                data = new_buffer(sum(map(_num_bytes, specs)), piece.device) if data is None else data
+                data[filled : filled + len(piece)].copy_(piece)  # at once, so that no tensor is kept beside the bucket
+                filled += len(piece)
+        bucket = Bucket(specs=tuple(specs), data=data) if data is not None else None
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()
         yield bucket
-
-
-def _end_to_end(pieces: list[Tensor]) -> Tensor:
-    data = new_buffer(sum(piece.numel() for piece in pieces), pieces[0].device)
-    return torch.cat(pieces, out=data)
 
 
 def plan(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[list[TensorSpec]]:
@@ -81,13 +79,16 @@ def plan(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[list[TensorSpec
     for _, run in groupby(specs, key=lambda spec: spec.dtype):
         filled = bucket_bytes + 1
         for spec in run:
-            num_bytes = spec.dtype.itemsize * prod(spec.shape)
-            if filled + num_bytes > bucket_bytes:
+            if filled + _num_bytes(spec) > bucket_bytes:
                 buckets.append([])
                 filled = 0
             buckets[-1].append(spec)
-            filled += num_bytes
+            filled += _num_bytes(spec)
     return buckets
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    return spec.dtype.itemsize * prod(spec.shape)
 
 
 class PolicySource:
