@@ -107,10 +107,14 @@ class Family:
             pass
 
     def kill_orphans(self) -> None:
-        """Kill the descendants that no living child of ours accounts for."""
+        """Kill the descendants that no living child of ours accounts for.
+
+        They are listed before the families of the living: what one of those starts in between is in no list.
+        """
         reap_adopted(self._foreign | {child.popen.pid for child in self._children() if child.was_started})
-        living = {child.popen.pid for child in self._children() if child.is_running}
-        orphans = descendants(self._foreign | family(living))
+        found = descendants(self._foreign)
+        spared = family(child.popen.pid for child in self._children() if child.is_running)
+        orphans = [process for process in found if process.pid not in spared]
         kill(orphans)
         psutil.wait_procs(orphans, timeout=KILL_S)
 
