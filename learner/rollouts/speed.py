@@ -28,8 +28,10 @@ class Speed:
         self._longest.append(int(group.lengths.max()))
 
     def judge(self, members: Iterable[Member]) -> None:
-        """Says which ready members are too slow. One that is stays so until it would make versions shorter."""
-        measured = [(m.token_s, m) for m in members if m.presence is Presence.READY and m.token_s is not None]
+        """Says which ready members are too slow. One that is stays so until it would make versions shorter. Those that
+        drain get no leases anyway."""
+        present = [member for member in members if member.presence is Presence.READY and member.capacity > 0]
+        measured = [(member.token_s, member) for member in present if member.token_s is not None]
         if not measured or not self._longest:
             return
         measured.sort(key=lambda pair: pair[0])

@@ -110,3 +110,14 @@ def test_a_slow_actor_takes_over_when_the_fast_ones_have_left() -> None:
     del clock.seconds["fast"]
     clock.now += 1.0
     assert set(clock.round()) == {"slow"}
+
+
+def test_actors_that_drain_are_not_judged() -> None:
+    """They have no places, of which a version's time would be a fraction."""
+    clock = Clock()
+    for _ in range(3):
+        clock.round()
+    for name in clock.seconds:
+        clock.coordinator.drain(name)
+    clock.now += 1.0
+    assert clock.round() == []
