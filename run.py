@@ -199,13 +199,13 @@ def _act(config: Config, arguments: argparse.Namespace) -> int:
     # Imported before the wait: the actor's libraries load while the learner still starts.
     from actors.main import main as run_actor
     from common.keys import NAME_RULE, actor_keys, is_actor_name
-    from common.launcher import wait_for_endpoint
+    from common.launcher import moved_to, wait_for_endpoint
 
     if not is_actor_name(arguments.name):
         raise ConfigError(f"--name {arguments.name!r} {NAME_RULE}")
     endpoint = wait_for_endpoint(arguments.connect, config.actors.start_timeout_s)
     keys = actor_keys(config, arguments.name, _keys_beside(arguments))
-    return run_actor(config, endpoint, arguments.name, keys)
+    return run_actor(config, endpoint, arguments.name, keys, lambda: moved_to(arguments.connect, endpoint))
 
 
 def _actors(arguments: argparse.Namespace) -> int:

@@ -2,12 +2,12 @@
 
 The actor says Hello when it starts, and the answer is Welcome or Refused. It says Hello again when the learner asks for
 it (SayHello), because it was started again or has lost sight of the actor; and on a new connection, when the learner
-was not heard for a while, because the old one may be half open.
+was not heard for a while, because the old one may be half open, or the learner at another address.
 """
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -24,12 +24,16 @@ class ActorError(RuntimeError):
 
 
 class Session:
-    """What the actor knows of its learner. `welcome` is the last that was accepted, and `config` agrees with it."""
+    """What the actor knows of its learner. `welcome` is the last that was accepted, and `config` agrees with it.
 
-    def __init__(self, config: Config, connection: ActorConnection) -> None:
+    `locate` says at which endpoint it is by now; None: where it was.
+    """
+
+    def __init__(self, config: Config, connection: ActorConnection, locate: Callable[[], str] | None = None) -> None:
         self.config = config
         self.welcome: Welcome
         self.connection = connection
+        self._locate = locate or (lambda: connection.endpoint)
         self._fingerprints = ("", "")
         self._greeted_s = float("-inf")
 
@@ -69,7 +73,7 @@ class Session:
                         f"{time.monotonic() - heard_s:.0f} s (transport.reconnect_s={patience_s:g})"
                     ) from None
                 logger.warning("the learner was not heard for %g s: a new connection", self.welcome.timeout_s)
-                self.connection.reopen()
+                self.connection.reopen(self._locate())
                 await self._greet(self.welcome, held, finished)
                 continue
             if isinstance(message, SayHello) and time.monotonic() - self._greeted_s > self.welcome.heartbeat_s:

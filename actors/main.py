@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,14 +283,21 @@ class Actor:
             await asyncio.sleep(self._session.welcome.heartbeat_s)
 
 
-async def _take_part(config: Config, endpoint: str, name: str, keys: ActorKeys | None, departure: Departure) -> None:
+async def _take_part(
+    config: Config,
+    endpoint: str,
+    name: str,
+    keys: ActorKeys | None,
+    locate: Callable[[], str] | None,
+    departure: Departure,
+) -> None:
     """What can fail fast comes first: an actor that does not fit is refused, and the verifier is loaded, before the
     engine starts."""
     async with (
         ActorConnection(endpoint, name, config.transport.max_message_mb, keys) as connection,
         AsyncExitStack() as stack,
     ):
-        session = Session(config, connection)
+        session = Session(config, connection, locate)
         error: str | None = "interrupted"
         try:
             config = await session.begin()
@@ -307,9 +315,15 @@ async def _take_part(config: Config, endpoint: str, name: str, keys: ActorKeys |
             await connection.send(Bye(error=error))
 
 
-def main(config: Config, endpoint: str, name: str, keys: ActorKeys | None = None) -> int:
+def main(
+    config: Config,
+    endpoint: str,
+    name: str,
+    keys: ActorKeys | None = None,
+    locate: Callable[[], str] | None = None,
+) -> int:
     """Runs one actor until the learner stops it, or it has drained. Returns the exit code: 128 + n when signal n has
-    ended it at once."""
+    ended it at once. `locate`: see Session."""
     if config.device is Device.cuda and (learner := urlsplit(endpoint).hostname) is not None:
         prefer_interface_of(address_towards(learner))
 
@@ -320,7 +334,7 @@ def main(config: Config, endpoint: str, name: str, keys: ActorKeys | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, departure.handle, number)
         try:
-            await _take_part(config, endpoint, name, keys, departure)
+            await _take_part(config, endpoint, name, keys, locate, departure)
         except asyncio.CancelledError:
             if departure.number is None:
                 raise

@@ -329,6 +329,12 @@ def wait_for_endpoint(connect: str, timeout_s: float) -> str:
     return Path(path).read_text().strip()
 
 
+def moved_to(connect: str, endpoint: str) -> str:
+    """Where the learner is that wait_for_endpoint has found at `endpoint`, by what `connect` says now."""
+    kind, _, path = connect.partition(":")
+    return Path(path).read_text().strip() if kind == "file" and Path(path).is_file() else endpoint
+
+
 def _allowed_cores(config: Config) -> list[int]:
     allowed = sorted(os.sched_getaffinity(0))
     if config.cores is None:

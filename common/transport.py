@@ -231,9 +231,11 @@ class ActorConnection:
         self._socket = self._connected()
         return self
 
-    def reopen(self) -> None:
-        """A new connection, because the old one may be half open. What it had not delivered is lost."""
+    def reopen(self, endpoint: str) -> None:
+        """A new connection, because the old one may be half open, or the learner elsewhere. What the old one had not
+        delivered is lost."""
         self._close(linger_ms=0)
+        self.endpoint = endpoint
         self._socket = self._connected()
 
     def _close(self, linger_ms: int) -> None:

@@ -23,7 +23,7 @@ from common.config import (
     TransportConfig,
     VerifierConfig,
 )
-from common.launcher import reserve_port
+from common.launcher import moved_to, reserve_port
 from common.transport import model_fingerprints
 from common.types import DropReason, Prompt, WeightsPhase
 from learner.rollouts.archive import read_about
@@ -253,6 +253,24 @@ def test_other_rewards_reach_an_actor_when_its_learner_is_restarted() -> None:
             second.wait_for_members(1, 10.0)
             publish(second, 0)
             assert {float(r) for item in second.take_batch(10.0) for r in item.completed.rewards} == {2.0}
+
+
+def test_a_learner_that_has_moved_is_found_where_its_file_says(tmp_path: Path) -> None:
+    """Somebody else has its port, or it was started on another host."""
+    config, file = make_config(heartbeat_timeout_s=0.4), tmp_path / "endpoint"
+    with ExitStack() as stack:
+        first = make_service(config, run_id="run", incarnation=1)
+        first.__enter__()
+        actor = LiveActor(config, first.endpoint, locate=lambda: moved_to(f"file:{file}", first_endpoint))
+        first_endpoint = first.endpoint
+        stack.enter_context(actor)
+        first.wait_for_members(1, 5.0)
+        die(first)
+        second = stack.enter_context(make_service(config, run_id="run", incarnation=2))
+        assert second.endpoint != first_endpoint
+        file.write_text(second.endpoint)
+        second.wait_for_members(1, 10.0)
+        assert len(train(second, 0)) == 4
 
 
 def test_an_engine_that_slept_when_its_learner_died_is_awake_for_the_next() -> None:

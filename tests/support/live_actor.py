@@ -5,6 +5,7 @@ Every token is the version that drew it. The engine holds its requests while it 
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -105,6 +106,7 @@ class LiveActor:
     endpoint: str
     name: str = "a"
     delay_s: float = 0.02
+    locate: Callable[[], str] | None = None
     failure: BaseException | None = None
     engine: FakeEngine = field(init=False, repr=False)
     actor: Actor = field(init=False, repr=False)
@@ -139,7 +141,7 @@ class LiveActor:
         self._task = task
         self.engine = FakeEngine(self.delay_s)
         async with ActorConnection(self.endpoint, self.name, 16) as connection:
-            session = Session(self.config, connection)
+            session = Session(self.config, connection, self.locate)
             await session.begin()
             self.actor = Actor(session, self.engine, FakeVerifier())  # type: ignore[arg-type]
             self._began.set()
