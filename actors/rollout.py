@@ -61,8 +61,9 @@ async def sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool)
 
 
 async def _sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool) -> Judged:
-    started = time.monotonic()
+    busy_s = engine.busy_s  # a clock that publications stop: an actor is not slow because of them
     completions = await engine.sample(lease)
+    generation_s = engine.busy_s - busy_s
     sampled = time.monotonic()
     opened = opened_reasoning(lease.prompt_token_ids, engine)
     texts = [_seen(completion, opened, engine) for completion in completions]
@@ -71,7 +72,7 @@ async def _sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool
         completions=completions,
         texts=texts,
         judgements=judgements,
-        generation_s=sampled - started,
+        generation_s=generation_s,
         verification_s=time.monotonic() - sampled,
     )
 

@@ -220,7 +220,7 @@ class CompletedGroup:
     verdicts: tuple[Verdict, ...]  # [n]
     verifier_error: str | None  # what the verifier raised or returned, of the first completion that has Verdict.ERROR
     finish_reasons: tuple[FinishReason, ...]  # [n]
-    generation_s: float
+    generation_s: float  # for which the engine was busy; publications, in which it is paused, do not count
     verification_s: float
 
     def __post_init__(self) -> None:

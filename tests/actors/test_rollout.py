@@ -26,12 +26,14 @@ class TextEngine:
     """One token per character; "samples" the given texts. `special` are left out of texts, as vLLM does."""
 
     texts: list[str]
+    busy_s: float = 100.0
     special: tuple[str, ...] = ("<|user|>", "<|assistant|>")
 
     def decode(self, ids: Any) -> str:
         return "".join(map(chr, ids))
 
     async def sample(self, lease: Lease) -> list[Completion]:
+        self.busy_s += 1.5
         return [self._completion(text) for text in self.texts]
 
     def forget(self, lease_id: int) -> None:
@@ -129,3 +131,8 @@ def test_the_overlong_penalty_is_added_to_a_reward_that_the_verifier_gave() -> N
     judged = Recorder([Judgement(Verdict.WRONG, 0.25)])
     group = completed(engine, judged, overlong_penalty=True, overlong_buffer=20)
     assert group.rewards.tolist() == [pytest.approx(0.25 - 0.5)]
+
+
+def test_a_group_took_the_time_for_which_its_engine_was_busy() -> None:
+    """Not that of a publication, in which it is paused: its actor would be too slow for any lease."""
+    assert completed(TextEngine(["x"]), Recorder()).generation_s == pytest.approx(1.5)
