@@ -43,8 +43,7 @@ class Session:
         Raises ActorError, ConfigError when the actor does not fit, or TimeoutError when the learner does not answer.
         """
         self._fingerprints = model_fingerprints(self.config.model.path)
-        await self._greet(None, (), ())
-        match await self.connection.receive(self.config.transport.heartbeat_timeout_s):
+        match await self._first_answer():
             case Welcome() as welcome:
                 self.config = agreed(self.config, welcome.settings)
                 self.welcome = welcome
@@ -55,6 +54,26 @@ class Session:
                 raise ActorError(f"the learner stops: {reason}")
             case other:
                 raise ActorError(f"the learner answered the greeting with {type(other).__name__}")
+
+    async def _first_answer(self) -> LearnerMessage:
+        """To the greeting, which is repeated on a new connection after each silence: a learner that is just being
+        started again may have lost it, or be elsewhere by now. Raises TimeoutError."""
+        began_s, patience_s = time.monotonic(), self.config.actors.start_timeout_s
+        silence_s = self.config.transport.heartbeat_timeout_s
+        while True:
+            await self._greet(None, (), ())
+            remaining_s = max(0.0, began_s + patience_s - time.monotonic())
+            try:
+                return await self.connection.receive(min(silence_s, remaining_s))
+            except TimeoutError:
+                place = f"the learner at {self.connection.endpoint}"
+                if remaining_s <= silence_s:
+                    raise TimeoutError(
+                        f"{self.connection.name!r} heard nothing from {place} for {patience_s:g} s "
+                        "(actors.start_timeout_s)"
+                    ) from None
+                logger.warning("%s does not answer within %g s: a new connection", place, silence_s)
+                self.connection.reopen(self._locate())
 
     async def receive(self, held: Iterable[int], finished: Iterable[int]) -> LearnerMessage:
         """The next message. Greets again where that is called for, with the leases `held` and the groups `finished`.

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from actors.greeting import ActorError
 from common.config import (
+    ActorsConfig,
     AlgorithmConfig,
     Config,
     LearnerConfig,
@@ -133,6 +135,27 @@ def test_a_half_open_connection_is_replaced_and_the_leases_stay() -> None:
         assert len(train(service, 0)) == 4
         assert drops(service) == {}
         assert [member.number for member in service.member_ids()] == [1]
+
+
+def test_an_actor_that_comes_while_the_learner_is_being_started_waits_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    """It was itself started again meanwhile, or is an addition: no reason to end, and to be given up."""
+    with ExitStack() as stack:
+        config = make_config(port=stack.enter_context(reserve_port()), heartbeat_timeout_s=0.3)
+        actor = LiveActor(config, f"tcp://127.0.0.1:{config.transport.port}")
+        entered = stack.enter_context(ThreadPoolExecutor()).submit(stack.enter_context, actor)
+        until(lambda: "does not answer within 0.3 s: a new connection" in caplog.text)
+        service = stack.enter_context(make_service(config))
+        entered.result(10.0)
+        assert len(train(service, 0)) == 4
+
+
+def test_an_actor_that_no_learner_answers_ends_with_one_sentence() -> None:
+    with reserve_port() as port:
+        config = replace(make_config(heartbeat_timeout_s=0.2), actors=ActorsConfig(start_timeout_s=0.5))
+        actor = LiveActor(config, f"tcp://127.0.0.1:{port}")
+        with pytest.raises(AssertionError, match="did not begin"), actor:
+            pass
+    assert f"'a' heard nothing from the learner at tcp://127.0.0.1:{port} for 0.5 s" in str(actor.failure)
 
 
 def test_an_actor_whose_learner_does_not_come_back_ends_with_one_sentence() -> None:
