@@ -267,7 +267,7 @@ def test_followers_are_added_and_removed_while_the_run_goes_on(log_dir: Path) ->
     assert status(log_dir) == Status(wanted=1, active=1)
     with pytest.raises(ConfigError, match="does not know the request"):
         ask(log_dir, {"command": "resize", "count": -1})
-    (leads,) = [child for child in family(log_dir) if child.cmdline()[2].startswith(ends)]
+    (leads,) = [child for child in family(log_dir) if child.info["cmdline"][2].startswith(ends)]
     leads.send_signal(signal.SIGUSR1)
     assert finish(process)[0] == 0
     with pytest.raises(ConfigError, match="no `train` that runs on this machine answers"):
