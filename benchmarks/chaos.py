@@ -42,6 +42,7 @@ def table(runs: Sequence[Found]) -> str:
     """A column for each run."""
     rows: list[tuple[str, list[str]]] = [
         ("seed", [str(found.seed) for found in runs]),
+        ("---", ["---"] * len(runs)),
         ("settings", [" ".join(found.settings[1:4]) for found in runs]),
         ("seconds", [f"{found.seconds:.0f}" for found in runs]),
         *((str(kind), [str(found.events.get(kind, 0)) for found in runs]) for kind in Kind),
