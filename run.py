@@ -113,13 +113,13 @@ def _resume(run: Path, overrides: list[str]) -> int:
 
 def _report(config: Config, outcome: Outcome | None) -> int:
     """How the run ended (None: long ago), and its closing summary if it ended well. The exit code."""
-    from common.report import render, summary
+    from common.report.command import closing
 
     if outcome is not None and outcome.exit_code != 0:
         if outcome.message is not None:
             print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
-    print(f"\n{render(summary(config.run_dir))}")
+    print(f"\n{closing(config.run_dir)}")
     return 0 if outcome is None else outcome.exit_code
 
 
@@ -254,9 +254,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from common.report import render, summary
+    from common.report.command import inspect
 
-    print(render(summary(arguments.run)))
+    print(inspect(arguments.runs, arguments.html, arguments.json))
     return 0
 
 
@@ -457,9 +457,12 @@ def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prepare.add_argument("--out", help="folder to write (default: configs/models/MODEL)")
     prepare.add_argument("--seed", type=int, default=0)
 
-    inspect = commands.add_parser("inspect", help="print the summary of a run")
+    inspect = commands.add_parser("inspect", help="the summary of a run, its page, or several runs beside each other")
     inspect.set_defaults(command=_inspect)
-    inspect.add_argument("run", help="run directory")
+    inspect.add_argument("runs", nargs="+", metavar="RUN", help="run directory; several are compared")
+    shown = inspect.add_mutually_exclusive_group()
+    shown.add_argument("--html", metavar="FILE", help="write one page with all views of staleness, for a browser")
+    shown.add_argument("--json", action="store_true", help="print it for other programs")
 
     show = commands.add_parser("show", help="page through responses of a run, each token coloured by what became of it")
     show.set_defaults(command=_show)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.metrics import read_jsonl
-from common.report import Summary, summary
+from common.report.summary import Summary, summary
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
 TIMEOUT_S = 1800.0  # of one run, start included

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import accuracy
 from common.config import ConfigError, Correction
-from common.report import summary
+from common.report.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("staleness.max_staleness=8", "staleness.exact=true", "checkpoint.every=25")

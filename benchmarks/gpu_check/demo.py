@@ -15,7 +15,7 @@ from benchmarks.demo import RUN_PY, train
 from benchmarks.gpu_check.engines import missing_engine
 from benchmarks.gpu_check.report import Report
 from common.metrics import read_jsonl
-from common.report import summary
+from common.report.summary import summary
 
 Row = Mapping[str, object]
 

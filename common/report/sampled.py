@@ -1,0 +1,87 @@
+"""Samples of a run on its page: what was asked, what was answered, and which version drew which part of the answer."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib import import_module
+from itertools import groupby
+from typing import Any
+
+from common.report.reading import Run
+from common.report.svg import age
+
+SHOWN = 6  # responses of the newest step that has samples, right and wrong ones in turn
+MOST_CHARACTERS = 3000  # of a prompt or a response
+
+
+def samples(run: Run) -> str:
+    """A section, also when there is nothing to show."""
+    found, note = _read(run)
+    cards = "".join(map(_sample, found))
+    said = f'<p class="decision">{escape(note)}</p>'
+    return f'<section id="samples"><h2>Samples</h2><div class="card">{said}{cards}</div></section>'
+
+
+def _read(run: Run) -> tuple[list[Any], str]:
+    """(samples, what to say of them). Of the newest step."""
+    if not (run.folder / "samples").is_dir():
+        return [], "None were kept: the run has no folder samples."
+    module = import_module("common.samples")
+    steps = module.sampled_steps(run.folder)
+    if not steps:
+        return [], "None were kept yet."
+    try:
+        found = module.read_samples(run.folder, steps[-1])
+    except (ValueError, FileNotFoundError) as error:
+        return [], f"Not readable: {error}."
+    note = (
+        f"{min(len(found), SHOWN)} of {len(found)} responses of step {steps[-1]}; run.py show has all. The colour "
+        "under a text is the age of its tokens, from young to old."
+    )
+    return _in_turn(found), note
+
+
+def _in_turn(found: Sequence[Any]) -> list[Any]:
+    """SHOWN of them, right and wrong ones in turn while there are both."""
+    right = [sample for sample in found if sample.is_right]
+    wrong = [sample for sample in found if not sample.is_right]
+    half = SHOWN // 2
+    num_right = max(half, SHOWN - len(wrong))
+    return [*right[:num_right], *wrong[: SHOWN - min(num_right, len(right))]]
+
+
+def _sample(sample: Any) -> str:
+    ages = [sample.version - version for version in sample.versions]
+    span = f"{min(ages)}" if min(ages) == max(ages) else f"{min(ages)} to {max(ages)}"
+    about = [
+        f"{sample.verdict}",
+        f"reward {sample.reward:+.2f}",
+        f"{len(ages)} tokens, {span} versions old",
+        f"ended by {sample.reason}",
+        f"prompt {sample.prompt_uid}",
+        f"{sample.actor}",
+    ]
+    return (
+        f'<div class="sample"><h4>{escape(" · ".join(about))}</h4><pre>{_text(sample.prompt)}</pre>'
+        f'<pre class="tokens">{_response(sample, ages)}</pre></div>'
+    )
+
+
+def _response(sample: Any, ages: Sequence[int]) -> str:
+    """Runs of tokens of one age, each underlined in the colour of its age."""
+    oldest, parts, left = max(ages), [], MOST_CHARACTERS
+    for number, run in groupby(zip(ages, sample.tokens, strict=True), key=lambda pair: pair[0]):
+        text = "".join(token for _, token in run)
+        parts.append(
+            f'<span class="{age(number, oldest + 1)}" title="{number} versions old">{_text(text[:left])}</span>'
+        )
+        left -= len(text)
+        if left <= 0:
+            return f"{''.join(parts)} ..."
+    return "".join(parts)
+
+
+def _text(text: str) -> str:
+    """Escaped, and what a browser might obey or hide is written out."""
+    visible = import_module("common.samples").visible
+    shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+    return escape(visible(shown))
