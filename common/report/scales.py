@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 TICKS = 4  # about so many intervals an axis
 DECADES = 5  # so many ticks on a logarithmic axis
+ROUNDING = 1e-9  # numbers that differ by less of their size are one number
 SMALLEST = 1e-12  # on a logarithmic axis: what is not above 0 is drawn at the lower end
 
 
@@ -33,8 +34,8 @@ def linear(label: str, shown: Iterable[float], unit: str = "", whole: bool = Fal
     have ticks."""
     numbers = list(shown) or [0.0]
     low, high = min(numbers), max(numbers)
-    if low == high:
-        low, high = (low, low + 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    if high - low <= ROUNDING * max(abs(low), abs(high)):
+        low, high = (low, low + 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
     step = _nice((high - low) / TICKS)
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -46,8 +47,8 @@ def linear(label: str, shown: Iterable[float], unit: str = "", whole: bool = Fal
 def span(label: str, shown: Sequence[float]) -> Axis:
     """An axis from the smallest to the largest of `shown`, ticks inside: for steps and times, which have an end."""
     low, high = min(shown, default=0.0), max(shown, default=1.0)
-    if low == high:
-        low, high = low - 1.0, high + 1.0
+    if high - low <= ROUNDING * max(abs(low), abs(high)):
+        low, high = low - 1.0, low + 1.0
     around = linear(label, (low, high))
     inside = tuple(tick for tick in around.ticks if low <= tick[0] <= high)
     return Axis(label=label, low=low, high=high, ticks=inside)

@@ -83,13 +83,13 @@ def _row(step: int, made: MadeUp) -> Row:
     number = made.warmup + step
     row = {"step": number, "time": START + STEP_S * number, "version": step}
     row |= _flow(step, number) | _ages(step) | _offpolicy(step, made.config.staleness.max_staleness) | _critic(step)
+    index = EVALUATED.index(step) if step in EVALUATED else 0 if step == 1 else None
+    if index is not None and index < len(made.accuracies):
+        row |= _evaluation(EVALUATED[index], made.accuracies[index], made.half_interval)
     for name, change in made.change.items():
         value = change(step) if callable(change) else change
         row.pop(name, None)
         row |= {} if value is None else {name: value}
-    index = EVALUATED.index(step) if step in EVALUATED else 0 if step == 1 else None
-    if index is not None and index < len(made.accuracies):
-        row |= _evaluation(EVALUATED[index], made.accuracies[index], made.half_interval)
     return row
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, ConfigError, EvalConfig, ModelConfig, OverAge, StalenessConfig
+from common.config import Config, EvalConfig, ModelConfig, OverAge, StalenessConfig
 from common.loading import save_config
 from common.metrics import RunLog, Value
-from common.report import render, summary
-from run import main
+from common.report.reading import read_run
+from common.report.summary import summary
+from common.report.text import render
 
 
 def run_dir(folder: Path, rows: list[dict[str, Value]]) -> Path:
@@ -47,21 +48,22 @@ def test_staleness_is_weighted_by_tokens(tmp_path: Path) -> None:
     result = summary(run_dir(tmp_path, rows))
     assert result.staleness_hist == {0: 50.0, 2: 50.0}
     assert (result.staleness_mean, result.staleness_max) == (1.0, 2.0)
-    text = render(result)
+    run = read_run(tmp_path)
+    text = render(run)
     assert "mean 1.00, max 2 of at most 2 versions" in text
     assert "2 old  50.0% ####################\n" in text
-    masking = replace(result.config, staleness=StalenessConfig(max_staleness=1, over_age=OverAge.mask))
-    text = render(replace(result, config=masking))
+    masking = replace(run.config, staleness=StalenessConfig(max_staleness=1, over_age=OverAge.mask))
+    text = render(replace(run, config=masking))
     assert "mean 1.00, max 2 versions; tokens older than 1 were masked" in text
 
 
 def test_a_warm_up_that_its_gate_ended_is_counted_as_long_as_it_was(tmp_path: Path) -> None:
     """Planned are 50 steps of warm-up and 30 of the policy."""
     folder = run_dir(tmp_path, [step(1.0)] * 3)
-    assert "3 of 80 (3 of critic warm-up) in 3 s" in render(summary(folder))
+    assert "3 of 80 (3 of critic warm-up) in 3 s" in render(read_run(folder))
     with RunLog(folder) as log:
         log.log(4, step(1.0, staleness__hist={0: 5.0}))
-    assert "4 of 33 (3 of critic warm-up) in 4 s" in render(summary(folder))
+    assert "4 of 33 (3 of critic warm-up) in 4 s" in render(read_run(folder))
 
 
 def test_accuracy_is_shown_before_during_and_after_with_its_version(tmp_path: Path) -> None:
@@ -72,13 +74,13 @@ def test_accuracy_is_shown_before_during_and_after_with_its_version(tmp_path: Pa
     ]
     result = summary(run_dir(tmp_path, rows))
     assert [point.accuracy for point in result.evaluations] == [0.44, 0.7, 0.89]
-    assert "0.440 -> 0.890 (held out, avg@4); during: 0.700 for version 10" in render(result)
+    assert "0.440 -> 0.890 (held out, avg@4); during: 0.700 for version 10" in render(read_run(tmp_path))
 
 
 def test_an_accuracy_says_of_how_many_prompts_and_what_of_it_failed(tmp_path: Path) -> None:
     whole = {"accuracy/heldout": 0.5, "accuracy/version": 0, "eval/num_prompts": 8, "eval/num_failed": 0}
     partial = {"accuracy/heldout": 0.25, "accuracy/version": 3, "eval/num_prompts": 8, "eval/num_failed": 2}
-    text = render(summary(run_dir(tmp_path, [whole, partial | {"eval/num_errors": 1}])))
+    text = render(read_run(run_dir(tmp_path, [whole, partial | {"eval/num_errors": 1}])))
     assert "0.500 -> 0.250 (held out, avg@4, 8 prompts)" in text
     assert "INCOMPLETE for version 3: 2 prompts were not sampled and the verifier failed on 1 responses, which" in text
     assert "INCOMPLETE for version 0" not in text
@@ -101,47 +103,31 @@ def test_a_greedy_evaluation_is_called_so(tmp_path: Path) -> None:
     folder = run_dir(tmp_path, [{"accuracy/heldout": 0.5, "accuracy/version": 0, "eval/num_prompts": 8}])
     config = Config(model=ModelConfig(path="gone"), eval=EvalConfig(temperature=0.0))
     save_config(config, folder / "config.yaml")
-    assert "0.500 for version 0 (held out, greedy, 8 prompts)" in render(summary(folder))
+    assert "0.500 for version 0 (held out, greedy, 8 prompts)" in render(read_run(folder))
 
 
 def test_verdicts_are_counted_in_the_summary(tmp_path: Path) -> None:
     rows = [step(1.0, verdicts__correct=3, verdicts__wrong=1), step(1.0, verdicts__correct=5, verdicts__error=2)]
     result = summary(run_dir(tmp_path, rows))
     assert result.verdicts == {"correct": 5, "wrong": 1, "error": 2}
-    assert "8 responses: correct 5, error 2, wrong 1" in render(result)
+    assert "8 responses: correct 5, error 2, wrong 1" in render(read_run(tmp_path))
 
 
 def test_a_run_that_measured_nothing_yet_is_still_rendered(tmp_path: Path) -> None:
-    text = render(summary(run_dir(tmp_path, [{"version": 0}])))
+    text = render(read_run(run_dir(tmp_path, [{"version": 0}])))
     assert "not evaluated yet" in text and "not measured" in text and "no group" in text
 
 
 def test_drops_are_listed_by_reason(tmp_path: Path) -> None:
-    text = render(summary(run_dir(tmp_path, [step(1.0, drops__stale=3, drops__actor_lost=1, drops__failed=0)])))
+    text = render(read_run(run_dir(tmp_path, [step(1.0, drops__stale=3, drops__actor_lost=1, drops__failed=0)])))
     assert "4 groups: actor_lost 1, stale 3" in text
 
 
 def test_rows_that_were_left_out_of_the_data_are_counted_by_reason(tmp_path: Path) -> None:
     folder = run_dir(tmp_path, [step(1.0)])
-    assert "left out" not in render(summary(folder))
+    assert "left out" not in render(read_run(folder))
     (folder / "data").mkdir()
     reasons = ("too_long", "no_answer", "too_long")
     lines = [f'{{"place": "x", "reason": "{reason}", "text": "y"}}\n' for reason in reasons]
     (folder / "data" / "dropped.jsonl").write_text("".join(lines))
-    assert "3 rows of the data: too_long 2, no_answer 1" in render(summary(folder))
-
-
-def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a run directory"):
-        summary(tmp_path)
-    (tmp_path / "config.yaml").write_text("model: {path: x}\n")
-    with pytest.raises(ConfigError, match="no step has ended"):
-        summary(tmp_path)
-
-
-def test_inspect_prints_the_summary_and_explains_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run_dir(tmp_path, [step(2.0, version=1)])
-    assert main(["inspect", str(folder)]) == 0
-    assert capsys.readouterr().out == render(summary(folder)) + "\n"
-    assert main(["inspect", str(tmp_path / "nothing")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing'} is not a run directory: it has no config.yaml\n"
+    assert "3 rows of the data: too_long 2, no_answer 1" in render(read_run(folder))
