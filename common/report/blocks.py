@@ -8,7 +8,7 @@ from html import escape
 from common.config import Config, OverAge
 from common.report.advice import SHOWN, advise
 from common.report.compare import differences
-from common.report.reading import Run, histogram
+from common.report.reading import Run, alarm_text, histogram
 from common.report.scales import percent, short
 from common.report.summary import Evaluation, Summary, duration, summarise
 from common.report.views.correction import LOSSES
@@ -53,7 +53,7 @@ def facts(run: Run) -> str:
         ("generated", *_tokens(summary.generated_tokens, summary.generated_per_s)),
         ("trained", *_tokens(summary.trained_tokens, summary.trained_per_s)),
         ("age of trained tokens", *_age(summary)),
-        ("waited", _share(summary.learner_idle), f"learner; actors {_share(summary.actors_idle)}"),
+        ("waiting, whole run", _share(summary.learner_idle), f"learner; actors {_share(summary.actors_idle)}"),
     ]
     items = "".join(
         f"<li><span>{escape(label)}</span><b>{escape(value)}</b><span>{escape(more)}</span></li>"
@@ -99,7 +99,7 @@ def advice(run: Run) -> str:
     items = "".join(f"<li>{prose(found.text)}</li>" for found in said)
     if not said:
         items = "<li>Nothing is advised before five steps of the policy.</li>"
-    about = f"Shares and weights are means over {recent_text(run)}. docs/inspect.md has the rules."
+    about = f"Shares and weights are means over the last third, {recent_text(run)}. docs/inspect.md has the rules."
     return (
         f'<section class="advice" id="advice"><h2>What the numbers advise</h2><ol>{items}</ol>'
         f'<p class="small">{escape(about)}</p></section>'
@@ -110,7 +110,7 @@ def alarms(run: Run) -> str:
     if not run.alarms:
         return ""
     shown = run.alarms[-ALARMS:]
-    items = "".join(f"<li>step {event['step']}: {escape(str(event.get('text')))}</li>" for event in shown)
+    items = "".join(f"<li>{prose(alarm_text(event))}</li>" for event in shown)
     more = f", the last {ALARMS} of {len(run.alarms)}" if len(run.alarms) > ALARMS else ""
     return f'<section class="alarms"><h2>Alarms{more}</h2><ul>{items}</ul></section>'
 
@@ -251,6 +251,6 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool =
     style = ["", *([' class="n"'] * (len(titles) - 1) if numbers else [""] * (len(titles) - 1))]
     heads = "".join(f"<th{kind}>{escape(title)}</th>" for kind, title in zip(style, titles, strict=True))
     lines = ("".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(style, row, strict=True)) for row in rows)
-    return (
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
-    )
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    words = "" if numbers else ' class="words"'
+    return f"<table{words}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from common.config import Correction
-from common.report.reading import Run, values
+from common.report.reading import Run, alarm_text, values
 from common.report.scales import percent, short
 from common.report.summary import Evaluation, Summary, duration
 from common.report.views.correction import LOSSES, SIGNS
@@ -49,8 +49,8 @@ def alarm(facts: Facts) -> str | None:
     alarms = facts.run.alarms
     if not active or not alarms:
         return None
-    more = f" ({active:.0f} limits are crossed)" if active > 1 else ""
-    return f"An alarm is active since step {alarms[-1]['step']}{more}: {alarms[-1].get('text')}. Look at it first."
+    more = f", the last of {active:.0f}" if active > 1 else ""
+    return f"An alarm is active{more}. {alarm_text(alarms[-1])}."
 
 
 def incomplete(facts: Facts) -> str | None:

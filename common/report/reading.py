@@ -4,6 +4,7 @@ Reading is strict where a file is damaged, and lenient where a number is absent:
 or the step could not measure it.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -78,6 +79,10 @@ class Run:
         """(step, value) of a metric over the run, where it was measured."""
         return [(float(row["step"]), value) for row in self.rows if (value := number(row, name)) is not None]
 
+    def policy_series(self, name: str) -> list[Point]:
+        """The same of the policy's steps; of the warm-up's first step some metrics have a value too."""
+        return [point for point in self.series(name) if point[0] > self.num_warmup_steps]
+
     def now(self, name: str) -> float | None:
         """The mean of a metric over `recent`; None where it was not measured there."""
         return mean(values(self.recent, name))
@@ -112,9 +117,16 @@ def read_run(run_dir: str | Path) -> Run:
     )
 
 
+def alarm_text(event: Row) -> str:
+    """The line that was printed when the alarm was given."""
+    text = str(event.get("text")).removeprefix("ALARM ")
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def number(row: Row, name: str) -> float | None:
+    """None when it is absent, or no finite number."""
     value = row.get(name)
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def values(rows: Iterable[Row], name: str) -> list[float]:

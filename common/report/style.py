@@ -66,6 +66,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-nu
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { font-weight: 600; color: var(--muted); }
 td.n, th.n { text-align: right; white-space: nowrap; }
+table.words td { min-width: 6em; overflow-wrap: anywhere; }
 th:last-child, td:last-child { padding-right: 0; }
 dl { margin: 8px 0 0; font-size: 13px; }
 dt { font-weight: 600; }

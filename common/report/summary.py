@@ -154,13 +154,18 @@ def _members(ledger: Sequence[Row]) -> tuple[Member, ...]:
         Member(
             name=name,
             num_groups=len(rows),
-            num_tokens=sum(sum(row.get("lengths") or ()) for row in rows),
-            reward_mean=mean([reward for row in rows for reward in row.get("rewards") or ()]) or 0.0,
+            num_tokens=int(sum(number for row in rows for number in _numbers(row, "lengths"))),
+            reward_mean=mean([reward for row in rows for reward in _numbers(row, "rewards")]) or 0.0,
             last_step=max(int(row["step"]) for row in rows),
         )
         for name, rows in lines.items()
     ]
     return tuple(sorted(members, key=lambda member: (-member.num_groups, member.name)))
+
+
+def _numbers(row: Row, name: str) -> list[float]:
+    found = row.get(name)
+    return [value for value in found if isinstance(value, int | float)] if isinstance(found, list) else []
 
 
 def _mean_gap(gaps: dict[int, float], steps: Sequence[Row]) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from common.config import OverAge
 from common.report.advice import GOOD_NEWS, SHOWN, advise
-from common.report.reading import Row, Run
+from common.report.reading import Run, alarm_text
 from common.report.summary import Evaluation, Summary, duration, summarise
 
 BAR_WIDTH = 40
@@ -35,7 +35,7 @@ def render(run: Run) -> str:
         *(("", line) for line in _bars(summary.staleness_hist)),
         ("dropped", _drops_text(summary)),
         *([("left out", _left_out_text(summary))] if summary.left_out else []),
-        *(("alarm", _alarm_text(event)) for event in run.alarms[-ALARMS:]),
+        *(("alarm", alarm_text(event)) for event in run.alarms[-ALARMS:]),
         ("files", f"{summary.run_dir / 'metrics.jsonl'}, {summary.run_dir / 'ledger.jsonl'}"),
         ("curves", f"tensorboard --logdir {summary.run_dir / 'tensorboard'}"),
         *(("advice", advice.text) for advice in advise(run)[:SHOWN] if advice.priority >= GOOD_NEWS),
@@ -67,8 +67,10 @@ def _point(point: Evaluation) -> str:
 
 
 def _marks(points: Sequence[Evaluation]) -> str:
-    """Which evaluations are not of everything that they should be of."""
-    return "".join(
+    """Which evaluations are of more than one version, and which are not of everything that they should be of."""
+    spanned = [f"{point.version} to {point.newest_version}" for point in points if point.newest_version > point.version]
+    across = f"; across publications: versions {', '.join(spanned)}" if spanned else ""
+    return across + "".join(
         f"; INCOMPLETE for version {point.version}: {point.num_failed} prompts were not sampled and the verifier "
         f"failed on {point.num_errors} responses, which count as wrong"
         for point in points
@@ -113,10 +115,6 @@ def _members_text(summary: Summary) -> str:
     shown = [f"{member.name} {member.num_groups}" for member in summary.members[:MEMBERS]]
     more = f", {len(summary.members) - MEMBERS} more" if len(summary.members) > MEMBERS else ""
     return f"{len(summary.members)} sampled what was trained, in groups: {', '.join(shown)}{more}"
-
-
-def _alarm_text(event: Row) -> str:
-    return f"step {event['step']}: {event.get('text')}"
 
 
 def _left_out_text(summary: Summary) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from common.report.marks import Bar, Bars, Limit
-from common.report.reading import Run, histogram
+from common.report.reading import Row, Run, histogram, number
 from common.report.scales import Axis, linear, percent, short
 from common.report.svg import Plot
 from common.report.views.view import (
@@ -38,7 +38,9 @@ def age_map(run: Run) -> View:
 def _age_map(run: Run) -> Panel:
     if (panel := absent(run, ["staleness/hist"])) is not None:
         return panel
-    rows = [row for row in run.policy_steps if row.get("staleness/hist")]
+    rows = [row for row in run.rows if sum(histogram([row]).values())]
+    if not rows:
+        return Panel(missing="Not measured because no step has trained on a token.")
     total = histogram(rows)
     bound = run.config.staleness.max_staleness
     top = max(*total, min(bound, max(total) + 3))
@@ -71,11 +73,11 @@ def _age_map(run: Run) -> Panel:
     )
 
 
-def _cells(part: list[dict[str, object]], height: int) -> list[tuple[int, Bar]]:
+def _cells(part: list[Row], height: int) -> list[tuple[int, Bar]]:
     """(number of its colour, cell) for each age that the steps of one column of the map have."""
     found = histogram(part)
     total = sum(found.values())
-    first, last = int(str(part[0]["step"])), int(str(part[-1]["step"]))
+    first, last = int(part[0]["step"]), int(part[-1]["step"])
     rows: dict[int, float] = {}
     for gap, count in found.items():
         rows[gap // height] = rows.get(gap // height, 0.0) + count / total if total else 0.0
@@ -113,8 +115,10 @@ def _versions(run: Run) -> Panel:
     if (panel := absent(run, ["staleness/flight_mean", "staleness/queue_mean"])) is not None:
         return Panel(title=title, missing=panel.missing)
     curves = (
-        Curve(points=run.series("staleness/queue_mean"), name="queue: waited after sampling", style="c0"),
-        Curve(points=run.series("staleness/flight_mean"), name="flight: while sampling", style="c1", is_dashed=True),
+        Curve(points=run.policy_series("staleness/queue_mean"), name="queue: waited after sampling", style="c0"),
+        Curve(
+            points=run.policy_series("staleness/flight_mean"), name="flight: while sampling", style="c1", is_dashed=True
+        ),
     )
     limits = [Limit(name=bound_name(run), y=float(run.config.staleness.max_staleness))]
     return Panel(
@@ -128,7 +132,7 @@ def _updates(run: Run) -> Panel:
     title = "updates already taken on the same batch"
     if (panel := absent(run, ["staleness/updates_mean"])) is not None:
         return Panel(title=title, missing=panel.missing)
-    curves = [Curve(points=run.series("staleness/updates_mean"), name="", style="c2")]
+    curves = [Curve(points=run.policy_series("staleness/updates_mean"), name="", style="c2")]
     now = run.now("staleness/updates_mean")
     batches = run.config.learner.mini_batches
     return Panel(
@@ -152,9 +156,9 @@ def _nats(run: Run) -> Panel:
     if (panel := absent(run, names)) is not None:
         return panel
     curves = (
-        Curve(points=run.series("staleness/nats_max"), name="oldest token", style="c1", is_dashed=True),
-        Curve(points=run.series("staleness/nats_mean"), name="mean token", style="c0"),
-        Curve(points=run.series("policy/kl_version"), name="one version", style="c2"),
+        Curve(points=run.policy_series("staleness/nats_max"), name="oldest token", style="c1", is_dashed=True),
+        Curve(points=run.policy_series("staleness/nats_mean"), name="mean token", style="c0"),
+        Curve(points=run.policy_series("policy/kl_version"), name="one version", style="c2"),
     )
     cost = run.now("policy/kl_version")
     return Panel(
@@ -178,13 +182,13 @@ def _lr_gauge(run: Run) -> Panel:
         return panel
     boundary = gauge_boundary(run)
     limits = [] if boundary is None else [Limit(name=f"lowest with a token ESS below {LOW_ESS:g}", y=boundary)]
-    largest = max(value for _, value in run.series(name))
+    largest = max(value for _, value in run.policy_series(name))
     said = (
         f"Up to {short(largest)} the token ESS stayed above {LOW_ESS:g}: no boundary was met."
         if boundary is None
         else f"The token ESS fell below {LOW_ESS:g} at {short(boundary)}: stay under it."
     )
-    curves = [Curve(points=run.series(name), name="", style="c0")]
+    curves = [Curve(points=run.policy_series(name), name="", style="c0")]
     return Panel(plot=over_steps(run, curves, from_zero("oldest age x learning rate"), limits), reading=said)
 
 
@@ -192,10 +196,10 @@ def gauge_boundary(run: Run) -> float | None:
     """The smallest gauge of a step whose oldest tokens kept less than LOW_ESS; None when none did."""
     found = []
     for row in run.policy_steps:
-        gauge = row.get("staleness/lr_gauge")
-        kept = [row[f"offpolicy/gap_{gap}/ess"] for gap in run.gaps if row.get(f"offpolicy/gap_{gap}/ess") is not None]
-        if isinstance(gauge, int | float) and kept and min(kept) < LOW_ESS:
-            found.append(float(gauge))
+        gauge = number(row, "staleness/lr_gauge")
+        kept = [ess for gap in run.gaps if (ess := number(row, f"offpolicy/gap_{gap}/ess")) is not None]
+        if gauge is not None and kept and min(kept) < LOW_ESS:
+            found.append(gauge)
     return min(found, default=None)
 
 

@@ -154,7 +154,7 @@ def _mismatch(run: Run) -> Panel:
     reading = ""
     if now is not None and floor:
         reading = f"{short(now)} nats a token, {now / floor:.1f} times the floor of {short(floor)}."
-    curves = [Curve(points=run.series(name), name="now", style="c0")]
+    curves = [Curve(points=run.policy_series(name), name="now", style="c0")]
     return Panel(plot=over_steps(run, curves, as_powers("mean |log ratio|, nats a token"), limits), reading=reading)
 
 

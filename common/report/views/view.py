@@ -112,10 +112,10 @@ def by_age(run: Run, pattern: str, everything: str) -> list[Curve]:
     """
     gaps = some([gap for gap in run.gaps if pattern.format(gap) in run.names])
     curves = [
-        Curve(points=run.series(pattern.format(gap)), name=str(gap), style=age(index, len(gaps)))
+        Curve(points=run.policy_series(pattern.format(gap)), name=str(gap), style=age(index, len(gaps)))
         for index, gap in enumerate(gaps)
     ]
-    return [*curves, Curve(points=run.series(everything), name="all", style="ink", is_dashed=True)]
+    return [*curves, Curve(points=run.policy_series(everything), name="all", style="ink", is_dashed=True)]
 
 
 def some(gaps: Sequence[int]) -> list[int]:

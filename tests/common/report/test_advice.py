@@ -16,7 +16,7 @@ from common.report.reading import read_run
 from tests.support.made_up_run import MadeUp, config, write_run
 
 DOCS = Path(__file__).parents[3] / "docs" / "inspect.md"
-ALARM = {"step": 70, "time": 1.7e9, "kind": "alarm", "name": "policy/entropy", "text": "policy/entropy 0.01 < 0.05"}
+ALARM = {"step": 70, "time": 1.7e9, "kind": "alarm", "name": "offpolicy/ess", "text": "ALARM after step 70: it is low"}
 
 
 def changed(**metrics: float | Callable[[int], float | None] | None) -> MadeUp:
@@ -26,7 +26,7 @@ def changed(**metrics: float | Callable[[int], float | None] | None) -> MadeUp:
 CASES: dict[str, tuple[MadeUp, str]] = {
     "alarm": (
         replace(changed(alarm__active=2.0), events=[ALARM]),
-        "An alarm is active since step 70 (2 limits are crossed): policy/entropy 0.01 < 0.05. Look at it first.",
+        "An alarm is active, the last of 2. After step 70: it is low.",
     ),
     "incomplete": (changed(eval__num_failed=3.0), "3 prompts were not sampled and the verifier failed on 0 responses"),
     "mismatch": (

@@ -20,12 +20,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_text_has_intervals_members_waste_and_advice(tmp_path: Path) -> None:
     event = {"step": 40, "time": 1.7e9, "kind": "alarm", "name": "offpolicy/ess", "value": 0.2, "limit": 0.3}
-    folder = write_run(tmp_path, MadeUp(events=[event | {"text": "ESS is low"}], change={"learner/idle_fraction": 0.5}))
+    folder = write_run(
+        tmp_path, MadeUp(events=[event | {"text": "ALARM after step 40: low"}], change={"learner/idle_fraction": 0.5})
+    )
     text = inspect([str(folder)], None, False)
     assert "accuracy   0.210 [0.170, 0.250] -> 0.900 [0.860, 0.940] (held out, avg@8, 96 prompts, 95% interval)" in text
     assert "members    2 sampled what was trained, in groups: actor-0 576, actor-1 576" in text
     assert "dropped    9 groups: actor_lost 2, stale 7; 0.7% of the generated tokens" in text
-    assert "alarm      step 40: ESS is low" in text
+    assert "alarm      After step 40: low" in text
     assert "advice     The learner waited 50% of the time" in text
 
 

@@ -93,10 +93,20 @@ def test_an_accuracy_has_its_interval_and_says_which_publications_came_in_betwee
         first | {"accuracy/version": 0, "accuracy/version_newest": 0},
         last | {"accuracy/version": 10, "accuracy/version_newest": 12},
     ]
-    text = render(summary(run_dir(tmp_path, rows)))
-    assert (
-        "0.500 [0.400, 0.600] -> 0.750 [0.700, 0.812] (held out, avg@4); across publications: versions 10 to 12" in text
-    )
+    text = render(read_run(run_dir(tmp_path, rows)))
+    assert "0.500 [0.400, 0.600] -> 0.750 [0.700, 0.812] (held out, avg@4, 95% interval)" in text
+    assert "; across publications: versions 10 to 12" in text
+
+
+def test_an_accuracy_stands_where_its_version_was_published(tmp_path: Path) -> None:
+    rows = [
+        step(5.0, version=0, tokens__generated=100),
+        step(2.0, version=1, tokens__generated=150, accuracy__heldout=0.1, accuracy__version=0),
+        step(2.0, version=2, tokens__generated=180),
+        step(3.0, version=3, tokens__generated=260, accuracy__heldout=0.5, accuracy__version=2),
+    ]
+    points = summary(run_dir(tmp_path, rows)).evaluations
+    assert [(point.wall_s, point.generated_tokens) for point in points] == [(0.0, 0.0), (9.0, 180.0)]
 
 
 def test_a_greedy_evaluation_is_called_so(tmp_path: Path) -> None:
