@@ -1,7 +1,7 @@
 """The command line of async-vapo.
 
     python run.py train -c demo learner.steps=10     train; everything else is started from here
-    python run.py inspect runs/demo                  the closing summary of a run, again
+    python run.py inspect runs/demo                  the closing summary of a run, again; several are compared
     python run.py --help                             all commands
 
 Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on stderr;
