@@ -101,7 +101,6 @@ def read_run(run_dir: str | Path) -> Run:
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is not a run directory: it has no config.yaml")
-    config = read_config(folder / "config.yaml")
     rows = _read(folder / "metrics.jsonl", ("step", "time"))
     if not rows:
         logs = f"its logs are in {folder / 'logs'}"
@@ -109,7 +108,7 @@ def read_run(run_dir: str | Path) -> Run:
     _check_histograms(folder / "metrics.jsonl", rows)
     return Run(
         folder=folder,
-        config=config,
+        config=read_config(folder / "config.yaml"),
         rows=rows,
         ledger=_read(folder / "ledger.jsonl", ("step",)),
         events=_read(folder / "events.jsonl", ("step", "time")),
