@@ -37,7 +37,9 @@ def test_what_is_no_setting_is_explained_as_one(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "error: override 'number_walk' is not of the form section.key=value\n"
 
 
-@pytest.mark.parametrize("words", [["train", "name=x", *RECIPE, "--fast"], ["export", "runs/x", "--out", "y", "seed=1"]])
+@pytest.mark.parametrize(
+    "words", [["train", "name=x", *RECIPE, "--fast"], ["export", "runs/x", "--out", "y", "seed=1"]]
+)
 def test_unknown_options_and_settings_without_a_use_are_named(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

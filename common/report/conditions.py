@@ -89,7 +89,7 @@ def falling(facts: Facts) -> str | None:
         return None
     best = max(facts.summary.evaluations, key=lambda point: point.accuracy)
     last = facts.summary.evaluations[-1]
-    if last.high is None or best.low is None or last.high >= best.low:
+    if interval(last)[1] >= interval(best)[0]:
         return None
     return (
         f"Accuracy fell from {percent(best.accuracy)} at version {best.version} to {percent(last.accuracy)}: lower "
@@ -147,7 +147,7 @@ def more_actors(waited: float, idle: float, count: int) -> tuple[int, float]:
 
 def both_wait(facts: Facts) -> str | None:
     waited, idle = facts.learner_idle, facts.actors_idle
-    if waited is None or idle is None or waited < WAITS or idle < WAITS:
+    if waited is None or idle is None or min(waited, idle) < WAITS or facts.run.config.staleness.exact:
         return None
     both = f"they waited {percent(waited)} and {percent(idle)} of the time"
     if facts.bound == 0:
@@ -162,7 +162,7 @@ def both_wait(facts: Facts) -> str | None:
 
 def actors_wait(facts: Facts) -> str | None:
     waited, idle = facts.learner_idle or 0.0, facts.actors_idle
-    if idle is None or idle < WAITS or waited >= WAITS:
+    if idle is None or idle < WAITS or waited >= WAITS or facts.run.config.staleness.exact:
         return None
     count = max(1, round(facts.run.now("actors/connected") or facts.run.config.actors.count))
     enough = math.ceil(count * (1.0 - idle) / (1.0 - WAITS / 2))
@@ -234,7 +234,7 @@ def truncated(facts: Facts) -> str | None:
 
 def stall(facts: Facts) -> str | None:
     share = publish_share(facts.run)
-    if share is None or share < LARGE_STALL:
+    if share is None or share < LARGE_STALL or facts.run.config.staleness.exact:
         return None
     every = facts.run.config.weights.publish_every
     return f"Publishing takes {percent(share)} of the time: weights.publish_every={2 * every} would halve it."
@@ -281,7 +281,7 @@ def noise(facts: Facts) -> str | None:
     if len(points) < 2:
         return None
     first, last = points[0], points[-1]
-    if None in (first.low, first.high, last.low, last.high) or not _overlap(first, last):
+    if interval(first)[0] > interval(last)[1] or interval(last)[0] > interval(first)[1]:
         return None
     return (
         f"Accuracy went from {percent(first.accuracy)} to {percent(last.accuracy)}, within its 95% intervals: raise "
@@ -289,9 +289,15 @@ def noise(facts: Facts) -> str | None:
     )
 
 
-def _overlap(first: Evaluation, last: Evaluation) -> bool:
-    assert first.low is not None and first.high is not None and last.low is not None and last.high is not None
-    return first.low <= last.high and last.low <= first.high
+def interval(point: Evaluation) -> tuple[float, float]:
+    """Its 95% interval. Of an earlier release: as if the k responses to a prompt were all alike, which is the widest;
+    all there is where not even the number of prompts is known."""
+    if point.low is not None and point.high is not None:
+        return point.low, point.high
+    if not point.num_prompts:
+        return 0.0, 1.0
+    half = 1.96 * math.sqrt(point.accuracy * (1.0 - point.accuracy) / point.num_prompts)
+    return point.accuracy - half, point.accuracy + half
 
 
 def slack(facts: Facts) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 TICKS = 4  # about so many intervals an axis
+INSIDE = 6  # the same where ticks are only between the ends
 DECADES = 5  # so many ticks on a logarithmic axis
 ROUNDING = 1e-9  # numbers that differ by less of their size are one number
 SMALLEST = 1e-12  # on a logarithmic axis: what is not above 0 is drawn at the lower end
@@ -49,9 +50,9 @@ def span(label: str, shown: Sequence[float]) -> Axis:
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     if high - low <= ROUNDING * max(abs(low), abs(high)):
         low, high = low - 1.0, low + 1.0
-    around = linear(label, (low, high))
-    inside = tuple(tick for tick in around.ticks if low <= tick[0] <= high)
-    return Axis(label=label, low=low, high=high, ticks=inside)
+    step = _nice((high - low) / INSIDE)
+    at = [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return Axis(label=label, low=low, high=high, ticks=tuple(zip(at, _texts(at, step), strict=True)))
 
 
 def logarithmic(label: str, shown: Iterable[float]) -> Axis:

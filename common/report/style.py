@@ -110,6 +110,7 @@ dd { margin: 0 0 6px; color: var(--muted); }
 @media print, (min-width: 760px) { /* title, plot and reading of panels side by side are rows: their axes stand level */
   .span-2 .panel, .span-3 .panel { display: grid; grid-template-rows: subgrid; grid-row: span 3; }
   .plot { align-self: end; }
+  .missing { align-self: start; }
 }
 @media (max-width: 759px) {
   main { padding: 18px 12px 32px; }

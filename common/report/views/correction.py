@@ -21,6 +21,7 @@ from common.report.views.view import (
     unit_interval,
 )
 
+SMALL = 0.1  # numbers from there on are written with three decimals
 HALF = 0.5  # of a batch's weight: an ESS below it
 LOSSES = ("clipped", "truncated", "masked")
 SIGNS = ("positive", "negative")
@@ -201,5 +202,6 @@ def _by_age_text(run: Run, pattern: str, what: str) -> str:
     found = now_by_gap(run, pattern)
     if not found:
         return ""
-    parts = ", ".join(f"{short(value)} at age {gap}" for gap, value in ends(found))
+    write = short if min(map(abs, found.values())) < SMALL else "{:.3f}".format
+    parts = ", ".join(f"{write(value)} at age {gap}" for gap, value in ends(found))
     return f"{what[0].upper()}{what[1:]} {parts} ({recent_text(run)})."

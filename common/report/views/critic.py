@@ -20,7 +20,7 @@ from common.report.views.view import (
     recent_text,
 )
 
-POSITIONS = (("first", "first token"), ("p50", "middle"), ("last", "last token"))
+POSITIONS = (("first", "first token", "c4"), ("p50", "middle", "c2"), ("last", "last token", "c0"))
 LOWEST = -1.0  # explained variance has no lower end; how far below it is does not matter
 
 
@@ -42,8 +42,8 @@ def _critic_over_steps(run: Run) -> Panel:
     if (panel := absent(run, ["critic/explained_variance"], no_critic(run))) is not None:
         return Panel(title=title, missing=panel.missing)
     curves = [
-        Curve(points=run.series(f"critic/explained_variance_{position}"), name=name, style=f"a{index * 2 + 1}")
-        for index, (position, name) in enumerate(POSITIONS)
+        Curve(points=run.series(f"critic/explained_variance_{position}"), name=name, style=style)
+        for position, name, style in POSITIONS
     ]
     curves.append(Curve(points=run.series("critic/explained_variance"), name="all tokens", style="ink", is_dashed=True))
     limits = [Limit(name="explains nothing", y=0.0, style="c1")]

@@ -157,6 +157,23 @@ def test_a_window_that_is_not_full_is_not_widened(tmp_path: Path) -> None:
     assert "affordable" not in said
 
 
+def test_waits_that_an_exact_age_asks_for_are_not_advised_against(tmp_path: Path) -> None:
+    made = replace(
+        changed(time__publish_s=3.0, actors__idle_fraction=0.6, learner__idle_fraction=0.4),
+        config=config(staleness=StalenessConfig(exact=True)),
+    )
+    rules = {advice.rule for advice in advise(read_run(write_run(tmp_path, made)))}
+    assert rules.isdisjoint({"stall", "actors_wait", "both_wait"})
+
+
+def test_without_a_recorded_interval_the_widest_is_taken(tmp_path: Path) -> None:
+    """Of 96 prompts: 6 points to both sides at an accuracy of 90%, 8 at 80%."""
+    for last, rule in ((0.62, "falling"), (0.8, "accuracy")):
+        made = MadeUp(accuracies=(0.2, 0.5, 0.9, 0.8, 0.7, 0.7, last), half_interval=None)
+        rules = [advice.rule for advice in advise(read_run(write_run(tmp_path / rule, made)))]
+        assert ("falling" in rules) == (rule == "falling")
+
+
 def test_who_masks_already_is_told_to_narrow_the_band(tmp_path: Path) -> None:
     made = replace(
         changed(offpolicy__sequence_ess=0.1), config=config(algorithm=AlgorithmConfig(correction=Correction.icepop))
