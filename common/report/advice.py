@@ -81,7 +81,12 @@ RULES = (
         when="`critic/explained_variance` is 0 or less",
         say=conditions.useless_critic,
     ),
-    Rule(name="too_old", priority=75, when="the token ESS of an age is below 0.5", say=conditions.too_old),
+    Rule(
+        name="too_old",
+        priority=75,
+        when="the token ESS of an age is below 0.5 in a quarter of the steps",
+        say=conditions.too_old,
+    ),
     Rule(
         name="learner_waits",
         priority=70,

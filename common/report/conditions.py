@@ -18,6 +18,7 @@ WAITS = 0.15  # share of time: who waits less is not waiting
 FULL = 0.9  # of the window: with less the bound holds nobody up
 MOST_MORE_ACTORS = 3  # times as many as there are
 LOW_ESS = 0.5  # of a batch's weight
+OFTEN = 0.25  # of the steps
 LOW_SEQUENCE_ESS = 0.3
 HIGH_ESS = 0.9
 AFFORDABLE_ESS = 0.8
@@ -108,12 +109,17 @@ def useless_critic(facts: Facts) -> str | None:
 
 
 def too_old(facts: Facts) -> str | None:
-    old = [gap for gap, kept in facts.ess.items() if gap > 0 and kept < LOW_ESS]
-    if not old:
-        return None
-    gap = min(old)
-    fix = f"lower staleness.max_staleness to {gap - 1}" if gap > 1 else "lower learner.policy.learning_rate"
-    return f"Tokens {_versions(gap)} old keep only {facts.ess[gap]:.2f} of their weight: {fix}."
+    """Means hide it: the effective sample size of old tokens swings from step to step."""
+    for gap in sorted(facts.ess.keys() - {0}):
+        kept = values(facts.run.recent, f"offpolicy/gap_{gap}/ess")
+        share = sum(ess < LOW_ESS for ess in kept) / len(kept)
+        if share >= OFTEN:
+            wider, _ = affordable_bound(gap, facts.ess[gap])
+            lower = f"lower staleness.max_staleness to {min(max(wider, 1), gap - 1)}"
+            fix = lower if gap > 1 else "lower learner.policy.learning_rate"
+            lost = f"keep less than half of their weight in {percent(share)} of the steps"
+            return f"Tokens {_versions(gap)} old {lost}: {fix}."
+    return None
 
 
 def learner_waits(facts: Facts) -> str | None:
@@ -268,11 +274,11 @@ def affordable(facts: Facts) -> str | None:
 
 
 def affordable_bound(gap: int, ess: float) -> tuple[int, float]:
-    """(the largest age up to twice `gap` that keeps AFFORDABLE_ESS, what it keeps).
+    """(the largest age up to twice `gap` that keeps AFFORDABLE_ESS, what it keeps), when `gap` keeps `ess`.
 
     The policy's distance grows with age g at most in proportion, so that -log ESS, its square, grows as g^2.
     """
-    ages = [(age, ess ** ((age / gap) ** 2)) for age in range(gap, 2 * gap + 1)]
+    ages = [(age, ess ** ((age / gap) ** 2)) for age in range(2 * gap + 1)]
     return max((age, kept) for age, kept in ages if kept >= AFFORDABLE_ESS)
 
 

@@ -56,9 +56,16 @@ class Run:
 
     @cached_property
     def recent(self) -> tuple[Row, ...]:
-        """The last third of the policy's steps, which is what advice is about."""
-        kept = max(len(self.policy_steps) // RECENT, min(FEWEST_RECENT, len(self.policy_steps)))
-        return self.policy_steps[len(self.policy_steps) - kept :]
+        """The last third of the policy's steps, which is what advice is about.
+
+        Without the end of a complete run: there everything is sampled, and actors wait for the run to be over.
+        """
+        steps = self.policy_steps
+        end = self.config.staleness.max_staleness * self.config.weights.publish_every
+        if len(steps) >= self.config.learner.steps and len(steps) > RECENT * end:
+            steps = steps[: len(steps) - end]
+        kept = max(len(steps) // RECENT, min(FEWEST_RECENT, len(steps)))
+        return steps[len(steps) - kept :]
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.report.marks import Limit, Line, Mark
+from common.report.marks import Limit, Line
 from common.report.reading import Point, Run
 from common.report.scales import Axis, linear, logarithmic, span
 from common.report.svg import Plot, age
@@ -79,9 +79,11 @@ def over_steps(
     y_axis: Callable[[Iterable[float]], Axis],
     limits: Sequence[Limit] = (),
     legend: str = "",
-    extra: Sequence[Mark] = (),
 ) -> Plot | None:
-    """The curves that were measured, `limits` inside the axis; None when none was."""
+    """The curves that were measured, `limits` inside the axis; None when none was.
+
+    The axis has all steps, or all of the policy's where nothing was measured before.
+    """
     found = [(curve, binned(curve.points)) for curve in curves]
     lines = [
         Line(points=points, style=curve.style, name=curve.name, is_dashed=curve.is_dashed)
@@ -92,17 +94,12 @@ def over_steps(
         return None
     shown = [value for line in lines for _, value in line.points]
     steps = [step for line in lines for step, _ in line.points]
+    first, last = (float(run.rows[index]["step"]) for index in (0, -1))
+    begin = first if min(steps) <= run.num_warmup_steps else run.num_warmup_steps + 1.0
     y = y_axis([*shown, *(limit.y for limit in limits if limit.y is not None)])
-    marks = [*extra, *lines, *limits, *_end_of_warmup(run, steps)]
-    return Plot(x=span(STEP, steps), y=y, marks=marks, legend=legend)
-
-
-def _end_of_warmup(run: Run, steps: Sequence[float]) -> list[Limit]:
-    """Where the policy's training begins, if `steps` reach to both sides of it."""
-    warmup = float(run.num_warmup_steps)
-    if not run.policy_steps or not min(steps) < warmup < max(steps):
-        return []
-    return [Limit(name="policy training begins", x=warmup + 0.5, style="soft")]
+    is_both = run.policy_steps and first < run.num_warmup_steps and begin == first
+    begins = [Limit(name="policy training begins", x=run.num_warmup_steps + 0.5, style="soft")] if is_both else []
+    return Plot(x=span(STEP, [begin, *steps, last]), y=y, marks=[*lines, *limits, *begins], legend=legend)
 
 
 def by_age(run: Run, pattern: str, everything: str) -> list[Curve]:
