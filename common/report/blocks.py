@@ -233,6 +233,17 @@ def configuration(run: Run) -> str:
     )
 
 
+def names(runs: Sequence[tuple[str, Run]]) -> str:
+    """Where each run is."""
+    items = "".join(f"<dt>{escape(label)}</dt><dd>{breakable(str(run.folder))}</dd>" for label, run in runs)
+    return _card("Runs", f"<dl>{items}</dl>", "A run is called by the settings that differ, or by its folder.")
+
+
+def breakable(text: str) -> str:
+    """Escaped; names may be broken where they are put together, which is better than anywhere."""
+    return re.sub(r"([._/=])(?=\w)", r"\1<wbr>", escape(text))
+
+
 def columns(labels: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A column a run."""
     if not rows:
@@ -250,7 +261,9 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool =
     """All but the first column are right-aligned if they are `numbers`."""
     style = ["", *([' class="n"'] * (len(titles) - 1) if numbers else [""] * (len(titles) - 1))]
     heads = "".join(f"<th{kind}>{escape(title)}</th>" for kind, title in zip(style, titles, strict=True))
-    lines = ("".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(style, row, strict=True)) for row in rows)
+    lines = (
+        "".join(f"<td{kind}>{breakable(text)}</td>" for kind, text in zip(style, row, strict=True)) for row in rows
+    )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     words = "" if numbers else ' class="words"'
     return f"<table{words}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"

@@ -56,7 +56,7 @@ def comparison_page(comparison: Comparison) -> str:
     head = f'<header><h1>{len(runs)} runs beside each other</h1><p class="about">{escape(names)}</p></header>'
     body = [
         head,
-        _section("Accuracy for time and for tokens", [_view(accuracy(runs))]),
+        _section("Accuracy for time and for tokens", [_view(accuracy(runs)), blocks.names(runs)]),
         _section("What came of it", [blocks.columns(comparison.labels, comparison.facts)]),
         _section("What differs in their configurations", [blocks.columns(comparison.labels, comparison.differences)]),
     ]

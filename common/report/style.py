@@ -9,7 +9,7 @@ STYLE = """
   --ground: #f6f6f4; --card: #ffffff; --ink: #1c1e22; --muted: #5a606b; --rule: #d9dbdf; --grid: #e6e7ea;
   --accent: #0b62a4; --warn: #a63c00; --warn-ground: #fdf1e8;
   --c0: #0072b2; --c1: #c44e00; --c2: #008a64; --c3: #a8558a; --c4: #946a00; --c5: #2f8fc4; --c6: #6b7280;
-  --a0: #74c05a; --a1: #2fa583; --a2: #26828e; --a3: #31688e; --a4: #3e4989; --a5: #440154;
+  --a0: #58a53e; --a1: #1f9472; --a2: #26828e; --a3: #31688e; --a4: #3e4989; --a5: #440154;
   --h0: #e4eef7; --h1: #b9d6ec; --h2: #78b0d9; --h3: #3181bd; --h4: #08467f;
 }
 @media screen and (prefers-color-scheme: dark) {

@@ -26,7 +26,7 @@ NEW = (  # what earlier releases did not measure
     "policy/kl_version", "offpolicy/sequence_ess", "offpolicy/m2", "offpolicy/tv", "critic/gap_", "queue/window_fill",
     "accuracy/heldout_",
 )  # fmt: skip
-VOID = {"meta", "br"}
+VOID = {"meta", "wbr"}
 
 
 def views(run: Run) -> dict[int, View]:
