@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from html import escape
-from importlib import import_module
 from itertools import groupby
-from typing import Any
 
+from common.report.blocks import prose
 from common.report.reading import Run
 from common.report.svg import age
+from common.samples import Sample, read_samples, sampled_steps, visible
 
 SHOWN = 6  # responses of the newest step that has samples, right and wrong ones in turn
 MOST_CHARACTERS = 3000  # of a prompt or a response
@@ -17,20 +17,17 @@ def samples(run: Run) -> str:
     """A section, also when there is nothing to show."""
     found, note = _read(run)
     cards = "".join(map(_sample, found))
-    said = f'<p class="decision">{escape(note)}</p>'
+    said = f'<p class="decision">{prose(note)}</p>'
     return f'<section id="samples"><h2>Samples</h2><div class="card">{said}{cards}</div></section>'
 
 
-def _read(run: Run) -> tuple[list[Any], str]:
+def _read(run: Run) -> tuple[list[Sample], str]:
     """(samples, what to say of them). Of the newest step."""
-    if not (run.folder / "samples").is_dir():
-        return [], "None were kept: the run has no folder samples."
-    module = import_module("common.samples")
-    steps = module.sampled_steps(run.folder)
+    steps = sampled_steps(run.folder)
     if not steps:
-        return [], "None were kept yet."
+        return [], "None were kept (samples.groups and samples.every say how many are)."
     try:
-        found = module.read_samples(run.folder, steps[-1])
+        found = read_samples(run.folder, steps[-1])
     except (ValueError, FileNotFoundError) as error:
         return [], f"Not readable: {error}."
     note = (
@@ -40,7 +37,7 @@ def _read(run: Run) -> tuple[list[Any], str]:
     return _in_turn(found), note
 
 
-def _in_turn(found: Sequence[Any]) -> list[Any]:
+def _in_turn(found: Sequence[Sample]) -> list[Sample]:
     """SHOWN of them, right and wrong ones in turn while there are both."""
     right = [sample for sample in found if sample.is_right]
     wrong = [sample for sample in found if not sample.is_right]
@@ -49,7 +46,7 @@ def _in_turn(found: Sequence[Any]) -> list[Any]:
     return [*right[:num_right], *wrong[: SHOWN - min(num_right, len(right))]]
 
 
-def _sample(sample: Any) -> str:
+def _sample(sample: Sample) -> str:
     ages = [sample.version - version for version in sample.versions]
     span = f"{min(ages)}" if min(ages) == max(ages) else f"{min(ages)} to {max(ages)}"
     about = [
@@ -66,7 +63,7 @@ def _sample(sample: Any) -> str:
     )
 
 
-def _response(sample: Any, ages: Sequence[int]) -> str:
+def _response(sample: Sample, ages: Sequence[int]) -> str:
     """Runs of tokens of one age, each underlined in the colour of its age."""
     oldest, parts, left = max(ages), [], MOST_CHARACTERS
     for number, run in groupby(zip(ages, sample.tokens, strict=True), key=lambda pair: pair[0]):
@@ -82,6 +79,5 @@ def _response(sample: Any, ages: Sequence[int]) -> str:
 
 def _text(text: str) -> str:
     """Escaped, and what a browser might obey or hide is written out."""
-    visible = import_module("common.samples").visible
     shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
     return escape(visible(shown))

@@ -8,7 +8,7 @@ TICKS = 4  # about so many intervals an axis
 INSIDE = 6  # the same where ticks are only between the ends
 DECADES = 5  # so many ticks on a logarithmic axis
 ROUNDING = 1e-9  # numbers that differ by less of their size are one number
-SMALLEST = 1e-12  # on a logarithmic axis: what is not above 0 is drawn at the lower end
+NOTHING = 1e-100  # smaller numbers are 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Axis:
     def share(self, value: float) -> float:
         """Where `value` lies between `low`, 0, and `high`, 1."""
         if self.is_log:
-            low, high, value = math.log(self.low), math.log(self.high), math.log(max(value, SMALLEST))
+            low, high, value = math.log(self.low), math.log(self.high), math.log(max(value, self.low))
         else:
             low, high = self.low, self.high
         return min(max((value - low) / (high - low), 0.0), 1.0)
@@ -33,8 +33,7 @@ class Axis:
 def linear(label: str, shown: Iterable[float], unit: str = "", whole: bool = False) -> Axis:
     """An axis that ends at ticks and holds all of `shown`. `unit` "%" writes shares as percent; `whole`: only integers
     have ticks."""
-    numbers = list(shown) or [0.0]
-    low, high = min(numbers), max(numbers)
+    low, high = _ends(shown, (0.0, 0.0))
     if high - low <= ROUNDING * max(abs(low), abs(high)):
         low, high = (low, low + 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
     step = _nice((high - low) / TICKS)
@@ -47,7 +46,7 @@ def linear(label: str, shown: Iterable[float], unit: str = "", whole: bool = Fal
 
 def span(label: str, shown: Sequence[float]) -> Axis:
     """An axis from the smallest to the largest of `shown`, ticks inside: for steps and times, which have an end."""
-    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    low, high = _ends(shown, (0.0, 1.0))
     if high - low <= ROUNDING * max(abs(low), abs(high)):
         low, high = low - 1.0, low + 1.0
     step = _nice((high - low) / INSIDE)
@@ -57,7 +56,7 @@ def span(label: str, shown: Sequence[float]) -> Axis:
 
 def logarithmic(label: str, shown: Iterable[float]) -> Axis:
     """An axis that ends at powers of ten, or at 1, 2, 5 where it spans few of them."""
-    numbers = [value for value in shown if value > 0.0] or [1.0]
+    numbers = [value for value in shown if value > NOTHING] or [1.0]
     low, high = math.log10(min(numbers)), math.log10(max(numbers))
     first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
     if high - low < 1.0:  # less than a decade: the digits 1, 2, 5 around it
@@ -94,6 +93,11 @@ def short(value: float) -> str:
 def percent(value: float, step: float = 0.01) -> str:
     decimals = max(0, -math.floor(math.log10(step * 100) + 1e-9))
     return "0%" if value == 0 else f"{100 * value:z.{decimals}f}%"
+
+
+def _ends(shown: Iterable[float], otherwise: tuple[float, float]) -> tuple[float, float]:
+    numbers = [value if abs(value) > NOTHING else 0.0 for value in shown]
+    return (min(numbers), max(numbers)) if numbers else otherwise
 
 
 def _texts(at: Sequence[float], step: float) -> list[str]:

@@ -40,6 +40,7 @@ def test_a_linear_axis_holds_what_is_shown_and_has_few_ticks_that_differ(
 
 def test_numbers_that_differ_by_rounding_only_are_one_number() -> None:
     assert linear("x", [0.5, 0.5 + 1e-15]) == linear("x", [0.5])
+    assert linear("x", [5e-324]) == linear("x", [0.0])
 
 
 @given(st.lists(POSITIVE, min_size=1, max_size=5))
