@@ -74,7 +74,8 @@ dd { margin: 0 0 6px; color: var(--muted); }
 .sample { margin-top: 12px; padding-top: 10px; border-top: 1px solid var(--grid); }
 .sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 0; padding: 8px 10px;
   background: var(--ground); font: 13px/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
-.sample .tokens span { border-bottom: 2px solid var(--c); }
+.sample .tokens span, .ages span { border-bottom: 2px solid var(--c); }
+.ages span { padding: 0 5px; color: var(--ink); }
 .plot { display: block; width: 100%; height: auto; overflow: visible; }
 .plot text { fill: var(--muted);
   font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }

@@ -42,8 +42,12 @@ def run_with(folder: Path, *found: Sample) -> Run:
 
 def test_tokens_are_escaped_and_under_the_colour_of_their_age(tmp_path: Path) -> None:
     text = samples(run_with(tmp_path, SAMPLE))
-    assert "correct · reward +1.00 · 3 tokens, 0 to 2 versions old · ended by stop · prompt train/3 · actor-0" in text
+    assert (
+        "<h4>correct · reward +1.00 · 3 tokens, 0 to 2 versions old · ended by stop · reference 4 · prompt train/3 · "
+        "actor-0</h4>" in text
+    )
     assert '<span class="a5" title="2 versions old">&lt;b&gt;4</span><span class="a0" title="0 versions old">' in text
+    assert 'versions old: <span class="a0">0</span> <span class="a2">1</span> <span class="a5">2</span>' in text
     assert "1 of 1 responses of step 14" in text and "<b>" not in text
 
 
