@@ -62,6 +62,8 @@ def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dic
     assert len(ledger) == 16
     assert len({row["lease_id"] for row in ledger}) == 16
     assert (tmp_path / "run" / "checkpoints" / "final" / "model.safetensors").is_file()
+    page = tmp_path / "run" / "report.html"
+    assert f"report     {page}\n" in done.stdout and "</html>" in page.read_text()
     assert processes_of(tmp_path) == []
     return steps
 
