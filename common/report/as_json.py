@@ -27,7 +27,7 @@ def to_json(run: Run) -> dict[str, JSON]:
                 "title": view.title,
                 "is_measured": view.is_measured,
                 "panels": [
-                    {"title": panel.title, "missing": panel.missing, "reading": panel.reading} for panel in view.panels
+                    {"title": panel.title, "missing": panel.sentence, "reading": panel.reading} for panel in view.panels
                 ],
             }
             for question in questions(run)

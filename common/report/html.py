@@ -101,6 +101,6 @@ def _view(view: View) -> str:
 def _panel(view: View, panel: Panel) -> str:
     title = f"<h4>{escape(panel.title)}</h4>" if panel.title or len(view.panels) > 1 else ""
     if panel.plot is None:
-        return f'<div class="panel">{title}<p class="missing">{blocks.prose(panel.missing)}</p></div>'
+        return f'<div class="panel">{title}<p class="missing">{blocks.prose(panel.sentence)}</p></div>'
     drawing = draw(panel.plot, f"{view.title}: {panel.title}" if panel.title else view.title)
     return f'<figure class="panel">{title}{drawing.svg}<figcaption>{escape(panel.reading)}</figcaption></figure>'

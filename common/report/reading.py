@@ -73,6 +73,12 @@ class Run:
         return frozenset(name for row in self.rows for name, value in row.items() if value is not None)
 
     @cached_property
+    def policy_names(self) -> frozenset[str]:
+        """Of those that were measured since the policy is trained; the warm-up's first step measures some too."""
+        later = (row for row in self.rows if row["step"] > self.num_warmup_steps)
+        return frozenset(name for row in later for name, value in row.items() if value is not None)
+
+    @cached_property
     def gaps(self) -> tuple[int, ...]:
         """The version gaps that have metrics of their own, ascending."""
         found = {int(match[1] or match[2]) for name in self.names if (match := GAP.match(name))}
@@ -87,7 +93,7 @@ class Run:
         return [(float(row["step"]), value) for row in self.rows if (value := number(row, name)) is not None]
 
     def policy_series(self, name: str) -> list[Point]:
-        """The same of the policy's steps; of the warm-up's first step some metrics have a value too."""
+        """The same of the policy's steps alone."""
         return [point for point in self.series(name) if point[0] > self.num_warmup_steps]
 
     def now(self, name: str) -> float | None:

@@ -54,6 +54,7 @@ def write_run(folder: Path, made: MadeUp | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(made.config, folder / "config.yaml")
     rows = [_warmup_row(step) for step in range(1, made.warmup + 1)]
+    rows[:1] = [row | {"offpolicy/ess": 1.0, "offpolicy/mismatch_abs_mean": 4.6e-7} for row in rows[:1]]
     rows += [_row(step, made) for step in range(1, made.steps + 1)]
     _write(folder / "metrics.jsonl", rows)
     _write(folder / "ledger.jsonl", [_group(row["step"], index, made) for row in rows for index in range(GROUPS)])

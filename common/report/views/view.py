@@ -12,6 +12,7 @@ from common.report.svg import Plot, age
 
 MOST_POINTS = 120  # of a curve; more steps than that are averaged
 MOST_AGES = 6  # curves by age in one plot
+OF_POLICY = ("offpolicy/", "staleness/", "policy/")  # metrics that say something once the policy is trained
 STEP = "step (critic warm-up included)"
 
 
@@ -23,6 +24,11 @@ class Panel:
     plot: Plot | None = None
     missing: str = ""
     reading: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """In place of the plot; "" where there is one."""
+        return "" if self.plot is not None else self.missing or "Not measured because no step had a number for it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +50,17 @@ def absent(run: Run, names: Sequence[str], because: str = "") -> Panel | None:
 
     `because` is a reason that the configuration or the run gives for their absence.
     """
-    if any(name in run.names for name in names):
+    measured = run.policy_names if names[0].startswith(OF_POLICY) else run.names
+    if any(name in measured for name in names):
         return None
-    return Panel(missing=f"Not measured because {because or _reason(run, names[0])}.")
+    return Panel(missing=f"Not measured because {_reason(run, names[0], because)}.")
 
 
-def _reason(run: Run, name: str) -> str:
-    if not run.policy_steps and name.startswith(("offpolicy/", "staleness/", "policy/")):
+def _reason(run: Run, name: str, because: str) -> str:
+    if not run.policy_steps and name.startswith(OF_POLICY):
         return "the policy has not been trained yet: the run is in the critic's warm-up"
+    if because:
+        return because
     return f"no line of metrics.jsonl has {name}: the release that wrote it did not measure that"
 
 
