@@ -7,12 +7,14 @@ import math
 from dataclasses import dataclass
 
 from common.config import Correction
-from common.report.reading import Run, alarm_text, values
+from common.report.reading import Run, number, values
 from common.report.scales import percent, short
 from common.report.summary import Evaluation, Summary, duration
 from common.report.views.correction import LOSSES, SIGNS
 from common.report.views.flow import publish_share
 from common.report.views.view import now_by_gap
+
+ABSENT = "not a number"
 
 WAITS = 0.15  # share of time: who waits less is not waiting
 FULL = 0.9  # of the window: with less the bound holds nobody up
@@ -50,8 +52,12 @@ def alarm(facts: Facts) -> str | None:
     alarms = facts.run.alarms
     if not active or not alarms:
         return None
-    more = f", the last of {active:.0f}" if active > 1 else ""
-    return f"An alarm is active{more}. {alarm_text(alarms[-1])}."
+    last = alarms[-1]
+    value, limit = number(last, "value"), number(last, "limit")
+    said = f"{last.get('name')} is {ABSENT if value is None else short(value)}"
+    beyond = "" if limit is None else f", the limit {short(limit)}"
+    which = "An alarm is active" if active <= 1 else f"{active:.0f} alarms are active, the last"
+    return f"{which} since step {last['step']}: {said}{beyond}; what helps is said with it."
 
 
 def incomplete(facts: Facts) -> str | None:
@@ -117,6 +123,8 @@ def too_old(facts: Facts) -> str | None:
             wider, _ = affordable_bound(gap, facts.ess[gap])
             lower = f"lower staleness.max_staleness to {min(max(wider, 1), gap - 1)}"
             fix = lower if gap > 1 else "lower learner.policy.learning_rate"
+            if facts.run.config.algorithm.correction is Correction.none:
+                fix = f"set algorithm.correction=decoupled, or {fix}"
             lost = f"keep less than half of their weight in {percent(share)} of the steps"
             return f"Tokens {_versions(gap)} old {lost}: {fix}."
     return None
@@ -284,7 +292,7 @@ def affordable_bound(gap: int, ess: float) -> tuple[int, float]:
 
 def noise(facts: Facts) -> str | None:
     points = facts.summary.evaluations
-    if len(points) < 2:
+    if len(points) < 2 or falling(facts) is not None:
         return None
     first, last = points[0], points[-1]
     if interval(first)[0] > interval(last)[1] or interval(last)[0] > interval(first)[1]:

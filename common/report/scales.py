@@ -7,6 +7,7 @@ from dataclasses import dataclass
 TICKS = 4  # about so many intervals an axis
 INSIDE = 6  # the same where ticks are only between the ends
 DECADES = 5  # so many ticks on a logarithmic axis
+MOST_DECADES = 6  # from its lower end to the largest number
 ROUNDING = 1e-9  # numbers that differ by less of their size are one number
 NOTHING = 1e-100  # smaller numbers are 0
 
@@ -55,9 +56,13 @@ def span(label: str, shown: Sequence[float]) -> Axis:
 
 
 def logarithmic(label: str, shown: Iterable[float]) -> Axis:
-    """An axis that ends at powers of ten, or at 1, 2, 5 where it spans few of them."""
+    """An axis that ends at powers of ten, or at 1, 2, 5 where it spans few of them.
+
+    What is more than MOST_DECADES below the largest is drawn at the lower end, whose tick says so.
+    """
     numbers = [value for value in shown if value > NOTHING] or [1.0]
     low, high = math.log10(min(numbers)), math.log10(max(numbers))
+    is_cut, low = low < high - MOST_DECADES, max(low, high - MOST_DECADES)
     first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
     if high - low < 1.0:  # less than a decade: the digits 1, 2, 5 around it
         grid = [digit * 10.0**power for power in range(first - 1, last + 2) for digit in (1, 2, 5)]
@@ -68,7 +73,8 @@ def logarithmic(label: str, shown: Iterable[float]) -> Axis:
         stride = math.ceil((last - first) / DECADES)
         last = first + stride * math.ceil((last - first) / stride)
         at = [10.0**power for power in range(first, last + 1, stride)]
-    return Axis(label=label, low=at[0], high=at[-1], ticks=tuple((value, short(value)) for value in at), is_log=True)
+    texts = [f"≤ {short(at[0])}" if is_cut else short(at[0]), *map(short, at[1:])]
+    return Axis(label=label, low=at[0], high=at[-1], ticks=tuple(zip(at, texts, strict=True)), is_log=True)
 
 
 def categories(label: str, names: Sequence[str]) -> Axis:

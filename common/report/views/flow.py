@@ -111,7 +111,8 @@ def _window(run: Run) -> Panel:
         Curve(points=published, name="publishing: share of the step", style="c3", is_dashed=True),
     )
     stall, filled = publish_share(run), run.now(fill)
-    parts = [f"publishing takes {percent(stall)} of a step"] if stall is not None else []
+    waits = ", the wait for a full window included" if run.config.staleness.exact else ""
+    parts = [f"publishing takes {percent(stall)} of a step{waits}"] if stall is not None else []
     parts += [f"the window is {percent(filled)} full"] if filled is not None else []
     return Panel(title=title, plot=over_steps(run, curves, _whole("share")), reading=_now(run, "; ".join(parts)))
 

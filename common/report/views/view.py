@@ -94,6 +94,10 @@ def over_steps(
     The axis has all steps, or all of the policy's where nothing was measured before.
     """
     found = [(curve, binned(curve.points)) for curve in curves]
+    shown = [value for _, points in found for _, value in points]
+    y = y_axis([*shown, *(limit.y for limit in limits if limit.y is not None)])
+    if y.is_log:  # 0 has no place there
+        found = [(curve, [point for point in points if point[1] > 0.0]) for curve, points in found]
     lines = [
         Line(points=points, style=curve.style, name=curve.name, is_dashed=curve.is_dashed)
         for curve, points in found
@@ -101,11 +105,9 @@ def over_steps(
     ]
     if not lines:
         return None
-    shown = [value for line in lines for _, value in line.points]
     steps = [step for line in lines for step, _ in line.points]
     first, last = (float(run.rows[index]["step"]) for index in (0, -1))
     begin = first if min(steps) <= run.num_warmup_steps else run.num_warmup_steps + 1.0
-    y = y_axis([*shown, *(limit.y for limit in limits if limit.y is not None)])
     is_both = run.policy_steps and first < run.num_warmup_steps and begin == first
     begins = [Limit(name="policy training begins", x=run.num_warmup_steps + 0.5, style="soft")] if is_both else []
     return Plot(x=span(STEP, [begin, *steps, last]), y=y, marks=[*lines, *limits, *begins], legend=legend)

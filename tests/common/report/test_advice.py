@@ -16,7 +16,7 @@ from common.report.reading import read_run
 from tests.support.made_up_run import MadeUp, config, write_run
 
 DOCS = Path(__file__).parents[3] / "docs" / "inspect.md"
-ALARM = {"step": 70, "time": 1.7e9, "kind": "alarm", "name": "offpolicy/ess", "text": "ALARM after step 70: it is low"}
+ALARM = {"step": 70, "time": 1.7e9, "kind": "alarm", "name": "offpolicy/ess", "value": 0.2, "limit": 0.3}
 
 
 def changed(**metrics: float | Callable[[int], float | None] | None) -> MadeUp:
@@ -26,7 +26,7 @@ def changed(**metrics: float | Callable[[int], float | None] | None) -> MadeUp:
 CASES: dict[str, tuple[MadeUp, str]] = {
     "alarm": (
         replace(changed(alarm__active=2.0), events=[ALARM]),
-        "An alarm is active, the last of 2. After step 70: it is low.",
+        "2 alarms are active, the last since step 70: offpolicy/ess is 0.2, the limit 0.3; what helps is said with it.",
     ),
     "incomplete": (changed(eval__num_failed=3.0), "3 prompts were not sampled and the verifier failed on 0 responses"),
     "mismatch": (
@@ -185,6 +185,14 @@ def test_without_a_recorded_interval_the_widest_is_taken(tmp_path: Path) -> None
         made = MadeUp(accuracies=(0.2, 0.5, 0.9, 0.8, 0.7, 0.7, last), half_interval=None)
         rules = [advice.rule for advice in advise(read_run(write_run(tmp_path / rule, made)))]
         assert ("falling" in rules) == (rule == "falling")
+
+
+def test_who_corrects_nothing_is_told_to_before_the_bound_is_lowered(tmp_path: Path) -> None:
+    made = replace(
+        changed(offpolicy__gap_2__ess=0.3), config=config(algorithm=AlgorithmConfig(correction=Correction.none))
+    )
+    said = {advice.rule: advice.text for advice in advise(read_run(write_run(tmp_path, made)))}
+    assert said["too_old"].endswith("set algorithm.correction=decoupled, or lower staleness.max_staleness to 1.")
 
 
 def test_who_masks_already_is_told_to_narrow_the_band(tmp_path: Path) -> None:

@@ -44,9 +44,10 @@ def test_numbers_that_differ_by_rounding_only_are_one_number() -> None:
 
 
 @given(st.lists(POSITIVE, min_size=1, max_size=5))
-def test_a_logarithmic_axis_holds_what_is_shown(values: list[float]) -> None:
+def test_a_logarithmic_axis_holds_what_is_shown_or_says_that_it_is_cut(values: list[float]) -> None:
     axis = logarithmic("x", values)
-    assert axis.low <= min(values) * 1.01 and max(values) <= axis.high * 1.01
+    assert axis.low <= min(values) * 1.01 or axis.ticks[0][1].startswith("≤ ")
+    assert max(values) <= axis.high * 1.01 and axis.high / axis.low < 1e9
     assert 2 <= len(axis.ticks) <= 8 and len({text for _, text in axis.ticks}) == len(axis.ticks)
 
 
