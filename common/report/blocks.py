@@ -241,7 +241,7 @@ def names(runs: Sequence[tuple[str, Run]]) -> str:
 
 def breakable(text: str) -> str:
     """Escaped; names may be broken where they are put together, which is better than anywhere."""
-    return re.sub(r"([._/=])(?=\w)", r"\1<wbr>", escape(text))
+    return re.sub(r"([._/=])(?=[A-Za-z])", r"\1<wbr>", escape(text))
 
 
 def columns(labels: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

@@ -57,7 +57,7 @@ def alarm(facts: Facts) -> str | None:
     said = f"{last.get('name')} is {ABSENT if value is None else short(value)}"
     beyond = "" if limit is None else f", the limit {short(limit)}"
     which = "An alarm is active" if active <= 1 else f"{active:.0f} alarms are active, the last"
-    return f"{which} since step {last['step']}: {said}{beyond}; what helps is said with it."
+    return f"{which} since step {last['step']}: {said}{beyond}; its alarm says what helps."
 
 
 def incomplete(facts: Facts) -> str | None:

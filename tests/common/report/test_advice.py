@@ -26,7 +26,7 @@ def changed(**metrics: float | Callable[[int], float | None] | None) -> MadeUp:
 CASES: dict[str, tuple[MadeUp, str]] = {
     "alarm": (
         replace(changed(alarm__active=2.0), events=[ALARM]),
-        "2 alarms are active, the last since step 70: offpolicy/ess is 0.2, the limit 0.3; what helps is said with it.",
+        "2 alarms are active, the last since step 70: offpolicy/ess is 0.2, the limit 0.3; its alarm says what helps.",
     ),
     "incomplete": (changed(eval__num_failed=3.0), "3 prompts were not sampled and the verifier failed on 0 responses"),
     "mismatch": (
