@@ -19,12 +19,12 @@ MEMBERS = 12
 ABSENT = "-"
 
 
-_CODE = re.compile(r"\b[a-z]+(?:[._][a-z0-9_]+)+(?:=[\w.]+\w|=\w)?|\b[a-z]+(?:/[a-z0-9_*]+)+")
+_CODE = re.compile(r"`([^`]+)`|\b[a-z]+(?:[._][a-z0-9_]+)+(?:=[\w.]+\w|=\w)?|\b[a-z]+(?:/[a-z0-9_*]+)+")
 
 
 def prose(text: str) -> str:
-    """Escaped; settings, metrics and files look like code."""
-    return _CODE.sub(lambda found: f"<code>{found[0]}</code>", escape(text))
+    """Escaped; settings, metrics and files look like code, in backticks or not."""
+    return _CODE.sub(lambda found: f"<code>{found[1] or found[0]}</code>", escape(text))
 
 
 def head(run: Run) -> str:

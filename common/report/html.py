@@ -93,7 +93,8 @@ def _view(view: View) -> str:
     panels = "".join(_panel(view, panel) for panel in view.panels)
     return (
         f'<article class="card span-{len(view.panels)}" id="view-{view.number}"><h3>{escape(view.title)}'
-        f'<span class="number">view {view.number}</span></h3><p class="decision">{blocks.prose(view.decision)}</p>'
+        f'<span class="number">view {view.number}</span></h3>'
+        f'<p class="decision">To decide: {blocks.prose(view.decision)}.</p>'
         f'<div class="panels">{panels}</div></article>'
     )
 

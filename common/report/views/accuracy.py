@@ -17,8 +17,7 @@ def accuracy(runs: Sequence[tuple[str, Run]]) -> View:
     evaluated = [(label, summarise(run).evaluations) for label, run in runs]
     return View(
         number=15,
-        title="Held-out accuracy",
-        decision="Decides the bound: the best one is highest for its time and tokens, not for its steps.",
+        name="held-out accuracy" if len(runs) == 1 else "",
         panels=(_against_time(evaluated, runs), _against_tokens(evaluated, runs)),
     )
 

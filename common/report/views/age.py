@@ -29,8 +29,6 @@ LOW_ESS = 0.5  # below it more than half of a batch's weight is lost
 def age_map(run: Run) -> View:
     return View(
         number=1,
-        title="Age of the trained tokens",
-        decision="Decides staleness.max_staleness and weights.publish_every: an empty top is slack.",
         panels=(_age_map(run),),
     )
 
@@ -104,8 +102,6 @@ def _age_reading(run: Run, total: dict[int, float]) -> str:
 def age_budget(run: Run) -> View:
     return View(
         number=2,
-        title="Where the age comes from",
-        decision="Decides what to cut: queue by fewer actors, flight by shorter limits, updates by fewer mini-batches.",
         panels=(_versions(run), _updates(run)),
     )
 
@@ -145,8 +141,6 @@ def _updates(run: Run) -> Panel:
 def nats(run: Run) -> View:
     return View(
         number=9,
-        title="Age in nats",
-        decision="Decides what a version costs: many small ones may cost less than a large one.",
         panels=(_nats(run),),
     )
 
@@ -170,8 +164,6 @@ def _nats(run: Run) -> Panel:
 def lr_gauge(run: Run) -> View:
     return View(
         number=10,
-        title="Staleness x learning rate",
-        decision="Decides learner.policy.learning_rate: above the boundary old tokens lose most of their weight.",
         panels=(_lr_gauge(run),),
     )
 

@@ -30,8 +30,6 @@ SIGNS = ("positive", "negative")
 def ratio_band(run: Run) -> View:
     return View(
         number=3,
-        title="Importance ratio by age",
-        decision="Decides algorithm.truncation and masks: a limit inside the span acts on many tokens.",
         panels=(_ratio_band(run),),
     )
 
@@ -87,8 +85,6 @@ def _limits_of_ratio(run: Run) -> list[Limit]:
 def token_ess(run: Run) -> View:
     return View(
         number=4,
-        title="Token ESS by age",
-        decision="Decides staleness.max_staleness: below 0.5 an age is too old.",
         panels=(_ess(run, "offpolicy/gap_{}/ess", "offpolicy/ess", "token"),),
     )
 
@@ -96,8 +92,6 @@ def token_ess(run: Run) -> View:
 def sequence_ess(run: Run) -> View:
     return View(
         number=5,
-        title="Sequence ESS by age of the oldest token",
-        decision="Decides masks and learning rate: token ESS can look healthy while responses lose their weight.",
         panels=(_ess(run, "offpolicy/gap_{}/sequence_ess", "offpolicy/sequence_ess", "sequence"),),
     )
 
@@ -113,8 +107,6 @@ def _ess(run: Run, pattern: str, everything: str, what: str) -> Panel:
 def distance(run: Run) -> View:
     return View(
         number=6,
-        title="Distance from the sampling policy by age",
-        decision="Decides the masks: M2 grows with rare large ratios, TV with many small ones.",
         panels=(
             _distance(run, "m2", "M2: mean (log ratio)²", "nats²"),
             _distance(run, "tv", "TV: mean |pi_old - pi_behavior|", "probability"),
@@ -133,8 +125,6 @@ def _distance(run: Run, name: str, title: str, unit: str) -> Panel:
 def mismatch(run: Run) -> View:
     return View(
         number=7,
-        title="Engine mismatch on fresh responses",
-        decision="Decides whether it is staleness at all: far above the floor the engine is wrong, not old.",
         panels=(_mismatch(run),),
     )
 
@@ -162,8 +152,6 @@ def _mismatch(run: Run) -> Panel:
 def lost_advantage(run: Run) -> View:
     return View(
         number=8,
-        title="Advantage that the correction takes away",
-        decision="Decides the correction: a large loss on one sign throws that half of the signal away.",
         panels=tuple(_lost(run, sign) for sign in SIGNS),
     )
 

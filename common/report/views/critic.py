@@ -27,8 +27,6 @@ LOWEST = -1.0  # explained variance has no lower end; how far below it is does n
 def critic(run: Run) -> View:
     return View(
         number=11,
-        title="The critic by age and position",
-        decision="Decides algorithm.critic_warmup_steps and algorithm.value_gate: at 0 or less the critic adds noise.",
         panels=(
             _critic_over_steps(run),
             _critic_by_age(run, "explained_variance", "explained variance by age", "share of Var(R)"),

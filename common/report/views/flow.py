@@ -14,8 +14,6 @@ FATES = (("sampled", "c0"), ("trained", "c2"), ("dropped", "c1"))
 def selection(run: Run) -> View:
     return View(
         number=12,
-        title="Sampled, trained and dropped",
-        decision="Decides whether slow prompts starve: if trained responses stay shorter, widen the bound.",
         panels=(
             _fates(run, "length", "mean length of a response", "tokens"),
             _fates(run, "pass_rate", "pass rate", "%"),
@@ -40,8 +38,6 @@ def _fates(run: Run, name: str, title: str, unit: str) -> Panel:
 def waste(run: Run) -> View:
     return View(
         number=13,
-        title="Tokens that were sampled for nothing",
-        decision="Decides between pacing and dropping: stale ones need fewer actors or a wider bound.",
         panels=(_waste(run),),
     )
 
@@ -81,8 +77,6 @@ def _waste(run: Run) -> Panel:
 def pace(run: Run) -> View:
     return View(
         number=14,
-        title="Who waits for whom",
-        decision="Decides actors : learners: add to the side that is waited for; if both wait, widen the bound.",
         panels=(_idle(run), _window(run)),
     )
 

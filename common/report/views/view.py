@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.catalogue.views import VIEWS
 from common.report.marks import Limit, Line
 from common.report.reading import Point, Run
 from common.report.scales import Axis, linear, logarithmic, span
@@ -33,12 +34,20 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """`number` is that of docs/inspect.md; `decision` is one line."""
+    """`number` is that of common/catalogue/views.py, which has its name and the decision that it serves."""
 
     number: int
-    title: str
-    decision: str
     panels: tuple[Panel, ...]
+    name: str = ""  # another one than the catalogue's
+
+    @property
+    def title(self) -> str:
+        name = self.name or VIEWS[self.number].name
+        return f"{name[0].upper()}{name[1:]}"
+
+    @property
+    def decision(self) -> str:
+        return VIEWS[self.number].decision
 
     @property
     def is_measured(self) -> bool:

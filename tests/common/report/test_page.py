@@ -81,7 +81,7 @@ def test_a_run_with_all_metrics_has_fifteen_views_without_a_missing_plot(made: R
     assert sorted(found) == list(range(1, 16))
     assert [(view.number, panel.missing) for view in found.values() for panel in view.panels if panel.missing] == []
     for view in found.values():
-        assert view.decision.startswith("Decides ") and "\n" not in view.decision and len(view.decision) < 110
+        assert len(view.decision) < 110
         for panel in view.panels:
             assert panel.plot is not None and panel.plot.x.label and panel.plot.y.label and panel.plot.marks
     assert problems(made) == []
@@ -101,6 +101,7 @@ def test_the_page_is_one_small_well_formed_file_that_loads_and_runs_nothing(made
     assert tags.open == [] and not {"script", "link", "img", "iframe", "object"} & set(tags.seen)
     assert "http:" not in text and "https:" not in text and "url(" not in text and "src=" not in text
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "@media print" in text
+    assert "`" not in text.split("</style>")[1]
     assert [f'id="view-{number}"' in text for number in range(1, 16)] == [True] * 15
 
 
