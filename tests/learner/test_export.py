@@ -309,7 +309,7 @@ def test_a_run_without_checkpoints_is_one_sentence(
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert str(tmp_path / "config.yaml") in refused(capsys, str(tmp_path), "--out", str(tmp_path / "out"))
+    assert f"{tmp_path} is not a run directory" in refused(capsys, str(tmp_path), "--out", str(tmp_path / "out"))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(
