@@ -1,5 +1,10 @@
-"""Whole runs of the baselines and of stacked ablations through the command line, two policy steps each."""
+"""Whole runs of the baselines and of stacked ablations through the command line, two policy steps each.
 
+The actors sample from the learner's own network (tests/support/sampling_engine.py), which is up in a second: what a
+recipe does is the learner's part. DAPO, which asks most of the actors, runs with vLLM.
+"""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +17,7 @@ from common.loading import read_config
 from learner.rollouts.leases import LEASES_PER_LIFE
 from tests.support.runs import ROOT, processes_of, rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = pytest.mark.slow
 
 SMALL = [
     "learner.steps=2",
@@ -27,12 +32,21 @@ SMALL = [
 ]
 
 
-def train(tmp_path: Path, recipes: list[str], *overrides: str) -> tuple[Config, list[dict[str, Any]]]:
+def train(
+    tmp_path: Path, recipes: list[str], *overrides: str, with_vllm: bool = False
+) -> tuple[Config, list[dict[str, Any]]]:
     """A run of `recipes` on number_walk that must end well: its resolved configuration and the rows of its steps."""
     files = [argument for name in ("number_walk", *recipes) for argument in ("-c", name)]
-    command = [sys.executable, str(ROOT / "run.py"), "train", *files, f"runs_dir={tmp_path}", "name=run"]
+    program = [str(ROOT / "run.py")] if with_vllm else ["-m", "tests.support.forked_train"]
+    command = [sys.executable, *program, "train", *files, f"runs_dir={tmp_path}", "name=run", *SMALL, *overrides]
     done = subprocess.run(
-        [*command, *SMALL, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=240.0, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"SAMPLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240.0,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert processes_of(tmp_path) == []
@@ -84,8 +98,9 @@ def test_grpo_has_no_critic_and_normalises_within_groups(tmp_path: Path) -> None
     assert any(len(set(row["rewards"])) == 1 for row in groups)
 
 
+@pytest.mark.vllm
 def test_dapo_replaces_groups_without_a_signal(tmp_path: Path) -> None:
-    config, steps = train(tmp_path, ["dapo"], "rollout.prompts_per_step=6", "rollout.group_size=2")
+    config, steps = train(tmp_path, ["dapo"], "rollout.prompts_per_step=6", "rollout.group_size=2", with_vllm=True)
     assert config.algorithm.aggregation is Aggregation.token
     assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.28)
     groups = groups_of(tmp_path, num_steps=2, prompts_per_step=6, group_size=2)

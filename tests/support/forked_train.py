@@ -2,7 +2,8 @@
 
     python -m tests.support.forked_train train runs_dir=... name=...
 
-The actors have the learner's own network in the place of vLLM (network_engine.py); everything else is real. A child is
+The actors have the learner's own network in the place of vLLM (network_engine.py; with SAMPLE=1 sampling_engine.py);
+everything else is real. A child is
 called what its log is called, so that others find it by `psutil.Process.name`.
 """
 
@@ -23,6 +24,7 @@ import common.child
 import learner.main  # noqa: F401  to be loaded before the first fork
 import run
 from tests.support.network_engine import NetworkEngine
+from tests.support.sampling_engine import SamplingEngine
 
 PR_SET_NAME = 15
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -111,7 +113,7 @@ def _become(
 def main() -> int:
     fake: Any = SimpleNamespace(Popen=Forked, PIPE=PIPE, DEVNULL=DEVNULL)
     common.child.subprocess = fake  # type: ignore[attr-defined]
-    actors.main.Engine = NetworkEngine  # type: ignore[assignment,misc]
+    actors.main.Engine = SamplingEngine if os.environ.get("SAMPLE") else NetworkEngine  # type: ignore[assignment,misc]
     return run.main(sys.argv[1:])
 
 

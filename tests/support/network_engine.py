@@ -42,16 +42,21 @@ class Response:
         self.before = np.concatenate([lease.prompt_token_ids, sample.prefix.token_ids])
         length = int(np.random.default_rng(sample.seed).integers(1, lease.max_tokens + 1))
         self.num_missing = max(1, length - len(sample.prefix))
+        self.limit = lease.max_tokens - len(sample.prefix)
         self.reason = FinishReason.LENGTH if length == lease.max_tokens else FinishReason.STOP
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.version_starts: list[tuple[str, int]] = []
         self.has_ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def draw(self, version: int) -> None:
-        """Log-probs follow."""
+    def note_version(self, version: int) -> None:
+        """Of what is drawn from here on."""
         if not self.version_starts or self.version_starts[-1][0] != str(version):
             self.version_starts.append((str(version), len(self.token_ids)))
+
+    def draw(self, version: int) -> None:
+        """Log-probs follow."""
+        self.note_version(version)
         self.token_ids += [stamp(version)] * min(TOKENS_A_TURN, self.num_missing - len(self.token_ids))
 
     def state(self) -> Any:
