@@ -260,6 +260,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    from common.top import Form, top
+
+    run, keys = (None if path is None else Path(path) for path in (arguments.run, arguments.keys))
+    top(run, arguments.connect, keys, Form(arguments.form), arguments.timeout)
+    return 0
+
+
 def _show(arguments: argparse.Namespace) -> int:
     from common.show import Choice, Color, show
 
@@ -463,6 +471,18 @@ def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     shown = inspect.add_mutually_exclusive_group()
     shown.add_argument("--html", metavar="FILE", help="write one page with all views of staleness, for a browser")
     shown.add_argument("--json", action="store_true", help="print it for other programs")
+
+    top = commands.add_parser("top", help="how a live run stands, renewed every second; from any host")
+    top.set_defaults(command=_top)
+    top.add_argument("run", nargs="?", help="run directory (or --connect)")
+    top.add_argument("--connect", metavar="tcp://HOST:PORT", help="the learner (default: as RUN/endpoint says)")
+    top.add_argument("--keys", metavar="FOLDER", help="its keys (default: transport.keys, or RUN/keys)")
+    top.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="of a learner that is silent (default: 60)"
+    )
+    form = top.add_mutually_exclusive_group()
+    form.add_argument("--once", dest="form", action="store_const", const="once", default="live", help="print it once")
+    form.add_argument("--json", dest="form", action="store_const", const="json", help="once, for other programs")
 
     show = commands.add_parser("show", help="page through responses of a run, each token coloured by what became of it")
     show.set_defaults(command=_show)

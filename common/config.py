@@ -116,6 +116,21 @@ class CriticNetwork(StrEnum):
     shared_backbone = "shared_backbone"  # an adapter on the policy's frozen model, and a value head; needs lora.rank
 
 
+class ConsoleStyle(StrEnum):
+    """What `train` shows while it runs."""
+
+    auto = "auto"  # how the run stands, renewed every second, where standard output is a terminal; else as plain
+    plain = "plain"  # one line a step
+
+
+class TrackerName(StrEnum):
+    """Who else is told of the metrics (common/trackers)."""
+
+    wandb = "wandb"
+    mlflow = "mlflow"
+    trackio = "trackio"
+
+
 class OnBadRow(StrEnum):
     """What happens when a row of the data cannot be used (common/tasks/rows.py lists why)."""
 
@@ -373,6 +388,15 @@ class AlarmConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """Where a run is seen beside its own files and TensorBoard."""
+
+    console: ConsoleStyle = ConsoleStyle.auto
+    trackers: list[TrackerName] = field(default_factory=list)  # what is not installed is refused
+    project: str = "async-vapo"  # there; MLflow calls it an experiment
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # steps, warm-up included; 0: only at the end of the critic's warm-up and of the run
     keep: int = 2  # newest complete checkpoints kept
@@ -401,6 +425,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property

@@ -18,6 +18,7 @@ from typing import Self
 import psutil
 
 from common.child import Child
+from common.console import Console
 from common.control import CONTROL_VARIABLE, ControlSocket, answer, read_request
 from common.processtree import Guardian, adopt_orphans, descendants, family, kill, reap_adopted
 from common.stopping import is_echo
@@ -30,7 +31,8 @@ class Family:
     """All processes of one run, as a context manager that leaves none behind.
 
     One thread, the main one. Signals (SIGCHLD, SIGINT, SIGTERM) arrive as bytes on a pipe that `pump` selects on beside
-    the output of echoed children and RUN/control, so an exit is seen at once and nothing is polled.
+    the output of echoed children and RUN/control, so an exit is seen at once and nothing is polled. The console is
+    renewed between two waits.
     Invariant: every process below this one that was not there when the family was made belongs to it. While it is open,
     the process must start no others.
 
@@ -38,14 +40,20 @@ class Family:
         children: lists all that were made so far.
         handle: answers a request on RUN/control. Raises ConfigError for one that is not possible.
         run_dir: where RUN/control will be; None: nobody is listened to.
+        console: where echoed children's output goes, and what is said of them.
     """
 
     def __init__(
-        self, children: Callable[[], list[Child]], handle: Callable[[JSON], JSON], run_dir: Path | None
+        self,
+        children: Callable[[], list[Child]],
+        handle: Callable[[JSON], JSON],
+        run_dir: Path | None,
+        console: Console,
     ) -> None:
         self._children = children
         self._handle = handle
         self._run_dir = run_dir
+        self._console = console
         self._foreign = {process.pid for process in descendants()}
         self._guardian = Guardian()
         self.interrupts: list[int] = []  # SIGINT and SIGTERM so far (no echo), SIGPIPE for a console that went away
@@ -66,6 +74,7 @@ class Family:
         try:
             self._kill_everything()
         finally:
+            self._show(self._console.close)
             if self._control is not None:
                 self._control.close()
             self._restore_signals()
@@ -84,7 +93,8 @@ class Family:
 
     def pump(self, deadline: float | None) -> None:
         """Wait for a signal, output, a request or the deadline (monotonic); copy output, note interrupts, answer."""
-        timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        deadline = self._console.draw_at if deadline is None else min(deadline, self._console.draw_at)
+        timeout_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, Child):
                 self._copy_output(key.data)
@@ -93,6 +103,11 @@ class Family:
             else:
                 for number in os.read(key.fd, 4096):
                     self._note(number)
+        self._show(lambda: self._console.draw(time.monotonic()))
+
+    def say(self, line: str) -> None:
+        """To whoever looks at the console."""
+        self._show(lambda: self._console.say(line))
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
@@ -153,15 +168,14 @@ class Family:
             with child.log_path.open("ab") as log:
                 log.write(piece)
         except OSError as error:  # the console has it, and a disk that is full ends the run where it matters
-            _warn(f"{child.log_path} lacks output ({error.strerror})")
-        self._write_console(piece)
+            self.say(f"warning: {child.log_path} lacks output ({error.strerror})")
+        self._show(lambda: self._console.write(piece))
         return True
 
-    def _write_console(self, piece: bytes) -> None:
+    def _show(self, act: Callable[[], None]) -> None:
         """A reader that went away (`train | head`) ends the run like an interrupt."""
         try:
-            sys.stdout.buffer.write(piece)
-            sys.stdout.flush()
+            act()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self._note(signal.SIGPIPE)
@@ -189,7 +203,7 @@ class Family:
         try:
             control = ControlSocket(self._run_dir)
         except OSError as error:
-            _warn(f"{self._run_dir}/control cannot be made ({error.strerror}): no command reaches this run")
+            self.say(f"warning: {self._run_dir}/control cannot be made ({error.strerror}): no command reaches this run")
             return None
         self._selector.register(control.listener, selectors.EVENT_READ)
         return control
@@ -205,7 +219,3 @@ class Family:
         except ValueError as error:  # ConfigError is one
             reply = {"error": str(error)}
         answer(end, reply)
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -32,6 +32,7 @@ from common import placement
 from common.causes import last_error
 from common.child import ChildSpec
 from common.config import Config, ConfigError, Device
+from common.console import console_for
 from common.keys import check_keys
 from common.loading import save_config
 from common.placement import visible_gpus
@@ -107,6 +108,7 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
             stop_timeout_s=config.learner.stop_timeout_s,
             recruit=room.one_more,
             run_dir=config.run_dir,
+            console=console_for(config),
         ).run()
 
 

@@ -21,6 +21,7 @@ reads, and how it reduces it over a run:
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,8 @@ CONSOLE_ALARMS = (
     ("verifier/num_timed_out", "timed out", ".0f"),
     ("offpolicy/mismatch_alarm", "MISMATCH", ".0f"),
 )
+
+_PROGRESS = re.compile(r"(critic warm-up|step|done|replayed) +\d+/\d+  ")  # the stages
 
 
 class RunLog:
@@ -140,6 +143,11 @@ def format_progress(step: int, num_steps: int, values: Mapping[str, Value], stag
         if isinstance(value, int | float):
             parts.append(f"{value:{spec}} {label}" if label == "s" else f"{label} {value:{spec}}")
     return "  ".join(parts)
+
+
+def is_progress(line: str) -> bool:
+    """Whether it is one of format_progress."""
+    return _PROGRESS.match(line) is not None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, JSON]]:

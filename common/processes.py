@@ -15,7 +15,6 @@ ends everything at once, unless it is an echo of the first (common/stopping.py).
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from common.causes import CRASHED
 from common.child import Child, ChildSpec
 from common.config import ConfigError
+from common.console import Console
 from common.control import Status
 from common.family import Family
 from common.restarts import RestartBudget
@@ -55,6 +55,7 @@ class Supervisor:
         stop_timeout_s: how long leaders may take to finish after the first interrupt.
         recruit: spec of one more follower beside those that are given. Raises ConfigError when there is no room.
         run_dir: where RUN/control will be; None: no other process is listened to.
+        console: what shows the run; None: lines as they come.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Supervisor:
         stop_timeout_s: float = 60.0,
         recruit: Callable[[Sequence[ChildSpec]], ChildSpec] | None = None,
         run_dir: Path | None = None,
+        console: Console | None = None,
     ) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         self._log_dir = log_dir
@@ -75,7 +77,7 @@ class Supervisor:
         self._num_wanted = len(self._followers)
         first = self._leaders[0].spec
         self._budget = RestartBudget(first.restarts, first.restart_window_s)  # of the leaders
-        self._family = Family(lambda: self._children, self._command, run_dir)
+        self._family = Family(lambda: self._children, self._command, run_dir, console or Console())
         self._interrupts = self._family.interrupts  # so far
         self._leaders_lost_at = -math.inf  # monotonic, of their last crash
         # Monotonic times: of the first leader's good end, when a failure's culprit is known, when all start again
@@ -123,7 +125,7 @@ class Supervisor:
                 child.is_settled = True
                 self._follower_ended(child, now)
         elif child.leave_by is not None and now >= child.leave_by:
-            _say(f"{child.spec.name} did not leave within {child.spec.leave_timeout_s:g} s and is killed")
+            self._family.say(f"{child.spec.name} did not leave within {child.spec.leave_timeout_s:g} s and is killed")
             child.send_signal(signal.SIGKILL)
             child.leave_by = math.inf
         elif not child.is_ready and now >= child.started_at + child.spec.start_timeout_s:
@@ -139,7 +141,7 @@ class Supervisor:
         if child.why_given_up is not None:  # killed for that reason
             return
         if child.leave_by is not None:
-            _say(f"{child.spec.name} has left")
+            self._family.say(f"{child.spec.name} has left")
             return
         if child.exit_code == 0:  # the leaders have sent it home
             return
@@ -152,11 +154,11 @@ class Supervisor:
             self._give_up(child, f"{how}; {child.budget} are used up")
             return
         child.start_again_at = now + backoff_s
-        _say(f"{how}; starting it again in {backoff_s:g} s")
+        self._family.say(f"{how}; starting it again in {backoff_s:g} s")
 
     def _give_up(self, child: Child, why: str) -> None:
         child.why_given_up = why
-        _say(f"warning: {why}; it is not started again, the run goes on while another actor takes part")
+        self._family.say(f"warning: {why}; it is not started again, the run goes on while another actor takes part")
 
     # ---- leaders
 
@@ -202,7 +204,7 @@ class Supervisor:
             return Outcome(exit_code=culprit.exit_code, message=how + used_up)
         self._kill_leaders()
         self._leaders_lost_at, self._leaders_start_at = now, now + backoff_s
-        _say(f"{how}; starting the learner again in {backoff_s:g} s, from its newest checkpoint")
+        self._family.say(f"{how}; starting the learner again in {backoff_s:g} s, from its newest checkpoint")
         return None
 
     def _kill_leaders(self) -> None:
@@ -322,10 +324,6 @@ def _started(spec: ChildSpec) -> str:
     cores = ",".join(map(str, spec.cores)) or "any"
     gpus = spec.environment.get("CUDA_VISIBLE_DEVICES")
     return f"{spec.name} is started on cores {cores}" + (f" and GPU {gpus}" if gpus else "")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def deal_cores(cores: Sequence[int], num_children: int) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import zmq
 import zmq.asyncio
@@ -41,7 +41,7 @@ MAX_HANDSHAKES = 3  # that fail one after another, before an actor gives up
 RECONNECT_MS = (100, 2000)  # first and longest pause before an actor connects again
 
 _DOMAIN = "async-vapo"  # of ZAP, the protocol by which libzmq asks whether a key is allowed
-_HANDSHAKES = (
+HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -56,6 +56,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
 )
+SomeSocket = TypeVar("SomeSocket", bound=zmq.Socket[Any])
 _VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
@@ -224,8 +225,7 @@ class ActorConnection:
         self._keys = keys
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
-        self._was_connected = False
-        self._failures = 0  # handshakes, one after another
+        self._handshakes = Handshakes(f"actor {name}", keys)
 
     async def __aenter__(self) -> Self:
         self._socket = self._connected()
@@ -244,22 +244,9 @@ class ActorConnection:
         self._channel.close(linger=linger_ms)
 
     def _connected(self) -> zmq.asyncio.Socket:
-        channel = self._context.socket(zmq.DEALER)
-        channel.setsockopt(zmq.IDENTITY, f"{self.name[:200]}#{secrets.token_hex(12)}".encode()[-255:])
-        channel.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
-        channel.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
-        _limit(channel, self._max_bytes, 0, 0)
-        channel.setsockopt(zmq.IPV6, int("[" in self.endpoint))
-        if self._keys is not None:
-            channel.setsockopt(zmq.CURVE_SERVERKEY, self._keys.learner)
-            channel.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.own.public)
-            channel.setsockopt(zmq.CURVE_SECRETKEY, self._keys.own.secret)
-        self._monitor = channel.get_monitor_socket(_HANDSHAKES)
-        try:
-            channel.connect(self.endpoint)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise ConfigError(f"cannot connect to {self.endpoint!r} ({error}); give tcp://HOST:PORT") from None
+        channel = open_dealer(self._context, self.endpoint, self.name, self._max_bytes, self._keys)
+        self._monitor = channel.get_monitor_socket(HANDSHAKES)
+        connect(channel, self.endpoint, self._context)
         self._poller = zmq.asyncio.Poller()
         self._poller.register(channel, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -288,7 +275,8 @@ class ActorConnection:
             # poll before recv: cancelling a poll loses nothing, cancelling a recv may lose a message
             ready = dict(await self._poller.poll(max(0, round((deadline - time.monotonic()) * 1000))))
             if self._monitor in ready:
-                self._note_handshake((await recv_monitor_message(self._monitor))["event"])
+                event = (await recv_monitor_message(self._monitor))["event"]
+                self._handshakes.note(event, self.endpoint)
             elif channel in ready:
                 break
             elif time.monotonic() >= deadline:
@@ -299,16 +287,31 @@ class ActorConnection:
             raise WireError(f"{type(message).__name__} is a message of an actor, not of the learner")
         return cast(LearnerMessage, message)
 
-    def _note_handshake(self, event: int) -> None:
+    @property
+    def _channel(self) -> zmq.asyncio.Socket:
+        assert self._socket is not None, "use `async with ActorConnection(...)`"
+        return self._socket
+
+
+class Handshakes:
+    """What the monitor of a DEALER tells of its attempts to connect: when there is no use in more of them."""
+
+    def __init__(self, who: str, keys: ActorKeys | None) -> None:
+        self._who = who
+        self._keys = keys
+        self._was_connected = False
+        self._failures = 0  # one after another
+
+    def note(self, event: int, endpoint: str) -> None:
         """Raises HandshakeError when connecting again is of no use."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._was_connected, self._failures = True, 0
             return
         self._failures += 1
-        place = f"the learner at {self.endpoint}"
+        place = f"the learner at {endpoint}"
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
             raise HandshakeError(
-                f"{place} does not know the key of actor {self.name}: put the public key "
+                f"{place} does not know the key of {self._who}: put the public key "
                 f"{self._keys.own.public.decode()} (of {self._keys.folder}) as a *.key file into the folder actors of "
                 "the learner's keys"
             )
@@ -316,16 +319,36 @@ class ActorConnection:
         if not is_final and (self._was_connected or self._failures < MAX_HANDSHAKES):
             return  # a learner that just ends looks alike
         if self._keys is None:
-            raise HandshakeError(f"{place} wants keys, and actor {self.name} has none: give --keys, a copy of RUN/keys")
+            raise HandshakeError(f"{place} wants keys, and {self._who} has none: give --keys, a copy of RUN/keys")
         raise HandshakeError(
             f"{place} does not have the secret key of {self._keys.folder / 'learner.key'}, or does not encrypt: give "
             "--keys a copy of its own keys, or set transport.curve on both sides alike"
         )
 
-    @property
-    def _channel(self) -> zmq.asyncio.Socket:
-        assert self._socket is not None, "use `async with ActorConnection(...)`"
-        return self._socket
+
+def open_dealer(
+    context: zmq.Context[SomeSocket], endpoint: str, name: str, max_bytes: int, keys: ActorKeys | None
+) -> SomeSocket:
+    """A DEALER with all its options, which is still to be connected."""
+    channel = context.socket(zmq.DEALER)
+    channel.setsockopt(zmq.IDENTITY, f"{name[:200]}#{secrets.token_hex(12)}".encode()[-255:])
+    channel.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
+    channel.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
+    _limit(channel, max_bytes, 0, 0)
+    channel.setsockopt(zmq.IPV6, int("[" in endpoint))
+    if keys is not None:
+        channel.setsockopt(zmq.CURVE_SERVERKEY, keys.learner)
+        channel.setsockopt(zmq.CURVE_PUBLICKEY, keys.own.public)
+        channel.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret)
+    return channel
+
+
+def connect(channel: zmq.Socket[Any], endpoint: str, context: zmq.Context[Any]) -> None:
+    try:
+        channel.connect(endpoint)
+    except zmq.ZMQError as error:
+        context.destroy(linger=0)
+        raise ConfigError(f"cannot connect to {endpoint!r} ({error}); give tcp://HOST:PORT") from None
 
 
 def _start_authenticator(context: zmq.Context[zmq.Socket[bytes]], keys: LearnerKeys) -> ThreadAuthenticator:

@@ -3,6 +3,7 @@
     Prompt -> Lease -> Progress, CompletedGroup -> TrajectoryGroup     what is sampled and trained
     Hello, Ready, Heartbeat, Draining, Bye / Welcome, SayHello, ...    who takes part
     WeightsCommand -> WeightsReport                                    who holds which weights
+    Watch -> RunStatus                                                 how the run stands, for who only looks
 
 Axes: n members of a group, L tokens of one completion, T tokens of all n completions laid end to end, P of n prefixes.
 
@@ -21,12 +22,14 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 BYTES_PER_TOKEN = 12  # of a group on its way: id, log-prob and version of each token
 LARGEST_REWARD = 1e6  # in magnitude, of one response: sums of squares over a batch stay far inside float32
 
 MAX_CAPACITY = 1024  # groups of one actor: more than an engine schedules at once, and far from all leases of a run
 MAX_LISTED = 4 * MAX_CAPACITY  # lease ids in one list of an actor's
+
+MAX_SHOWN_MEMBERS = 256  # in a status
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
@@ -404,6 +407,62 @@ class Bye:
     error: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Observer -> learner: how does the run stand? Who asks is no member by that; see learner/rollouts/observers.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """Learner -> observer: the answer to Watch. Raises ValueError when the columns of a table differ in length.
+
+    Axes: M members, E evaluations, S of the last steps, oldest first.
+    """
+
+    run: str  # its name
+    incarnation: int  # of the learner
+    step: int  # done, warm-up included
+    warmup_steps: int
+    num_steps: int  # warm-up included
+    remaining_s: float | None  # None before the first step
+    uptime_s: float  # of the learner
+    step_age_s: float  # since the last step was done, or the learner has started
+    version: int
+    max_staleness: int
+    group_target: int  # groups of a step
+    metrics: dict[str, float]  # of the last step
+    counters: dict[str, float]  # of now (Coordinator.stats)
+    evaluated_steps: Int32Array  # [E], last done when an evaluation's result came
+    accuracies: Float32Array  # [E]
+    rewards: Float32Array  # [S], mean of each step
+    response_lengths: Float32Array  # [S], mean of each step
+    alarms: tuple[str, ...]  # the last lines, oldest first
+    member_names: tuple[str, ...]  # [M]
+    member_states: tuple[str, ...]  # [M]
+    member_versions: tuple[int | None, ...]  # [M], None: no whole one
+    member_tokens_per_s: Float32Array  # [M], over the last seconds
+    member_leases: Int32Array  # [M], that it holds
+    member_silences_s: Float32Array  # [M], since it was heard
+    num_members: int  # of which M at most MAX_SHOWN_MEMBERS
+
+    def __post_init__(self) -> None:
+        tables = (
+            (self.evaluated_steps, self.accuracies),
+            (self.rewards, self.response_lengths),
+            (
+                self.member_names,
+                self.member_states,
+                self.member_versions,
+                self.member_tokens_per_s,
+                self.member_leases,
+                self.member_silences_s,
+            ),
+        )
+        for columns in tables:
+            if len(lengths := set(map(len, columns))) > 1:
+                raise ValueError(f"a status has columns of different lengths {sorted(lengths)}")
+
+
 def _check_listed(*lists: Int32Array) -> None:
     """Each id may be answered, so that nobody may list any number of them."""
     if (longest := max(map(len, lists))) > MAX_LISTED:
@@ -411,7 +470,9 @@ def _check_listed(*lists: Int32Array) -> None:
 
 
 ActorMessage: TypeAlias = (
-    Hello | Ready | Progress | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Draining | Bye
+    Hello | Ready | Progress | CompletedGroup | LeaseFailed | Heartbeat | WeightsReport | Draining | Bye | Watch
 )
-LearnerMessage: TypeAlias = Welcome | SayHello | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop
+LearnerMessage: TypeAlias = (
+    Welcome | SayHello | Refused | Lease | Ack | Cancel | Pulse | WeightsCommand | Stop | RunStatus
+)
 Message: TypeAlias = ActorMessage | LearnerMessage

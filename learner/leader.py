@@ -16,6 +16,7 @@ from common.config import Config, ConfigError
 from common.metrics import RunLog, Value
 from common.types import JSON, Prompt, TrajectoryGroup
 from learner.rollouts.evaluation import Begun, EvalResult
+from learner.rollouts.history import History
 from learner.rollouts.record import Recorder
 from learner.rollouts.selection import selection_metrics
 from learner.rollouts.service import LearnerService, StillWaiting
@@ -63,9 +64,11 @@ class Leader:
         self._recorded_at = time.monotonic()
         self._trained_tokens = 0
         self._say_at = -math.inf
+        self._history = History(config.run_dir)
 
     def begin(self) -> None:
         """Waits for the first actor."""
+        self.service.show(self._history.course())
         self._patiently(lambda: self.service.wait_for_members(1, self._config.actors.start_timeout_s))
         self._counters, self._recorded_at = self.service.stats(), time.monotonic()
 
@@ -122,7 +125,7 @@ class Leader:
         values |= self._since_last_step(values) | {"version": version, "tokens/trained": self._trained_tokens}
         if self._is_evaluating and (result := self.service.poll_evaluation()) is not None:
             values |= self._evaluated(result)
-        self.log.log(step, values)
+        self._log(step, values)
         for group in groups:
             self.log.ledger(group, step)
         if step <= warmup_steps:
@@ -135,8 +138,13 @@ class Leader:
         if self._is_evaluating:
             result = self._patiently(lambda: self.service.wait_evaluation(self._timeout_s))
             values = self._evaluated(result) | {"version": version}
-            self.log.log(step, values)
+            self._log(step, values)
             self.log.progress(self._config.learner.steps, self._config.learner.steps, values, stage="done")
+
+    def _log(self, step: int, values: dict[str, Value]) -> None:
+        self.log.log(step, values)
+        self._history.add(step, values, time.monotonic())
+        self.service.show(self._history.course())
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """One turn of a wait, see the class."""

@@ -38,6 +38,7 @@ from common.types import (
     Refused,
     SayHello,
     Stop,
+    Watch,
     WeightsPhase,
     WeightsReport,
     Welcome,
@@ -45,6 +46,7 @@ from common.types import (
 from common.wire import WireError
 from learner.rollouts.commands import COMMANDS_PER_LIFE, Command
 from learner.rollouts.coordinator import Coordinator
+from learner.rollouts.observers import Observers
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,9 @@ class Reception:
         probe_token_ids: Sequence[int],
         run_id: str = "",
         incarnation: int = 0,
+        now: float = 0.0,
     ) -> None:
+        self.observers = Observers(config, coordinator, incarnation, now)
         self._config = config
         self._coordinator = coordinator
         self._fingerprints = fingerprints
@@ -103,6 +107,8 @@ class Reception:
             self._malformed(identity, name, message)
         elif isinstance(message, Hello):
             self._greet(identity, message, now)
+        elif isinstance(message, Watch):
+            self._watch(identity, now)
         elif name is None:
             self._stranger(identity, message)
         else:
@@ -259,6 +265,11 @@ class Reception:
         if self._judge is not None and probe is not None and (problem := self._judge(probe)) is not None:
             self.dismiss(name, problem, distrust=True)
 
+    def _watch(self, identity: bytes, now: float) -> None:
+        answer = self._stop or self.observers.answer(identity, self._identities, now)
+        if answer is not None:
+            self._direct.append((identity, answer))
+
     def _stranger(self, identity: bytes, message: ActorMessage) -> None:
         """From a process that is no member: it was dismissed, or the learner does not know it (yet)."""
         if isinstance(message, Bye):
@@ -303,6 +314,7 @@ class Reception:
     def _forget(self, identity: bytes) -> None:
         """Of one that is no member: why it is none, and whether it would like to be one."""
         self._dismissed.pop(identity, None)
+        self.observers.forget(identity)
         self._claims = {name: claim for name, claim in self._claims.items() if claim.identity != identity}
 
     def _dismiss_condemned(self) -> None:
@@ -339,6 +351,7 @@ class Reception:
     def begin_stop(self, reason: str) -> None:
         """Stop goes to everybody; those that are lost are not waited for."""
         self._stop = Stop(reason=reason)
+        self._direct += [(identity, self._stop) for identity in self.observers.identities]
         present = set(self._coordinator.members())
         for name, identity in list(self._identities.items()):
             self._direct.append((identity, self._stop))

@@ -42,6 +42,7 @@ from common.wire import WireError
 from learner.rollouts import snapshot
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Begun, EvalResult, Evaluation
+from learner.rollouts.history import Course
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.reception import Reception
 from learner.rollouts.snapshot import Snapshot
@@ -108,7 +109,9 @@ class LearnerService:
         self._is_interrupted = False
         stream = PromptStream(prompts, config.seed, shares)
         self._coordinator = Coordinator(config, stream, tokenize, incarnation=incarnation, vocab_size=vocab_size)
-        self._reception = Reception(config, self._coordinator, fingerprints, probe_token_ids, run_id, incarnation)
+        self._reception = Reception(
+            config, self._coordinator, fingerprints, probe_token_ids, run_id, incarnation, time.monotonic()
+        )
         self._changed = threading.Condition()
         self._socket: LearnerSocket | None = None
         self._thread: threading.Thread | None = None
@@ -297,7 +300,13 @@ class LearnerService:
         with self._changed:
             refusals = self._socket.refusals if self._socket is not None else Counter[Refusal]()
             counts = {f"transport/{reason}": float(refusals[reason]) for reason in Refusal}
-            return self._coordinator.stats() | counts
+            ignored = {"transport/ignored_watches": float(self._reception.observers.num_ignored)}
+            return self._coordinator.stats() | counts | ignored
+
+    def show(self, course: Course) -> None:
+        """What observers are told of training from now on."""
+        with self._changed:
+            self._reception.observers.course = course
 
     def snapshot(self) -> Snapshot:
         """Between two steps: what a checkpoint has to hold of the data side."""
