@@ -15,6 +15,7 @@ WIDE = 120  # columns from which on the actors stand beside the numbers
 LEFT = 74  # columns of the numbers then
 LABEL = 11  # columns of the names of rows
 MIN_ACTORS = 3  # lines for them, however low the terminal is
+MAX_ALARMS = 2  # the newest; those before them have scrolled by
 SILENT_S = 5.0  # of the learner or an actor: then it is marked
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -86,8 +87,8 @@ def _numbers(status: RunStatus, width: int) -> Table:
     rows.add_row("length", _curve(status.response_lengths.tolist(), ",.0f", room))
     rows.add_row("staleness", _staleness(status))
     rows.add_row("tokens/s", _speed(status))
-    rows.add_row("waiting", _idle(status))
-    rows.add_row("groups", _groups(status))
+    rows.add_row("idle", _idle(status))
+    rows.add_row("next step", _groups(status))
     rows.add_row("drops", _drops(status))
     return rows
 
@@ -151,8 +152,8 @@ def _groups(status: RunStatus) -> Text:
     counters = status.counters
     evaluated = counters.get("in_flight_eval_groups", 0.0)
     return _text(
-        f"{min(counters.get('buffered_groups', 0.0), status.group_target):.0f} of {status.group_target} for the next "
-        f"step, {counters.get('in_flight_groups', 0.0):.0f} being sampled",
+        f"{min(counters.get('buffered_groups', 0.0), status.group_target):.0f} of {status.group_target} groups are "
+        f"there, {counters.get('in_flight_groups', 0.0):.0f} are being sampled",
         f", {evaluated:.0f} in evaluation" if evaluated else "",
     )
 
@@ -196,7 +197,7 @@ def _warnings(status: RunStatus, silent_s: float, width: int) -> Iterator[Text]:
         f"{label} {status.metrics[name]:{spec}}" for name, label, spec in CONSOLE_ALARMS if status.metrics.get(name)
     ]
     lines = [", ".join(wrong)] if wrong else []
-    for line in (*status.alarms, *lines):
+    for line in (*status.alarms[-MAX_ALARMS:], *lines):
         text = _text((line, _BAD))
         text.truncate(width, overflow="ellipsis")
         yield text

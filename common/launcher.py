@@ -39,6 +39,7 @@ from common.placement import visible_gpus
 from common.processes import Outcome, Supervisor, deal_cores
 from common.processtree import child_setup
 from common.runlock import ENDING_S, LEARNER_LOCK, held
+from common.trackers import check_trackers
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
 RUN_CONTENT = (
@@ -52,6 +53,8 @@ RUN_CONTENT = (
     "keys",
     "model",
     "tensorboard",
+    "trackers.json",
+    "wandb",
     "logs",
     "checkpoints",
     "incarnation.json",
@@ -83,6 +86,7 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
         cores = _allowed_cores(config)
         refuse_earlier(config, earlier)
         check_keys(config)
+        check_trackers(config)
         gpus = visible_gpus() if config.device is Device.cuda else []
         config = placement.settle(config, gpus)  # refuses what has no room, before anything is deleted
         specs = role_specs(config, port, [gpu.name for gpu in gpus])

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from common.trackers import Trackers
 from common.types import JSON, TrajectoryGroup
 
 Value = float | Mapping[int, float]
@@ -71,9 +72,11 @@ class RunLog:
         run_dir: made when absent.
         keep_through: the last step that counts, 0 without a checkpoint; lines of later steps are removed because
             those steps are about to be done again. None: append.
+        trackers: who else is told of the metrics.
     """
 
-    def __init__(self, run_dir: str | Path, keep_through: int | None = None) -> None:
+    def __init__(self, run_dir: str | Path, keep_through: int | None = None, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
         self._dir = Path(run_dir)
         self._dir.mkdir(parents=True, exist_ok=True)
         if keep_through is not None:
@@ -98,6 +101,9 @@ class RunLog:
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Append one line; what is not finite is written as null. `step` counts from the start of the run."""
         now = time.time()
+        if self._trackers is not None:
+            values = {**values, **self._trackers.counts()}
+            self._trackers.log(step, now, values)
         line = {"step": step, "time": round(now, 3)}
         _write_line(self._metrics, line | {name: _jsonable(value) for name, value in values.items()})
         self._tensorboard.write(step, now, values)

@@ -31,6 +31,7 @@ from common.model_folder import vocabulary_size
 from common.placement import plan_here
 from common.stopping import Interrupted, RunEnds, StopSignals
 from common.tasks.dataset import load_dataset
+from common.trackers import Trackers
 from common.transport import model_fingerprints
 from common.types import TrajectoryGroup
 from learner.agreement import gather
@@ -446,11 +447,17 @@ def _leader(config: Config, world: World, resume_step: int | None) -> Iterator[L
     forget_after(config.run_dir, resume_step or 0)
     forget_samples_after(config.run_dir, resume_step or 0)
     if config.learner.replay is not None:
-        with RunLog(config.run_dir, keep_through=resume_step or 0) as log:
+        with _run_log(config, resume_step) as log:
             yield Replay(config, Record(Path(config.learner.replay)), log)
         return
     with _leader_of_actors(config, resume_step, run_id, incarnation) as leader:
         yield leader
+
+
+@contextmanager
+def _run_log(config: Config, resume_step: int | None) -> Iterator[RunLog]:
+    with Trackers(config) as trackers, RunLog(config.run_dir, resume_step or 0, trackers) as log:
+        yield log
 
 
 @contextmanager
@@ -487,7 +494,7 @@ def _leader_of_actors(config: Config, resume_step: int | None, run_id: str, inca
         kept = read_snapshot(folder / ROLLOUTS, time.monotonic())
         service.restore(kept[0])
     recorder = Recorder(config.run_dir, replayed_settings(config)) if config.learner.record else None
-    with service, RunLog(config.run_dir, keep_through=resume_step or 0) as log:
+    with service, _run_log(config, resume_step) as log:
         write_endpoint(config.run_dir, service.endpoint)
         leader = Leader(config, service, log, data.task.heldout, recorder)
         if kept is not None:
