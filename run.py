@@ -113,13 +113,16 @@ def _resume(run: Path, overrides: list[str]) -> int:
 
 def _report(config: Config, outcome: Outcome | None) -> int:
     """How the run ended (None: long ago), and its closing summary if it ended well. The exit code."""
-    from common.report.command import closing
+    from common.report.command import PAGE, closing
+    from common.trackers import attach
 
     if outcome is not None and outcome.exit_code != 0:
         if outcome.message is not None:
             print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
     print(f"\n{closing(config.run_dir)}")
+    if outcome is not None:
+        attach(config, config.run_dir / PAGE)
     return 0 if outcome is None else outcome.exit_code
 
 

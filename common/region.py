@@ -62,6 +62,12 @@ class Region:
         if shown is not None:
             self.draw(shown)
 
+    def leave(self) -> None:
+        """What is drawn stays, and the next line is free."""
+        if self._widths:
+            self._put("\n")
+        self._widths, self._shown = [], None
+
     def erase(self) -> None:
         """Leaves the cursor where the region began."""
         if self._widths:

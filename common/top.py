@@ -3,10 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +25,8 @@ from common.types import JSON, RunStatus
 
 TURN_S = 1.0
 SNAPSHOT = (100, 1000)  # columns and lines of Form.ONCE
+
+Show: TypeAlias = Callable[[RunStatus | None, float, str], None]  # status, seconds since it came, who is waited for
 
 
 class Form(StrEnum):
@@ -49,7 +53,8 @@ def top(run: Path | None, endpoint: str | None, keys: Path | None, form: Form, t
     with observer:
         try:
             if form is Form.LIVE:
-                _follow(observer, _draw() if can_draw() else _lines(), timeout_s)
+                with _drawing() if can_draw() else nullcontext(_lines()) as show:
+                    _follow(observer, show, timeout_s)
             else:
                 _print_once(_first(observer, timeout_s), form)
         except RunOver as end:
@@ -74,7 +79,7 @@ def _first(observer: Observer, timeout_s: float) -> RunStatus:
     return status
 
 
-def _follow(observer: Observer, show: Callable[[RunStatus | None, float, str], None], timeout_s: float) -> None:
+def _follow(observer: Observer, show: Show, timeout_s: float) -> None:
     while True:
         now = time.monotonic()
         status, silent_s = observer.look(now), now - observer.heard_s
@@ -103,22 +108,23 @@ def _print_once(status: RunStatus, form: Form) -> None:
     print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
-def _draw() -> Callable[[RunStatus | None, float, str], None]:
-    """On a terminal, in the place of what was drawn before."""
+@contextmanager
+def _drawing() -> Iterator[Show]:
+    """On a terminal, in the place of what was drawn before. The last drawing stays."""
     region = Region()
 
     def show(status: RunStatus | None, silent_s: float, waiting: str) -> None:
         width, height = region.size
-        region.draw(
-            Text(waiting, no_wrap=True, overflow="ellipsis")
-            if status is None
-            else dashboard(status, width, height, silent_s)
-        )
+        text = Text(waiting, no_wrap=True, overflow="ellipsis")
+        region.draw(text if status is None else dashboard(status, width, height, silent_s))
 
-    return show
+    try:
+        yield show
+    finally:
+        region.leave()
 
 
-def _lines() -> Callable[[RunStatus | None, float, str], None]:
+def _lines() -> Show:
     """A line for each step that is seen, as `train` prints them; waiting is said on standard error, once."""
     last_step, is_waiting = -1, False
 

@@ -162,6 +162,13 @@ def check_trackers(config: Config) -> None:
             )
 
 
+def attach(config: Config, file: Path) -> None:
+    """Keeps a file, if it is there, with a run that has ended, at each of its trackers."""
+    if config.logging.trackers and file.is_file():
+        with Trackers(config) as trackers:
+            trackers.attach(file)
+
+
 class Trackers:
     """All trackers of a run, a context manager. Nothing here waits but its end."""
 
@@ -241,7 +248,9 @@ class _Feed:
     def join(self, deadline: float, timeout_s: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._say_once(f"has not finished within {timeout_s:g} s: {self._queue.qsize()} lines wait for it still")
+            self._say_once(
+                f"has not finished within {timeout_s:g} s: {max(0, self._queue.qsize() - 1)} lines wait for it still"
+            )
         elif self.num_lost:
             self._say_once(f"lacks {self.num_lost} lines")
 

@@ -53,7 +53,7 @@ NO_WAITS = {
     # Ours; where they wait is found in themselves.
     r".*(_coordinator|_receiver|_control|ledger|counts)\.\w+|self\._session\.accept": "ours",
     r"socket\.send|(worker|socket)\.receive": "ours",
-    r"self\.(checkpointer\.)?wait|(self|publisher)\.shutdown": "ours",
+    r"observer\.wait|feed\.join|self\.(checkpointer\.)?wait|(self|publisher)\.shutdown": "ours",
 }
 AT_ONCE = ("NOBLOCK", "WNOHANG", "LOCK_NB")  # in the arguments: it does not wait
 

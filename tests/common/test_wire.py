@@ -175,13 +175,13 @@ def test_nobody_lists_more_leases_than_an_actor_can_have(kind: type) -> None:
 
 
 def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:
-    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x04\x81\xa8lease_id\x07\x90"]
+    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x05\x81\xa8lease_id\x07\x90"]
 
 
 def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
     frames = [bytes(frame) for frame in encode(GROUP)]
     assert frames[0] == (
-        b"\x94\xaeCompletedGroup\x04\x86\xa8lease_id\x07"
+        b"\x94\xaeCompletedGroup\x05\x86\xa8lease_id\x07"
         b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaeverifier_error\xc0\xaefinish_reasons\x92\xa4stop\xa6length"
         b"\xacgeneration_s\xcb\x3f\xf8\0\0\0\0\0\0\xaeverification_s\xcb\x3f\xd0\0\0\0\0\0\0"
         b"\x95\x93\xa7lengths\xa5int32\x91\x02\x93\xa9token_ids\xa5int32\x91\x03"
@@ -198,7 +198,7 @@ def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
 
 def test_the_bytes_of_a_lease_never_change_within_a_protocol_version() -> None:
     assert [bytes(frame) for frame in encode(LEASE)] == [
-        b"\x94\xa5Lease\x04\x8d\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
+        b"\x94\xa5Lease\x05\x8d\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
         b"\xa3row\x81\xa1n\x01\xabnum_samples\x02\xa4seed\x03\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0"
         b"\xaamax_tokens\x09\xa4stop\x91\xa4</a>\xa5top_p\xcb\x3f\xe8\0\0\0\0\0\0\xa5top_k\x04"
         b"\xb5prefix_finish_reasons\x92\xa4stop\xc0"

@@ -12,6 +12,7 @@ from common.types import Prompt
 from learner import leader as leader_module
 from learner.leader import Leader, NobodyLeft
 from learner.rollouts.evaluation import Begun, EvalResult
+from learner.rollouts.history import Course
 from learner.rollouts.service import BatchTimeout, StillWaiting
 
 HELDOUT = [Prompt(uid=f"h{i}", text=str(i), reference="") for i in range(9)]
@@ -46,6 +47,9 @@ class AskedService:
     def wait_evaluation(self, timeout_s: float) -> EvalResult:
         return RESULT
 
+    def show(self, course: Course) -> None:
+        self.shown = course
+
 
 def make(folder: Path, service: Any, **settings: Any) -> Leader:
     config = Config(model=ModelConfig(path="none"), eval=EvalConfig(num_prompts=8, **settings))
@@ -75,6 +79,7 @@ def test_an_evaluation_is_logged_with_what_is_missing_from_it(
         "eval/num_failed": 1,
         "eval/num_errors": 2,
     }
+    assert leader.service.shown.accuracies.tolist() == [0.25]  # type: ignore[attr-defined]
     line = capsys.readouterr().out
     assert (row["accuracy/heldout_low"], row["accuracy/heldout_high"]) == (0.1, 0.5)
     assert (row["accuracy/version_newest"], row["accuracy/publications"]) == (4, 1)
