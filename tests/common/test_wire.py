@@ -27,6 +27,7 @@ from common.types import (
     Purpose,
     Ready,
     Verdict,
+    Watch,
     WeightsCommand,
     WeightsPhase,
     WeightsReport,
@@ -34,6 +35,7 @@ from common.types import (
 )
 from common.wire import MAX_HEADER_BYTES, MAX_JSON_DEPTH, WireError, decode, encode
 from tests.support.fake_actors import heartbeat, hello, progress
+from tests.support.statuses import make_status
 
 MAX_BYTES = 1 << 20
 
@@ -97,6 +99,9 @@ messages: st.SearchStrategy[Any] = st.one_of(
     st.builds(Draining),
     st.builds(Bye, error=st.none() | texts),
     st.builds(Ack, lease_id=ints),
+    st.builds(Watch),
+    st.builds(make_status, run=texts, remaining_s=st.none() | floats, alarms=st.lists(texts, max_size=2).map(tuple),
+              metrics=st.dictionaries(texts, floats, max_size=3)),
 )  # fmt: skip
 
 GROUP = CompletedGroup(
@@ -159,6 +164,11 @@ def with_header(parts: Any, frames: list[Any]) -> list[Any]:
 @given(messages)
 def test_every_message_comes_back_as_it_was(message: Message) -> None:
     assert_same(message, decode([bytes(frame) for frame in encode(message)], MAX_BYTES))
+
+
+def test_a_status_whose_columns_differ_in_length_is_none() -> None:
+    with pytest.raises(ValueError, match=r"columns of different lengths \[2, 3\]"):
+        make_status(member_states=("idle", "idle"))
 
 
 @pytest.mark.parametrize("kind", [Hello, Heartbeat])

@@ -19,6 +19,7 @@ from common.types import (
     Ready,
     Refused,
     Stop,
+    Watch,
     WeightsPhase,
     WeightsReport,
     Welcome,
@@ -79,6 +80,7 @@ sayings: st.SearchStrategy[Any] = st.one_of(
         probe_logprobs=st.just(NO_PROBE),
     ),
     st.builds(Draining),
+    st.builds(Watch),
     st.builds(Bye, error=st.none()),
     st.builds(WireError, st.just("garbage")),
 )
