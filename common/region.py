@@ -1,7 +1,7 @@
 """The last lines of a terminal, which are drawn anew again and again while everything else scrolls by above them.
 
 The cursor is never hidden and no mode of the terminal is changed, so that whatever ends the process leaves a terminal
-as it should be, with the last drawing as its last lines.
+as it should be: the last drawing, and below it a free line.
 """
 
 import io
@@ -29,7 +29,7 @@ def can_draw() -> bool:
 
 
 class Region:
-    """On standard output. Invariant: the cursor is behind the last of the lines that `_widths` tells of."""
+    """On standard output. Invariant: the cursor is on the line below those that `_widths` tells of."""
 
     def __init__(self) -> None:
         self._colors = Console().color_system
@@ -40,7 +40,7 @@ class Region:
     def size(self) -> tuple[int, int]:
         """Columns and lines that a drawing may have."""
         width, height = _terminal_size()
-        return width - 1, height - 1  # a full last column wraps on some terminals
+        return width - 1, height - 1  # a full last column wraps on some terminals; the last line is the cursor's
 
     def draw(self, what: RenderableType) -> None:
         """In the place of what was drawn before. Nothing while the terminal takes no more (Ctrl-S)."""
@@ -49,7 +49,7 @@ class Region:
         width, height = self.size
         self._shown = what
         lines = self._rendered(what, width)[:height]
-        drawn = "\n".join(f"{line}\x1b[K" for line in lines)
+        drawn = "".join(f"{line}\x1b[K\n" for line in lines)
         self._put(f"{self._to_start()}{drawn}\x1b[J")
         self._widths = [cell_len(Text.from_ansi(line).plain) for line in lines]
 
@@ -62,12 +62,6 @@ class Region:
         if shown is not None:
             self.draw(shown)
 
-    def leave(self) -> None:
-        """What is drawn stays, and the next line is free."""
-        if self._widths:
-            self._put("\n")
-        self._widths, self._shown = [], None
-
     def erase(self) -> None:
         """Leaves the cursor where the region began."""
         if self._widths:
@@ -78,7 +72,7 @@ class Region:
         """A terminal that has become narrower has wrapped what was drawn."""
         width = _terminal_size()[0]
         num_lines = sum(max(1, -(-cells // width)) for cells in self._widths)
-        return "\r" + (f"\x1b[{num_lines - 1}A" if num_lines > 1 else "")
+        return "\r" + (f"\x1b[{num_lines}A" if num_lines else "")
 
     def _rendered(self, what: RenderableType, width: int) -> list[str]:
         console = Console(

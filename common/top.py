@@ -3,8 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -53,8 +52,7 @@ def top(run: Path | None, endpoint: str | None, keys: Path | None, form: Form, t
     with observer:
         try:
             if form is Form.LIVE:
-                with _drawing() if can_draw() else nullcontext(_lines()) as show:
-                    _follow(observer, show, timeout_s)
+                _follow(observer, _drawing() if can_draw() else _lines(), timeout_s)
             else:
                 _print_once(_first(observer, timeout_s), form)
         except RunOver as end:
@@ -108,8 +106,7 @@ def _print_once(status: RunStatus, form: Form) -> None:
     print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
-@contextmanager
-def _drawing() -> Iterator[Show]:
+def _drawing() -> Show:
     """On a terminal, in the place of what was drawn before. The last drawing stays."""
     region = Region()
 
@@ -118,10 +115,7 @@ def _drawing() -> Iterator[Show]:
         text = Text(waiting, no_wrap=True, overflow="ellipsis")
         region.draw(text if status is None else dashboard(status, width, height, silent_s))
 
-    try:
-        yield show
-    finally:
-        region.leave()
+    return show
 
 
 def _lines() -> Show:

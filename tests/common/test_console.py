@@ -123,7 +123,7 @@ def test_a_terminal_that_becomes_narrower_has_wrapped_the_region() -> None:
         assert terminal.text
         fcntl.ioctl(terminal.ours, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, 40, 0, 0))
         terminal.screen = Screen(40)  # wraps anew
-        terminal.screen.feed("before\r\n" + "x" * 60 + "\r\n" + "y" * 30)
+        terminal.screen.feed("before\r\n" + "x" * 60 + "\r\n" + "y" * 30 + "\r\n")
         region.draw(Text("z"))
         assert terminal.text == "before\nz"
 
