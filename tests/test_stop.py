@@ -3,6 +3,7 @@
 The learner, its sockets and its checkpoints are real; the actor is a fake (see tests/test_kill_and_resume.py).
 """
 
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import run
 from common.types import Stop
 from learner.checkpoint import complete_steps
 from tests.test_kill_and_resume import START_S, LearnerProcesses, learner, steps
@@ -29,12 +31,15 @@ def stop(processes: LearnerProcesses, rank: int, number: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "rank"), [(1, 0), (2, 1)])
 def test_a_learner_that_is_asked_to_stop_finishes_its_step_saves_and_sends_actors_home(
-    tmp_path: Path, num_ranks: int, rank: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_ranks: int, rank: int
 ) -> None:
-    """With two ranks only the second one hears of it."""
+    """With two ranks only the second one hears of it. Before that somebody looks at the run."""
     settings = ("learner.steps=1000", "checkpoint.every=0")
     with learner(tmp_path, "run", num_ranks, *settings) as processes:
         processes.wait_for_step(1)
+        assert run.main(["top", str(tmp_path / "run"), "--json"]) == 0
+        status = json.loads(capsys.readouterr().out)
+        assert status["step"] >= 1 and status["member_names"] == ["actor"] and len(status["rewards"]) >= 1
         stop(processes, rank, signal.SIGTERM)
         assert processes.actor.received_any(Stop) is not None
         done = steps(tmp_path / "run")[-1]["step"]
