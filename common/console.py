@@ -64,7 +64,7 @@ class LiveConsole(Console):
         self._began_s = self.draw_at = time.monotonic()
         self._stage = "learner and actors are starting"  # while there is no status
         self._part = b""  # of a line that is not complete yet
-        self._hidden = b""  # the last line that was left out
+        self._hidden = b""  # the last line of a step, if it was left out
 
     def write(self, piece: bytes) -> None:
         *lines, self._part = (self._part + piece).split(b"\n")
@@ -107,10 +107,11 @@ class LiveConsole(Console):
 
     def _hides(self, line: bytes) -> bool:
         """Lines of steps, while it is seen without them how the run stands."""
-        if self._status is None or self._silent_s > SILENT_S or not is_progress(line.decode(errors="replace")):
+        if not is_progress(line.decode(errors="replace")):
             return False
-        self._hidden = line + b"\n"
-        return True
+        is_seen = self._status is not None and self._silent_s <= SILENT_S
+        self._hidden = line + b"\n" if is_seen else b""
+        return is_seen
 
     def _hang_up(self) -> None:
         if self._observer is not None:

@@ -73,6 +73,8 @@ def _head(status: RunStatus, width: int) -> Table:
         width=max(8, min(60, width - where.cell_len - len(times) - 2)),
     )
     row = Table.grid()
+    for _ in range(3):
+        row.add_column(no_wrap=True, overflow="ellipsis")
     row.add_row(where, bar, Text(f" {times}"))
     return row
 

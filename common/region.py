@@ -32,7 +32,7 @@ class Region:
     """On standard output. Invariant: the cursor is on the line below those that `_widths` tells of."""
 
     def __init__(self) -> None:
-        self._colors = Console().color_system
+        self._real = Console()
         self._widths: list[int] = []  # cells of each line that is drawn
         self._shown: RenderableType | None = None
 
@@ -78,8 +78,8 @@ class Region:
         console = Console(
             file=io.StringIO(),
             force_terminal=True,
-            color_system=self._colors,  # type: ignore[arg-type]
-            no_color=self._colors is None,
+            color_system=self._real.color_system,  # type: ignore[arg-type]
+            no_color=self._real.no_color,
             width=width,
             highlight=False,
             legacy_windows=False,

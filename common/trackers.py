@@ -255,6 +255,7 @@ class _Feed:
             self._say_once(f"lacks {self.num_lost} lines")
 
     def _run(self) -> None:
+        self._begins()  # while the learner loads
         while (item := self._queue.get()) is not None:
             if not (self._begins() and self._succeeds(partial(self._hand_over, item))):
                 self._num_failed += 1

@@ -188,7 +188,7 @@ def test_one_that_could_not_begin_is_tried_again_after_a_while(tmp_path: Path, m
     for step in range(5):
         trackers.log(step, 0.0, VALUES)
     trackers.close(LONG_S)
-    assert trackers.counts() == {"trackers/wandb_lost": 2.0}
+    assert trackers.counts() == {"trackers/wandb_lost": 1.0}, "the first attempt is made before there is a line"
 
 
 def test_one_that_hangs_costs_the_run_nothing_but_the_time_at_its_end(
@@ -200,8 +200,7 @@ def test_one_that_hangs_costs_the_run_nothing_but_the_time_at_its_end(
     trackers = feed(tmp_path, Tracker)
     for step in range(30):
         trackers.log(step, 0.0, VALUES)
-    lost = trackers.counts()["trackers/wandb_lost"]
-    assert lost in (19.0, 20.0), "one line may be in the thread's hands"
+    assert trackers.counts() == {"trackers/wandb_lost": 20.0}
     trackers.close(0.05)
     let_go.set()
     said = capsys.readouterr().out.splitlines()
