@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common.config import TrackerName
 from common.connections import Refusal
 from common.types import DropReason, Verdict
 
@@ -29,6 +30,7 @@ PARTS: dict[str, Part] = {
     "reason": Part(expression="|".join(DropReason), meaning=", ".join(f"`{reason}`" for reason in DropReason)),
     "verdict": Part(expression="|".join(Verdict), meaning=", ".join(f"`{verdict}`" for verdict in Verdict)),
     "refusal": Part(expression="|".join(Refusal), meaning=", ".join(f"`{refusal}`" for refusal in Refusal)),
+    "tracker": Part(expression="|".join(TrackerName), meaning=", ".join(f"`{name}`" for name in TrackerName)),
     "position": Part(
         expression="first|p25|p50|p75|last", meaning="one token of each response: `first`, `p25`, `p50`, `p75`, `last`"
     ),
@@ -99,6 +101,8 @@ DATA = _rows(
     ("verifier/num_errors", "count", "responses since the last step on which the verifier itself failed"),
     ("verifier/num_timed_out", "count", "responses since the last step that it did not judge in time"),
     ("transport/{refusal}", "count", "connections refused or cut off since the run began"),
+    ("transport/ignored_watches", "count", "questions of `run.py top` that came too often, since the learner began"),
+    ("trackers/{tracker}_lost", "count", "steps that this tracker will not have, since the learner began"),
 )  # fmt: skip
 
 STALENESS = _rows(

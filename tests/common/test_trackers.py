@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from common import trackers as trackers_module
+from common.catalogue import find
 from common.config import Config, ConfigError, LoggingConfig, ModelConfig, RolloutConfig, TrackerName
 from common.loading import load_config
 from common.metrics import RunLog, read_jsonl
@@ -220,6 +221,7 @@ def test_a_run_log_tells_trackers_and_notes_what_they_lack(tmp_path: Path, monke
         trackers.close(LONG_S)
     (row,) = read_jsonl(tmp_path / "r" / "metrics.jsonl")
     assert row["reward/mean"] == 0.5 and row["trackers/wandb_lost"] in (0, 1)
+    assert all(find(f"trackers/{name}_lost") for name in TrackerName)
 
 
 # ---- settings
