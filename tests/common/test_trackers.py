@@ -16,7 +16,7 @@ from common.catalogue import find
 from common.config import Config, ConfigError, LoggingConfig, ModelConfig, RolloutConfig, TrackerName
 from common.loading import load_config
 from common.metrics import RunLog, read_jsonl
-from common.trackers import Trackers, check_trackers
+from common.trackers import Trackers, attach, check_trackers
 from tests.support.runs import ROOT
 
 VALUES = {"reward/mean": 0.5, "loss": float("nan"), "staleness/hist": {0: 5.0, 2: 7.0}}
@@ -127,6 +127,18 @@ def test_trackio_knows_a_run_by_a_name_that_nobody_else_has(tmp_path: Path, monk
     assert names[0] == names[1] == ids(config)["trackio"] and names[0].startswith("r-")
     logged = [arguments for name, arguments in calls if name == "trackio.init().log"]
     assert logged[0] == ({"reward/mean": 0.5, "staleness/hist": "a histogram"}, {"step": 1})
+
+
+def test_the_report_goes_to_the_run_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, report = make_config(tmp_path, TrackerName.wandb), tmp_path / "report.html"
+    calls = install(monkeypatch, "wandb", **{"wandb.init().id": "w1"})
+    attach(config, report)
+    assert calls == [], "there is none"
+    report.write_text("<p>a report")
+    attach(config, report)
+    names = [name for name, _ in calls]
+    assert names.index("wandb.Artifact().add_file") < names.index("wandb.init().log_artifact") < len(names) - 1
+    assert names[-1] == "wandb.init().finish"
 
 
 # ---- trackers that do not do what they should
