@@ -165,6 +165,7 @@ def check_trackers(config: Config) -> None:
 def attach(config: Config, file: Path) -> None:
     """Keeps a file, if it is there, with a run that has ended, at each of its trackers."""
     if config.logging.trackers and file.is_file():
+        print(f"{file} goes to {', '.join(config.logging.trackers)}", flush=True)
         with Trackers(config) as trackers:
             trackers.attach(file)
 
