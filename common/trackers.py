@@ -156,7 +156,8 @@ ADAPTERS: dict[TrackerName, type[Tracker]] = {
 def check_trackers(config: Config) -> None:
     """Raises ConfigError for one that is not installed, before anything starts."""
     for name in config.logging.trackers:
-        if importlib.util.find_spec(name.value) is None:
+        spec = importlib.util.find_spec(name.value)
+        if spec is None or spec.origin is None:  # nothing, or a mere folder of that name, as W&B makes them
             raise ConfigError(
                 f"logging.trackers has {name.value}, which is not installed: pip install {name.value}, or leave it out"
             )

@@ -58,7 +58,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str, **answers: Any) -> lis
     for name in names:
         module = Recorded(calls, name, {key.replace("__", "."): value for key, value in answers.items()})
         monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(origin="here"))
     return calls
 
 
@@ -174,7 +174,7 @@ def feed(folder: Path, tracker: type[Tracker]) -> Trackers:
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(origin="here"))
 
 
 @pytest.mark.parametrize("where", ["begins", "logs"])
@@ -240,9 +240,11 @@ def test_a_run_log_tells_trackers_and_notes_what_they_lack(tmp_path: Path, monke
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"has trackio, which is not installed: pip install trackio, or leave it out"):
-        check_trackers(Config(logging=LoggingConfig(trackers=[TrackerName.trackio])))
+    config = Config(logging=LoggingConfig(trackers=[TrackerName.trackio]))
+    for found in (None, types.SimpleNamespace(origin=None)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        with pytest.raises(ConfigError, match=r"trackio, which is not installed: pip install trackio, or leave it out"):
+            check_trackers(config)
 
 
 def test_trackers_are_named_in_the_configuration() -> None:
