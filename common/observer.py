@@ -19,6 +19,7 @@ from common.types import Message, Refused, RunStatus, Stop, Watch
 from common.wire import WireError, decode, encode, pack, unpack
 
 ASK_S = 1.0
+CONNECTING_S = 0.1  # between two looks at whether it is connected
 LOST_S = 3.0  # of silence, after which the address is looked up again
 NAME = "observer"  # also of the keys that are its own, if the run has such (common/keys.py)
 
@@ -46,11 +47,12 @@ class Observer:
     ) -> None:
         self.endpoint: str | None = None
         self.status: RunStatus | None = None
-        self.heard_s = self._began_s = time.monotonic()
+        self.heard_s = time.monotonic()  # at first the time of the beginning
         self._find = find
         self._keys = keys
         self._max_bytes = max_message_mb << 20
         self._asked_s = 0.0
+        self._is_connected = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
@@ -70,9 +72,10 @@ class Observer:
     def look(self, now: float) -> RunStatus | None:
         """The last status that has come. Asks for the next one when it is time.
 
-        Raises RunOver; ConfigError when the learner refuses to be watched, or speaks another protocol.
+        Raises RunOver; WireError when the learner refuses to be watched, or speaks another protocol; ConfigError
+        (HandshakeError is one) for keys that do not fit.
         """
-        if self._socket is None or now - max(self.heard_s, self._began_s) > LOST_S:
+        if self._socket is None or now - self.heard_s > LOST_S:
             self._go_to(self._find())
         if self._socket is not None:
             self._read(self._socket, now)
@@ -81,7 +84,9 @@ class Observer:
         return self.status
 
     def wait(self, timeout_s: float) -> None:
-        """Until something has come, or the time is over."""
+        """Until something has come, there may be something to ask, or the time is over."""
+        if not self._is_connected:
+            timeout_s = min(timeout_s, CONNECTING_S)
         if self._socket is None:
             time.sleep(timeout_s)
         else:
@@ -103,8 +108,9 @@ class Observer:
         try:
             channel.send(pack(encode(Watch())), zmq.NOBLOCK)
         except zmq.Again:
-            return  # not connected yet, or not any more
-        self._asked_s = now
+            self._is_connected = False  # not yet, or not any more
+            return
+        self._is_connected, self._asked_s = True, now
 
     def _read(self, channel: zmq.Socket[bytes], now: float) -> None:
         assert self._monitor is not None and self.endpoint is not None
