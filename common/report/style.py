@@ -4,7 +4,7 @@ Kinds have the colours of Okabe and Ito, darkened or lightened until they stand 
 from light to dark, on a dark ground from dim to bright, so that their order is seen without a legend.
 """
 
-STYLE = """
+COLOURS = """
 :root {
   --ground: #f6f6f4; --card: #ffffff; --ink: #1c1e22; --muted: #5a606b; --rule: #d9dbdf; --grid: #e6e7ea;
   --accent: #0b62a4; --warn: #a63c00; --warn-ground: #fdf1e8;
@@ -21,6 +21,9 @@ STYLE = """
     --h0: #1e2f3e; --h1: #214f73; --h2: #2a7ab0; --h3: #5fb3e6; --h4: #c9e8ff;
   }
 }
+"""
+
+_PAGE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
@@ -77,6 +80,9 @@ dd { margin: 0 0 6px; color: var(--muted); }
 .sample .tokens span, .ages span { border-bottom: 2px solid var(--c); }
 .ages span { padding: 0 5px; color: var(--ink); }
 .plot { display: block; width: 100%; height: auto; overflow: visible; }
+"""
+
+PLOT = """
 .plot text { fill: var(--muted);
   font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 .plot text.legend, .plot text.label { fill: var(--ink); }
@@ -96,6 +102,9 @@ dd { margin: 0 0 6px; color: var(--muted); }
 .fill { fill: var(--c); }
 .dot { fill: var(--c); }
 .ring { fill: var(--card); stroke: var(--c); stroke-width: 1.6; }
+"""
+
+_LAYOUT = """
 @media (min-width: 760px) {
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .span-2, .span-3 { grid-column: span 2; }
@@ -134,3 +143,5 @@ dd { margin: 0 0 6px; color: var(--muted); }
   h2 { break-after: avoid; margin-top: 16px; font-size: 18px; }
 }
 """
+
+STYLE = COLOURS + _PAGE + PLOT + _LAYOUT
