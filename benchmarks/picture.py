@@ -2,8 +2,8 @@
 
     python benchmarks/picture.py RUN [RUN ...] --view 1 [--panel 0] --out age.svg
 
-The file carries its colours and its ground, so that it is read on a light and on a dark page. Several RUNs are compared, in
-view 15.
+The file carries its colours and its ground, so that it is read on a light and on a dark page. Several RUNs are
+compared, in view 15.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory; several for view 15")
     parser.add_argument("--view", type=int, required=True, help="its number, 1 to 15")
-    parser.add_argument("--panel", type=int, default=0, help="which of its plots, counted from 0 (default: %(default)s)")
+    parser.add_argument("--panel", type=int, default=0, help="which of its plots, counted from 0 (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     arguments = parser.parse_args()
     panels = find_panels(arguments.runs, arguments.view)

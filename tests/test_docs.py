@@ -99,7 +99,9 @@ RUN_BY = {
     r"keygen": "tests/test_command_line.py::test_keys_are_made_once",
     r"show": "tests/common/test_show.py::test_in_a_terminal_keys_turn_pages_and_the_terminal_is_left_as_it_was",
     r"inspect .*--html": "tests/common/report/test_inspect.py::test_html_is_written_and_named",
-    r"inspect .*--json": "tests/common/report/test_inspect.py::test_json_has_the_summary_the_advice_and_what_was_measured",
+    r"inspect .*--json": (
+        "tests/common/report/test_inspect.py::test_json_has_the_summary_the_advice_and_what_was_measured"
+    ),
     r"inspect \S+ \S+": "tests/common/report/test_compare.py::test_text_json_and_page_have_all_runs_and_what_differs",
     r"inspect": "tests/common/report/test_inspect.py::test_the_text_has_intervals_members_waste_and_advice",
     r"eval": "tests/actors/evaluation/test_documentation.py::test_a_command_of_the_page",
@@ -112,7 +114,9 @@ RUN_BY = {
     r"python benchmarks/picture\.py": (
         "tests/benchmarks/test_picture.py::test_a_view_is_written_as_a_file_that_needs_nothing_else"
     ),
-    r"python benchmarks/fuzz\.py": "tests/common/test_fuzz.py::test_mutated_messages_are_refused_and_take_little_memory",
+    r"python benchmarks/fuzz\.py": (
+        "tests/common/test_fuzz.py::test_mutated_messages_are_refused_and_take_little_memory"
+    ),
     r"python benchmarks/transport\.py": (
         "tests/benchmarks/test_transport.py::test_simulated_actors_are_served_by_the_service_itself"
     ),

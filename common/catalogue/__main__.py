@@ -25,6 +25,7 @@ the version that drew it.
 ## The fifteen views of staleness
 
 `run.py inspect RUN` shows them; each serves a decision.
+[staleness.md](staleness.md#reading-the-views) reads them with pictures.
 """
 
 ALARMS = """

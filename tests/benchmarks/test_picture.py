@@ -1,5 +1,6 @@
 """A picture for a document: a whole SVG file with its colours, of the plot that was asked for."""
 
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -26,8 +27,8 @@ def test_a_view_is_written_as_a_file_that_needs_nothing_else(
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and float(root.attrib["width"]) > 400
     style = root.findtext("{http://www.w3.org/2000/svg}style") or ""
     named = {name for part in root.iter() for name in part.attrib.get("class", "").split()}
-    assert "prefers-color-scheme: dark" in style and not [name for name in named if len(name) == 2 and name not in style]
-    assert "<title>" not in file.read_text() and "url(" not in style
+    assert [name for name in named if re.fullmatch(r"[ach]\d", name) and f".{name} {{" not in style] == []
+    assert "prefers-color-scheme: dark" in style and "url(" not in style and "<title>" not in file.read_text()
 
 
 def test_a_plot_that_the_run_does_not_have_is_said(
