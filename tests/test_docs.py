@@ -98,6 +98,7 @@ RUN_BY = {
     r"actor ": "tests/test_multinode.py::test_two_ranks_and_two_actors_on_four_hosts",
     r"keygen": "tests/test_command_line.py::test_keys_are_made_once",
     r"show": "tests/common/test_show.py::test_in_a_terminal_keys_turn_pages_and_the_terminal_is_left_as_it_was",
+    r"top": "tests/test_stop.py::test_a_learner_that_is_asked_to_stop_finishes_its_step_saves_and_sends_actors_home",
     r"inspect .*--html": "tests/common/report/test_inspect.py::test_html_is_written_and_named",
     r"inspect .*--json": (
         "tests/common/report/test_inspect.py::test_json_has_the_summary_the_advice_and_what_was_measured"
