@@ -9,10 +9,11 @@ import logging
 import socket
 import struct
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import NamedTuple
 
 import zmq
@@ -56,6 +57,7 @@ class _Peer:
     base: int | None = None
     strikes: int = 0
     is_known: bool = False  # the handshake is over
+    since_s: float = field(default_factory=time.monotonic)
 
 
 class Connections:
@@ -72,9 +74,8 @@ class Connections:
         self._reply_bytes = _CURVE_REPLY_BYTES if router.getsockopt(zmq.CURVE_SERVER) else _NULL_REPLY_BYTES
         self.refusals: Counter[Refusal] = Counter()
         self._max_bytes = max_bytes + IN_FLIGHT_BYTES
-        self._peers: dict[int, _Peer] = {}  # oldest first
-        self._round: deque[int] = deque()  # those that this round has still to look at
-        self._checked_s = time.monotonic()
+        self._peers: OrderedDict[int, _Peer] = OrderedDict()  # first who was not looked at for longest
+        self._checked_s = self._limited_s = time.monotonic()
         self._max_queued = int(router.getsockopt(zmq.RCVHWM))
         self._left_over: dict[int, tuple[bytes, int]] = {}  # of who was cut off: identity, messages still to be read
 
@@ -86,7 +87,6 @@ class Connections:
             if kind == zmq.EVENT_ACCEPTED:
                 self._peers.pop(value, None)
                 self._peers[value] = _Peer()
-                self._round.append(value)
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._peers.pop(value, None)
             elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -117,21 +117,20 @@ class Connections:
         """Look at as many connections as are due by `now`, a monotonic time, and cut off who sends too much: each once
         in CHECK_S, since all at once would keep everybody waiting. To be called when all messages that have come are
         read."""
-        if not self._round:
-            self._round.extend(self._peers)
         each_s = CHECK_S / max(1, len(self._peers))
-        num_due = min(int((now - self._checked_s) / each_s), len(self._round))
+        num_due = min(int((now - self._checked_s) / each_s), len(self._peers))
         if not num_due:
             return
         self._checked_s = max(self._checked_s + num_due * each_s, now - CHECK_S)
-        for _ in range(num_due):
-            self._look(self._round.popleft())
-        if not self._round:
+        for descriptor in list(islice(self._peers, num_due)):
+            self._peers.move_to_end(descriptor)
+            self._look(descriptor)
+        if now - self._limited_s >= CHECK_S:
+            self._limited_s = now
             self._limit_strangers()
 
     def _look(self, descriptor: int) -> None:
-        if (peer := self._peers.get(descriptor)) is None:
-            return
+        peer = self._peers[descriptor]
         if (traffic := self._traffic(descriptor)) is None:
             del self._peers[descriptor]  # closed
             return
@@ -145,6 +144,7 @@ class Connections:
 
     def _limit_strangers(self) -> None:
         strangers = [descriptor for descriptor, peer in self._peers.items() if not peer.is_known]
+        strangers.sort(key=lambda descriptor: self._peers[descriptor].since_s)
         for descriptor in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
             self._look(descriptor)  # the handshake may be over by now
             if (peer := self._peers.get(descriptor)) is not None and not peer.is_known:

@@ -4,10 +4,12 @@ import asyncio
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -199,18 +201,38 @@ def test_every_connection_is_looked_at_in_time_but_not_all_at_once(monkeypatch: 
         table.follow()
     looks: list[int] = []
     monkeypatch.setattr(table, "_look", looks.append)
-    table._round.clear()
     table._checked_s = 0.0
     for step in range(1, 21):
         before = len(looks)
         table.check(step * connections.CHECK_S / 10)
-        assert len(looks) - before <= 5, f"step {step}: two are due, and what the end of a round left over"
+        assert len(looks) - before <= 3, f"step {step}: two are due"
     assert {looks.count(descriptor) for descriptor in table._peers} <= {1, 2} and len(looks) >= 36
     table.check(3 * connections.CHECK_S)
     assert {looks.count(descriptor) for descriptor in table._peers} <= {2, 3}
     for peer in crowd:
         peer.close()
     learner.close()
+
+
+def test_strangers_that_come_and_go_do_not_keep_others_from_being_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of its own: while one connection stays, ten come and go in each tenth of CHECK_S."""
+    events: deque[tuple[int, int]] = deque([(zmq.EVENT_ACCEPTED, 3)])
+    monitor = SimpleNamespace(getsockopt=lambda option: zmq.POLLIN if events else 0)
+    router = SimpleNamespace(get_monitor_socket=lambda kinds: monitor, getsockopt=lambda option: 1)
+
+    def told(socket: object) -> dict[str, int]:
+        return dict(zip(("event", "value"), events.popleft(), strict=True))
+
+    monkeypatch.setattr(connections, "recv_monitor_message", told)
+    table = connections.Connections(router, 1)  # type: ignore[arg-type]
+    looks: list[int] = []
+    monkeypatch.setattr(table, "_look", looks.append)
+    table._checked_s = 0.0
+    for step in range(1, 101):
+        table.follow()
+        table.check(step * connections.CHECK_S / 10)
+        events.extend((kind, 4) for kind in (zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED) * 10)
+    assert looks.count(3) >= 9, "ten rounds are over"
 
 
 def test_a_slow_handshake_ends(monkeypatch: pytest.MonkeyPatch) -> None:
