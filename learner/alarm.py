@@ -51,16 +51,16 @@ class Alarm:
         return {"alarm/active": float(sum(watch.is_crossed for watch in self._watches.values()))}, crossings
 
     def state_dict(self) -> list[JSON]:
-        """A list, because which limits there are may change between two releases."""
+        """A list, because which limits there are may change between two releases. A copy: it may be written later."""
         return [
-            [setting, watch.reference, list(watch.recent), watch.is_crossed, watch.calm]
+            [setting, list(watch.reference), list(watch.recent), watch.is_crossed, watch.calm]
             for setting, watch in self._watches.items()
         ]
 
     def load_state_dict(self, state: list[JSON]) -> None:
         for setting, reference, recent, is_crossed, calm in state:
             if setting in self._watches:
-                self._watches[setting] = _Watch(reference, deque(recent), is_crossed, calm)
+                self._watches[setting] = _Watch(list(reference), deque(recent), is_crossed, calm)
 
     def _judge(self, limit: Limit, step: int, values: dict[str, Value]) -> Crossing | None:
         """Takes the step's value in; the crossing when this is the step that crosses the limit."""

@@ -1,5 +1,6 @@
 """The alarm against a slow reference, and what a user sees of it: one line for each time that a limit is crossed."""
 
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_a_resume_neither_repeats_an_alarm_nor_forgets_the_first_steps() -> None
         found = crossings(before, "policy/grad_norm", list(values[:cut]))
         after.load_state_dict(before.state_dict())
         assert found + crossings(after, "policy/grad_norm", list(values[cut:]), cut + 1) == [5, 12]
+
+
+def test_a_checkpoint_that_is_written_while_training_goes_on_does_not_see_later_steps() -> None:
+    alarm = Alarm(AlarmConfig(window=3))
+    crossings(alarm, "policy/grad_norm", [1.0])
+    state = alarm.state_dict()
+    taken = json.dumps(state)
+    crossings(alarm, "policy/grad_norm", [2.0], 2)
+    assert json.dumps(state) == taken
+    alarm.load_state_dict(state)
+    crossings(alarm, "policy/grad_norm", [2.0], 2)
+    assert json.dumps(state) == taken
 
 
 def test_the_log_has_an_alarm_as_an_event_and_the_console_its_line(
