@@ -100,6 +100,7 @@ class Actor:
         self._report: WeightsReport | None = None  # the last
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._has_less_to_do = asyncio.Event()  # than before: a lease is done, or a group has arrived
+        self._is_draining = False
 
     async def serve(self, is_draining: asyncio.Event) -> None:
         """Takes part until the learner says stop, or it is asked to drain and has. Raises ActorError, EngineError or
@@ -158,6 +159,8 @@ class Actor:
             for group in self._unacknowledged.values():
                 await self._connection.send(group)
             self._engine.progress_again()  # what the old connection had not delivered is lost
+        if self._is_draining:
+            await self._connection.send(Draining())
         await self._connection.send(Ready(version=self._engine.version, probe_logprobs=NO_PROBE))
 
     def _begin_anew(self) -> None:
@@ -204,6 +207,7 @@ class Actor:
     async def _drain(self, is_asked: asyncio.Event) -> None:
         """Returns when it may leave: all that it was leased has arrived, or actors.drain_s are over."""
         await is_asked.wait()
+        self._is_draining = True
         logger.info("draining: %d groups are being sampled", len(self._tasks))
         await self._connection.send(Draining())
         try:

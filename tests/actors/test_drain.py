@@ -12,10 +12,11 @@ import pytest
 
 from actors.greeting import Session
 from actors.main import Actor, Departure
+from common.agreement import shared_settings
 from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig
 from common.stopping import ECHO_S
 from common.transport import ActorConnection
-from common.types import Bye, CompletedGroup, Draining, Lease, Prompt
+from common.types import Bye, CompletedGroup, Draining, Lease, Prompt, Ready, Welcome
 from learner.rollouts.service import LearnerService
 from tests.support.fake_actors import FINGERPRINTS, FakeActor, group
 
@@ -37,6 +38,7 @@ ENGINE.score = scored
 ENGINE.progress = lambda lease_id: None
 ENGINE.num_drawn = lambda lease_id: 0
 ENGINE.forget = ENGINE.progress
+ENGINE.progress_again = lambda: None
 
 
 def take_part(endpoint: str, draining: list[Any]) -> None:
@@ -128,3 +130,36 @@ def test_the_learner_is_told_that_nothing_more_is_wanted() -> None:
 
     asyncio.run(drained())
     assert sent == [Draining()]
+
+
+@pytest.mark.parametrize("incarnation", [0, 1])
+def test_it_is_told_again_on_a_new_connection_and_to_a_learner_that_was_started_again(incarnation: int) -> None:
+    """Before Ready, which a lease may be the answer to."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(type(message))
+
+    def welcome(incarnation: int) -> Welcome:
+        return Welcome(
+            run_id="",
+            incarnation=incarnation,
+            number=1,
+            settings=shared_settings(CONFIG),
+            heartbeat_s=1.0,
+            timeout_s=1.0,
+            probe_token_ids=np.empty(0, np.int32),
+        )
+
+    async def drained() -> None:
+        session = Session(CONFIG, SimpleNamespace(send=send, endpoint=""))  # type: ignore[arg-type]
+        session.welcome = welcome(0)
+        actor = Actor(session, ENGINE, None)  # type: ignore[arg-type]
+        await actor._go_on(welcome(incarnation))
+        event = asyncio.Event()
+        event.set()
+        await actor._drain(event)
+        await actor._go_on(welcome(incarnation))
+
+    asyncio.run(drained())
+    assert sent == [Ready, Draining, Draining, Ready]
