@@ -107,6 +107,7 @@ class LearnerService:
         self._former_port = former_port
         self._waits: dict[str, float] = {}  # for what, and since when: those that StillWaiting has interrupted
         self._is_interrupted = False
+        self._has_served = False  # MembersWaiting was raised since the last wait with an answer
         stream = PromptStream(prompts, config.seed, shares)
         self._coordinator = Coordinator(config, stream, tokenize, incarnation=incarnation, vocab_size=vocab_size)
         self._reception = Reception(
@@ -159,22 +160,16 @@ class LearnerService:
         Raises BatchTimeout, MembersWaiting when actors have to be served with the current version first, or ConfigError
         when the verdicts say that there is no point in going on.
         """
-
-        def attempt() -> list[TrajectoryGroup] | None:
-            self._raise_if_waiting()
-            return self._coordinator.ledger.take_batch()
-
-        num_groups = self._config.rollout.prompts_per_step
-        return self._wait(attempt, timeout_s, f"a batch of {num_groups} groups", BatchTimeout)
+        what, ledger = f"a batch of {self._config.rollout.prompts_per_step} groups", self._coordinator.ledger
+        return self._wait(lambda: self._beside_joiners(ledger.take_batch), timeout_s, what, BatchTimeout)
 
     def wait_window_sampled(self, timeout_s: float) -> None:
         """Until the admission window is full and nothing of it is in flight. Raises as take_batch does."""
 
-        def attempt() -> bool | None:
-            self._raise_if_waiting()
+        def is_sampled() -> bool | None:
             return self._coordinator.ledger.is_window_sampled() or None
 
-        self._wait(attempt, timeout_s, "a full admission window", BatchTimeout)
+        self._wait(lambda: self._beside_joiners(is_sampled), timeout_s, "a full admission window", BatchTimeout)
 
     def set_version(self, version: int, steps_done: int) -> None:
         """After every step: the version that is current now, and the steps done, warm-up included."""
@@ -373,8 +368,20 @@ class LearnerService:
             raise RuntimeError("the service is not running")
         return self._socket
 
+    def _beside_joiners(self, attempt: Callable[[], T | None]) -> T | None:
+        """Joiners go first, but once: those that come one after another do not keep what is ready."""
+        if not self._has_served:
+            self._raise_if_waiting()
+        result = attempt()
+        if result is None:
+            self._raise_if_waiting()
+        else:
+            self._has_served = False
+        return result
+
     def _raise_if_waiting(self) -> None:
         if waiting := self._coordinator.waiting_for_weights():
+            self._has_served = True
             raise MembersWaiting(waiting)
 
     def _wait(self, attempt: Callable[[], T | None], timeout_s: float, what: str, timeout: type[TimeoutError]) -> T:

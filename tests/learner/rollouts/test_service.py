@@ -339,6 +339,23 @@ def test_a_late_joiner_waits_for_the_current_weights(service: LearnerService) ->
             until(late.leases)
 
 
+def test_joiners_that_come_one_after_another_do_not_keep_a_batch_that_is_ready(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "first"):
+        service.wait_for_members(1, 10.0)
+        publish(service, 1)
+        service.set_version(1, 2)
+        until(lambda: service.stats()["buffered_groups"] == service.stats()["window_groups"])
+        with FakeActor(service.endpoint, "second"), FakeActor(service.endpoint, "third"):
+            service.wait_for_members(3, 10.0)
+            for wait in (service.take_batch, service.wait_window_sampled):
+                with pytest.raises(MembersWaiting):
+                    wait(10.0)
+                assert service.waiting_ids(), "one more has come meanwhile"
+                wait(10.0)
+            with pytest.raises(MembersWaiting):
+                service.take_batch(10.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
