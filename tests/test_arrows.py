@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("actors", "learner", "common")
 MAY_IMPORT = {"common": {"common"}, "actors": {"actors", "common"}, "learner": {"learner", "common"}}
-# Inside the learner: main -> publication -> networks -> algorithm, leader -> rollouts, planning -> rollouts, never
-# back. Modules that are not named here (main, and the commands export and prepare) may import anything in learner.
+# Inside the learner: main -> loop -> publication -> networks -> algorithm, leader -> rollouts, planning -> rollouts,
+# never back. Modules that are not named here (main, loop, the commands export and prepare) may import anything in it.
 IN_LEARNER = {
     "algorithm": {"algorithm"},
     "networks": {"networks", "algorithm"},

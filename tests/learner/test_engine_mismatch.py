@@ -10,7 +10,7 @@ from common.config import Config, WeightsConfig
 from common.types import TrajectoryGroup
 from learner.algorithm.packing import Batch
 from learner.checkpoint import Checkpointer
-from learner.main import Learner
+from learner.loop import Learner
 from learner.networks.parallel import World
 from learner.publication.control import Costs
 from learner.publication.publisher import Publication

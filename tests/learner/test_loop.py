@@ -19,8 +19,8 @@ from common.config import (
     ModelConfig,
 )
 from common.stopping import Interrupted, RunEnds
-from learner import main as learner_main
-from learner.main import Learner
+from learner import loop
+from learner.loop import Learner
 from learner.networks.parallel import World
 from learner.publication.control import Costs
 from learner.publication.probe import Probe
@@ -79,8 +79,8 @@ class Stage:
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage()
     stage.policy = stage
-    monkeypatch.setattr(learner_main, "broadcast_batch", lambda batch: batch)
-    monkeypatch.setattr(learner_main, "export_policy", lambda *_: stage.calls.append(("export", 0)))
+    monkeypatch.setattr(loop, "broadcast_batch", lambda batch: batch)
+    monkeypatch.setattr(loop, "export_policy", lambda *_: stage.calls.append(("export", 0)))
     return stage
 
 
@@ -143,8 +143,8 @@ def test_an_evaluation_that_is_due_with_a_checkpoint_is_in_it(stage: Stage, monk
         evaluate=lambda version: order.append(f"evaluate {version}"),
         finish_evaluation=lambda **_: None,
     )
-    monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
-    monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
+    monkeypatch.setattr(loop, "version_gaps", lambda *_: {})
+    monkeypatch.setattr(loop.Batch, "from_groups", lambda groups: None)
     config = Config(
         model=ModelConfig(path="nowhere"),
         algorithm=AlgorithmConfig(critic_warmup_steps=0),
@@ -180,8 +180,8 @@ def leader_of(stage: Stage, *answers: Any) -> Any:
 def run_led(stage: Stage, monkeypatch: pytest.MonkeyPatch, *answers: Any, numbers: list[int | None]) -> RunEnds:
     """Four steps with these answers for batches; `numbers` are the signals that have come, whenever one looks."""
     stage.probe = SimpleNamespace(at_ready=lambda: None)
-    monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
-    monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
+    monkeypatch.setattr(loop.Batch, "from_groups", lambda groups: None)
+    monkeypatch.setattr(loop, "version_gaps", lambda *_: {})
     config = Config(
         model=ModelConfig(path="nowhere"),
         algorithm=AlgorithmConfig(critic_warmup_steps=0),
@@ -254,8 +254,8 @@ def test_an_alarm_is_told_once_also_across_a_checkpoint_and_not_in_warm_up(
         algorithm=AlgorithmConfig(critic_warmup_steps=2),
         alarm=AlarmConfig(window=2),
     )
-    monkeypatch.setattr(learner_main.Batch, "from_groups", lambda groups: None)
-    monkeypatch.setattr(learner_main, "version_gaps", lambda *_: {})
+    monkeypatch.setattr(loop.Batch, "from_groups", lambda groups: None)
+    monkeypatch.setattr(loop, "version_gaps", lambda *_: {})
     stage.probe = Probe(config, torch.arange(4))
     stage.explained_variance = [-1.0] * 6
     told: list[tuple[int, str]] = []
