@@ -107,7 +107,7 @@ class LearnerService:
         self._former_port = former_port
         self._waits: dict[str, float] = {}  # for what, and since when: those that StillWaiting has interrupted
         self._is_interrupted = False
-        self._has_served = False  # MembersWaiting was raised since the last wait with an answer
+        self._called_for: set[MemberId] = set()  # those of MembersWaiting, since the last wait with an answer
         stream = PromptStream(prompts, config.seed, shares)
         self._coordinator = Coordinator(config, stream, tokenize, incarnation=incarnation, vocab_size=vocab_size)
         self._reception = Reception(
@@ -196,7 +196,7 @@ class LearnerService:
     def waiting_ids(self) -> tuple[MemberId, ...]:
         """Those of them that do not hold the current version."""
         with self._locked():
-            return tuple(self._coordinator.member(name).id for name in self._coordinator.waiting_for_weights())
+            return self._waiting()
 
     def has_company(self) -> bool:
         """Whether an actor takes part, starts up, or was heard so recently that it may still come back."""
@@ -369,20 +369,23 @@ class LearnerService:
         return self._socket
 
     def _beside_joiners(self, attempt: Callable[[], T | None]) -> T | None:
-        """Joiners go first, but once: those that come one after another do not keep what is ready."""
-        if not self._has_served:
+        """Joiners go first, until they are served. Who has come meanwhile does not keep what is ready."""
+        if not self._called_for or self._called_for & set(self._waiting()):
             self._raise_if_waiting()
         result = attempt()
         if result is None:
             self._raise_if_waiting()
         else:
-            self._has_served = False
+            self._called_for.clear()
         return result
 
     def _raise_if_waiting(self) -> None:
-        if waiting := self._coordinator.waiting_for_weights():
-            self._has_served = True
-            raise MembersWaiting(waiting)
+        if waiting := self._waiting():
+            self._called_for.update(waiting)
+            raise MembersWaiting(tuple(member.name for member in waiting))
+
+    def _waiting(self) -> tuple[MemberId, ...]:
+        return tuple(self._coordinator.member(name).id for name in self._coordinator.waiting_for_weights())
 
     def _wait(self, attempt: Callable[[], T | None], timeout_s: float, what: str, timeout: type[TimeoutError]) -> T:
         """Repeat `attempt` whenever something changed, until its result is not None; StillWaiting between turns."""
