@@ -93,8 +93,10 @@ class Publisher:
     new_transfer: Callable[[Config], Transfer] = transfer_for
     bucket_bytes: int = BUCKET_BYTES
     _source: PolicySource = field(init=False)
-    # Rank 0 only: the way to all members, those who failed together as joiners, and the attempt that is under way.
+    # Rank 0 only: the way to all members, those who got the last version over it, joiners of which one has broken a
+    # transfer, nobody knows which, and the attempt that is under way.
     _main: Line = field(init=False)
+    _proven: set[MemberId] = field(default_factory=set, init=False)
     _doubted: set[MemberId] = field(default_factory=set, init=False)
     _channel: Channel | None = field(default=None, init=False)
     _sending: Background[None] | None = field(default=None, init=False)
@@ -120,18 +122,31 @@ class Publisher:
         published last, those of that time. Called by all ranks together.
 
         With no actor connected, or none left, it reaches nobody: whoever comes later is served before it gets a
-        lease. Raises PublishError on every rank when FRUITLESS_ATTEMPTS attempts in a row failed without anybody to
-        blame.
+        lease. When FRUITLESS_ATTEMPTS attempts in a row failed without anybody to blame, those who have joined since
+        the last publication are left out. If that works, they are doubted: of them one at a time takes part in the
+        publications that follow, and leaves if it fails again. Raises PublishError on every rank when there is nobody
+        to leave out.
         """
         self.hold(version)
-        return self._reach(version, self._main, lambda control: control.member_ids())
+        newcomers = self._newcomers()
+        try:
+            publication = self._reach(version, self._main, self._trusted)
+        except PublishError as error:
+            if self._decided(_Decision.GO_ON if newcomers else _Decision.GIVE_UP) is _Decision.GIVE_UP:
+                raise
+            publication = self._reach(version, self._main, self._known)
+            if publication.members:
+                self._accuse(newcomers, f"the weights could be sent to the others without it, and not with it: {error}")
+        self._proven = set(publication.members)
+        self._doubted -= self._proven
+        return publication
 
     def serve(self, version: int) -> Publication:
         """Brings those members that lack `version`, the one that is held, to it. Nobody else pauses or takes part.
         Called by all ranks together, and again as long as somebody waits.
 
-        A joiner to which nothing can be sent leaves, if others hold the version: they show whose fault that is. Of
-        several that failed together each is tried alone then. Raises PublishError where nobody holds it.
+        A joiner to which nothing can be sent twice leaves, if others hold the version: they show whose fault that is.
+        Of several that failed together each is tried alone then. Raises PublishError where nobody holds it.
         """
         assert version == self._version, f"version {version} is not the one that is held, which is {self._version}"
         joiners = self._next_joiners()
@@ -221,14 +236,32 @@ class Publisher:
         """After a delivery to them that failed with nobody to blame: whether the run goes on, and without whom."""
         if self.control is None:
             return _Decision.GO_ON
-        if len(joiners) > 1:
-            self._doubted.update(joiners)
-            return _Decision.GO_ON
-        if set(self.control.member_ids()) == set(self.control.waiting_ids()):
+        if len(joiners) == 1 and set(self.control.member_ids()) == set(self.control.waiting_ids()):
             return _Decision.GIVE_UP
-        for joiner in joiners:
-            self.control.dismiss(joiner, f"others hold the weights, and they could not be sent to it: {error}")
+        self._accuse(joiners, f"others hold the weights, and they could not be sent to it: {error}")
         return _Decision.GO_ON
+
+    def _accuse(self, members: tuple[MemberId, ...], reason: str) -> None:
+        """One of them is to blame. It leaves if it is alone and was doubted before, else all of them are doubted."""
+        if self.control is not None and len(members) == 1 and members[0] in self._doubted:
+            self.control.dismiss(members[0], reason)
+        self._doubted.update(members)
+
+    def _trusted(self, control: ActorControl) -> tuple[MemberId, ...]:
+        """All members, but one at a time of those who are doubted."""
+        members = control.member_ids()
+        left_out = [member for member in members if member in self._doubted][1:]
+        return tuple(member for member in members if member not in left_out)
+
+    def _known(self, control: ActorControl) -> tuple[MemberId, ...]:
+        """Those who got the last version with the others."""
+        return tuple(member for member in control.member_ids() if member in self._proven)
+
+    def _newcomers(self) -> tuple[MemberId, ...]:
+        """Those of the trusted who are not known, if anybody is."""
+        if self.control is None or not (known := self._known(self.control)):
+            return ()
+        return tuple(member for member in self._trusted(self.control) if member not in known)
 
     def _begin(self, version: int, line: Line, members: tuple[MemberId, ...], costs: Costs) -> None:
         """PAUSE, INIT when the members are not those of the last time, START."""

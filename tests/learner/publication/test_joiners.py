@@ -134,6 +134,26 @@ def test_what_one_joiner_breaks_for_the_others_with_nobody_to_blame_is_found_by_
     assert_next_version_reaches(actors, publisher, FIRST, MemberId("late", 3))
 
 
+def test_joiners_that_break_the_publication_to_all_are_left_out_and_found_one_by_one(path: str) -> None:
+    """One can be reached alone, but not together with the others: as from behind a firewall between actors."""
+    actors, _, publisher = running(path)
+    late, breaks = actors.add("late", 2, actor(path)), actors.add("breaks", 3, actor(path))
+    for version in (2, 3):
+        breaks.fault, breaks.at = BREAKS, breaks.received.count(WeightsPhase.UPDATE)
+        train(publisher.policy)
+        assert publisher.publish(version).members == (FIRST,)
+        assert set(actors.dismissed) == ({"breaks"} if version == 3 else set()), "it may have been either's fault"
+        breaks.fault, actors.served = None, {FIRST}
+        while actors.waiting_ids():
+            publisher.serve(version)
+        assert has_arrived(publisher, actors)
+    for version in (4, 5):
+        train(publisher.policy)
+        assert publisher.publish(version).members == (FIRST, LATE) and has_arrived(publisher, actors)
+    assert set(actors.dismissed) == {"breaks"} and late.received[-1] is WeightsPhase.RESUME
+    publisher.shutdown()
+
+
 def test_a_joiner_that_cannot_be_served_ends_a_run_in_which_nobody_holds_the_version(path: str) -> None:
     actors = LocalActors()
     publisher = make_publisher(make_run(path), actors)
@@ -156,12 +176,14 @@ def test_only_the_version_that_is_held_can_be_served(path: str) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """Joiners beside a good one, and whether the policy has moved on since the version."""
+    """Joiners beside a good one, whether the policy has moved on since the version, and whether the next is published
+    before they are served."""
 
     fault: str | None
     phase: WeightsPhase = WeightsPhase.UPDATE
     at: int = 0
     moves_on: bool = False
+    is_published: bool = False
 
 
 SCENES = [
@@ -169,6 +191,7 @@ SCENES = [
     Scene(KILLED, at=2),
     Scene(FAILS, WeightsPhase.FINISH),
     Scene(BREAKS, WeightsPhase.START),
+    Scene(BREAKS, is_published=True),
 ]
 
 
@@ -195,11 +218,14 @@ def _play(scene: Scene, rank: int, size: int, path: str) -> None:
         actors.actors[FIRST].received.clear()
         actors.add("late", 2, actor(path))
         actors.add("other", 3, actor(path, scene.fault, scene.phase, scene.at))
+    if scene.is_published:
+        publisher.publish(2)
     while _anybody_waits(actors):
-        publisher.serve(1)
+        publisher.serve(1 + scene.is_published)
     if actors is not None:
         left = {FIRST, LATE} if scene.fault else {FIRST, LATE, MemberId("other", 3)}
-        assert set(actors.actors) == left and actors.actors[FIRST].received == [], (scene, actors.dismissed)
+        assert set(actors.actors) == left, (scene, actors.dismissed)
+        assert scene.is_published or actors.actors[FIRST].received == [], scene
         for one in actors.actors.values():
             assert all(one.weights()[name].equal(tensor) for name, tensor in expected.items()), scene
     publisher.shutdown()
