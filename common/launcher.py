@@ -328,17 +328,25 @@ def wait_for_endpoint(connect: str, timeout_s: float) -> str:
     if kind != "file" or not path:
         raise ConfigError(f"--connect {connect} must be tcp://HOST:PORT or file:PATH")
     deadline = time.monotonic() + timeout_s
-    while not Path(path).is_file():
+    while (endpoint := _written(path)) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no learner wrote its address to {path} within {timeout_s:g} s")
         time.sleep(ENDPOINT_POLL_S)
-    return Path(path).read_text().strip()
+    return endpoint
 
 
 def moved_to(connect: str, endpoint: str) -> str:
     """Where the learner is that wait_for_endpoint has found at `endpoint`, by what `connect` says now."""
     kind, _, path = connect.partition(":")
-    return Path(path).read_text().strip() if kind == "file" and Path(path).is_file() else endpoint
+    return (_written(path) if kind == "file" else None) or endpoint
+
+
+def _written(path: str) -> str | None:
+    """A learner's address; None while there is none. `train` deletes it at any time, to begin again."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
 
 
 def _allowed_cores(config: Config) -> list[int]:

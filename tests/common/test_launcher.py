@@ -21,6 +21,7 @@ from common.launcher import (
     actor_specs,
     learner_specs,
     lock_run,
+    moved_to,
     prepare_run_dir,
     rank_environment,
     reserve_port,
@@ -218,6 +219,16 @@ def test_a_learner_that_never_comes_is_named(tmp_path: Path) -> None:
         wait_for_endpoint(f"file:{tmp_path / 'endpoint'}", timeout_s=0.1)
     with pytest.raises(ConfigError, match="must be tcp"):
         wait_for_endpoint("somewhere", timeout_s=0.1)
+
+
+def test_an_address_that_is_deleted_while_it_is_read_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # a moment ago
+    connect = f"file:{tmp_path / 'endpoint'}"
+    assert moved_to(connect, "tcp://host:1") == "tcp://host:1"
+    with pytest.raises(TimeoutError, match="no learner wrote its address"):
+        wait_for_endpoint(connect, timeout_s=0.0)
 
 
 def test_forbidden_cores_are_named(config: Config) -> None:
