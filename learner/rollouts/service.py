@@ -8,8 +8,8 @@ One lock guards the state (coordinator and reception). The thread takes it to ha
 API call takes it, changes the state, and wakes the thread, so that a command leaves with the next turn. Nobody holds it
 while waiting. An exception in the thread is raised by the API calls that are waiting and by every later one.
 
-A turn costs a dozen calls of the system, and may wait for the interpreter as often. Therefore turns begin TURN_S apart
-at least: hundreds of small messages a second share them, and a training loop in the main thread is left in peace.
+A turn costs a dozen calls of the system, and may wait for the interpreter as often. Therefore turns begin PERIOD_S
+apart at least: hundreds of small messages a second share them, and a training loop in the main thread is left in peace.
 """
 
 import logging
@@ -50,7 +50,7 @@ from learner.rollouts.snapshot import Snapshot
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25  # longest sleep of the thread: silence is noticed this late
-TURN_S = 0.003  # from the beginning of a turn to that of the next, at least
+PERIOD_S = 0.003  # from the beginning of a turn to that of the next, at least
 STOP_S = 5.0  # how long actors may take to say bye
 
 T = TypeVar("T")
@@ -418,7 +418,7 @@ class LearnerService:
                 is_last = self._is_closing  # read before the turn: what was put down earlier still leaves
                 started = time.monotonic()
                 self._turn(socket, started)
-                time.sleep(max(0.0, started + TURN_S - time.monotonic()))
+                time.sleep(max(0.0, started + PERIOD_S - time.monotonic()))
         except BaseException as error:
             logger.exception("the service thread failed")
             with self._changed:
