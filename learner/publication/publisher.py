@@ -93,10 +93,11 @@ class Publisher:
     new_transfer: Callable[[Config], Transfer] = transfer_for
     bucket_bytes: int = BUCKET_BYTES
     _source: PolicySource = field(init=False)
-    # Rank 0 only: the way to all members, those who got the last version over it, joiners of which one has broken a
-    # transfer, nobody knows which, and the attempt that is under way.
+    # Rank 0 only: the way to all members, those who got the last version over it, those of whom one has broken it and
+    # those of whom one has broken the way to joiners, nobody knows which, and the attempt that is under way.
     _main: Line = field(init=False)
     _proven: set[MemberId] = field(default_factory=set, init=False)
+    _suspected: set[MemberId] = field(default_factory=set, init=False)
     _doubted: set[MemberId] = field(default_factory=set, init=False)
     _channel: Channel | None = field(default=None, init=False)
     _sending: Background[None] | None = field(default=None, init=False)
@@ -123,9 +124,9 @@ class Publisher:
 
         With no actor connected, or none left, it reaches nobody: whoever comes later is served before it gets a
         lease. When FRUITLESS_ATTEMPTS attempts in a row failed without anybody to blame, those who have joined since
-        the last publication are left out. If that works, they are doubted: of them one at a time takes part in the
-        publications that follow, and leaves if it fails again. Raises PublishError on every rank when there is nobody
-        to leave out.
+        the last publication are left out. If that works, they are suspected: one at a time takes part in the
+        publications that follow, and leaves if it fails again; the others are served as joiners. Raises PublishError
+        on every rank when there is nobody to leave out.
         """
         self.hold(version)
         newcomers = self._newcomers()
@@ -136,9 +137,10 @@ class Publisher:
                 raise
             publication = self._reach(version, self._main, self._known)
             if publication.members:
-                self._accuse(newcomers, f"the weights could be sent to the others without it, and not with it: {error}")
+                reason = f"the weights could be sent to the others without it, and not with it: {error}"
+                self._accuse(newcomers, self._suspected, reason)
         self._proven = set(publication.members)
-        self._doubted -= self._proven
+        self._suspected -= self._proven
         return publication
 
     def serve(self, version: int) -> Publication:
@@ -238,19 +240,19 @@ class Publisher:
             return _Decision.GO_ON
         if len(joiners) == 1 and set(self.control.member_ids()) == set(self.control.waiting_ids()):
             return _Decision.GIVE_UP
-        self._accuse(joiners, f"others hold the weights, and they could not be sent to it: {error}")
+        self._accuse(joiners, self._doubted, f"others hold the weights, and they could not be sent to it: {error}")
         return _Decision.GO_ON
 
-    def _accuse(self, members: tuple[MemberId, ...], reason: str) -> None:
-        """One of them is to blame. It leaves if it is alone and was doubted before, else all of them are doubted."""
-        if self.control is not None and len(members) == 1 and members[0] in self._doubted:
+    def _accuse(self, members: tuple[MemberId, ...], accused: set[MemberId], reason: str) -> None:
+        """One of them is to blame. It leaves if it is alone and was accused before, else all of them are accused."""
+        if self.control is not None and len(members) == 1 and members[0] in accused:
             self.control.dismiss(members[0], reason)
-        self._doubted.update(members)
+        accused.update(members)
 
     def _trusted(self, control: ActorControl) -> tuple[MemberId, ...]:
-        """All members, but one at a time of those who are doubted."""
+        """All members, but one at a time of those who are suspected."""
         members = control.member_ids()
-        left_out = [member for member in members if member in self._doubted][1:]
+        left_out = [member for member in members if member in self._suspected][1:]
         return tuple(member for member in members if member not in left_out)
 
     def _known(self, control: ActorControl) -> tuple[MemberId, ...]:
