@@ -219,8 +219,9 @@ class Leader:
             "verifier/num_timed_out": change["verdicts/timed_out"],
             "queue/buffered_groups": counters["buffered_groups"],
             "queue/in_flight_groups": counters["in_flight_groups"],
-            "queue/window_fill": counters["admitted_groups"] / counters["window_groups"],
         }
+        if "window_fill" in counters:
+            rates["queue/window_fill"] = counters["window_fill"]
         if change["uptime_s"] > 0:
             rates["actors/idle_fraction"] = 1.0 - change["busy_s"] / change["uptime_s"]
         rates |= {

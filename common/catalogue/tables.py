@@ -58,9 +58,9 @@ RUN = _rows(
     ("time/{stage}_s", "s", "of that, one stage"),
     ("time/publish_s", "s", "of it, until the new version was in every actor", 14),
     ("time/evaluation_s", "s", "from the start of an evaluation to its last response"),
-    ("throughput/generated_tokens_per_s", "tokens/s", "response tokens that arrived since the last step"),
+    ("throughput/generated_tokens_per_s", "tokens/s", "response tokens that the actors drew since the last step, held-out ones too"),
     ("throughput/trained_tokens_per_s", "tokens/s", "response tokens of the batch over `time/train_s`"),
-    ("tokens/generated", "tokens", "response tokens that arrived for training since the run began", 13),
+    ("tokens/generated", "tokens", "response tokens that the actors drew since the run began, held-out ones too", 13),
     ("tokens/trained", "tokens", "response tokens that were trained on since the run began", 13),
     ("tokens/prefix", "tokens",
      "that were handed on with a lease instead of being drawn again, since the run began", 13),
@@ -73,7 +73,8 @@ RUN = _rows(
     ("actors/forgotten", "count", "that were lost and did not come back in time, since the run began"),
     ("queue/buffered_groups", "count", "groups that wait to be trained on"),
     ("queue/in_flight_groups", "count", "groups that actors sample"),
-    ("queue/window_fill", "fraction", "groups leased, buffered or trained, of those that staleness admits so far", 14),
+    ("queue/window_fill", "fraction",
+     "groups leased or buffered when the step ended, of those that staleness admits beyond its batch", 14),
     ("alarm/active", "count", "limits of health that are crossed now, see above"),
 )  # fmt: skip
 

@@ -81,7 +81,7 @@ VIEWS: dict[int, View] = {
     ),
     14: View(
         name="idleness and window",
-        definition="actors idle, learner waiting, publication, admitted / window",
+        definition="actors idle, learner waiting, publication, sampled ahead / window",
         decision="how many actors to a learner",
     ),
     15: View(

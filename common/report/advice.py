@@ -124,7 +124,7 @@ RULES = (
     Rule(
         name="affordable",
         priority=40,
-        when="somebody waits 15% or more, the window is full, and its oldest tokens have a token ESS of 0.9 or more",
+        when="the learner waits 15% or more, the window is full, and its oldest tokens have a token ESS of 0.9 or more",
         say=conditions.affordable,
     ),
     Rule(

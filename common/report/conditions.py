@@ -265,10 +265,11 @@ def starved(facts: Facts) -> str | None:
 
 
 def affordable(facts: Facts) -> str | None:
-    waits = max(facts.learner_idle or 0.0, facts.actors_idle or 0.0)
+    """Where the learner waits and the window is full; where it is the learner that is slow, tokens would only grow
+    older."""
     fill = facts.run.now("queue/window_fill")
     oldest = max(facts.ess, default=0)
-    if waits < WAITS or (fill is not None and fill < FULL):
+    if (facts.learner_idle or 0.0) < WAITS or (fill is not None and fill < FULL):
         return None
     if oldest < max(facts.bound, 1) or facts.ess[oldest] < HIGH_ESS:
         return None

@@ -429,7 +429,7 @@ class Coordinator:
         self.outbox.append(name, message)
 
     def set_version(self, version: int, steps_done: int) -> None:
-        self.ledger.version, self.ledger.pace.steps_done = version, steps_done
+        self.ledger.end_step(version, steps_done)
         for member in self._members:
             self._stand(member, member.heard_s)
 

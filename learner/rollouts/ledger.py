@@ -63,6 +63,7 @@ class Ledger:
         self.counts = Counts()
         self.selection = Selection()
         self.verdicts = Verdicts(config)
+        self.window_fill: float | None = None  # when the last step ended
 
     @property
     def admitted(self) -> int:
@@ -73,6 +74,13 @@ class Ledger:
     def is_full(self) -> bool:
         """No training prompt may be leased."""
         return self.admitted >= self.pace.window
+
+    def end_step(self, version: int, steps_done: int) -> None:
+        """What is current from now on. How full the window was is noted before, while the ended step's was still the
+        one that held sampling back: its places are those behind the batches that were taken, if it has any."""
+        places = self.pace.window - self.pace.taken
+        self.window_fill = len(self.slots.train) / places if places > 0 else None
+        self.version, self.pace.steps_done = version, steps_done
 
     def is_window_sampled(self) -> bool:
         """The window is full and every group in it has arrived."""
@@ -275,6 +283,7 @@ class Ledger:
         return {
             "admitted_groups": self.admitted,
             "window_groups": self.pace.window,
+            **({} if self.window_fill is None else {"window_fill": self.window_fill}),
             "buffered_groups": self.num_buffered,
             "in_flight_groups": self.slots.num_in_flight,
             "in_flight_eval_groups": len(self.slots.evaluation),

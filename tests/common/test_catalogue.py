@@ -81,6 +81,7 @@ def test_the_names_of_what_surrounds_a_step_are_there() -> None:
 def test_the_names_that_the_leader_adds_are_there(tmp_path: Path) -> None:
     """To a step, and of an evaluation."""
     service = make_service(make_config())
+    service._coordinator.set_version(0, 1)
     Leader(make_config(), service, RunLog(tmp_path / "run"), []).record(1, 0, 1, [], {"time/wait_for_batch_s": 0.0})
     (step,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert {"queue/window_fill", "drops/stale", "verdicts/wrong", "transport/cut_endless"} <= step.keys()

@@ -623,6 +623,30 @@ def test_a_batch_waits_for_its_earliest_lease() -> None:
     assert ids(coordinator.ledger.take_batch()) == [2, 3]
 
 
+@pytest.mark.parametrize(("capacity", "fill"), [(2, 0.5), (100, 1.0)])
+def test_the_window_is_as_full_as_its_places_beyond_the_batch_under_way_however_long_the_run(
+    capacity: int, fill: float
+) -> None:
+    coordinator = make(make_config(prompts_per_step=2, max_staleness=2), "a", capacity=capacity)
+    leases = granted(coordinator)
+    for step in range(1, 30):
+        finish(coordinator, leases[:2], versions=(step - 1,))
+        assert coordinator.ledger.take_batch() is not None
+        leases = leases[2:] + granted(coordinator)
+        coordinator.set_version(step, step)
+        assert coordinator.stats()["window_fill"] == fill
+        coordinator.loaded("a", step)
+        leases += granted(coordinator)
+
+
+def test_no_window_is_full_where_nothing_may_be_sampled_ahead() -> None:
+    coordinator = make(make_config(max_staleness=0), "a")
+    finish(coordinator, granted(coordinator))
+    assert coordinator.ledger.take_batch() is not None
+    coordinator.set_version(1, 1)
+    assert "window_fill" not in coordinator.stats()
+
+
 def test_leases_are_spread_over_actors_with_room() -> None:
     coordinator = make(make_config(max_staleness=2), "a", "b", capacity=2)
     coordinator.join("big", 10, 0.0)
