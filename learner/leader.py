@@ -222,8 +222,8 @@ class Leader:
         }
         if "window_fill" in counters:
             rates["queue/window_fill"] = counters["window_fill"]
-        if change["uptime_s"] > 0:
-            rates["actors/idle_fraction"] = 1.0 - change["busy_s"] / change["uptime_s"]
+        if change["uptime_s"] > 0:  # both are read one after the other
+            rates["actors/idle_fraction"] = max(0.0, 1.0 - change["busy_s"] / change["uptime_s"])
         rates |= {
             f"drops/{name.removeprefix('dropped/')}": count
             for name, count in counters.items()

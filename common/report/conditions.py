@@ -287,7 +287,7 @@ def affordable_bound(gap: int, ess: float) -> tuple[int, float]:
 
     The policy's distance grows with age g at most in proportion, so that -log ESS, its square, grows as g^2.
     """
-    ages = [(age, ess ** ((age / gap) ** 2)) for age in range(2 * gap + 1)]
+    ages = [(age, min(max(ess, 0.0), 1.0) ** ((age / gap) ** 2)) for age in range(2 * gap + 1)]
     return max((age, kept) for age, kept in ages if kept >= AFFORDABLE_ESS)
 
 

@@ -116,6 +116,9 @@ def _speeds(config: Config, options: argparse.Namespace) -> tuple[Speeds, str, t
     given = {name: value for name in (*ASSUMED, "length_mean") if (value := getattr(options, name)) is not None}
     for name, value in given.items():
         _check(name, value)
+    longest = config.rollout.max_tokens
+    if given.get("length_mean", 0) > longest:
+        raise ConfigError(f"--length-mean {given['length_mean']:g} is more than rollout.max_tokens={longest}")
     if options.runs:
         if given:
             names = ", ".join(_option(name) for name in given)

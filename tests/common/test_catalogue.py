@@ -93,6 +93,18 @@ def test_the_names_that_the_leader_adds_are_there(tmp_path: Path) -> None:
     assert missing(step) == missing(evaluation) == set()
 
 
+def test_actors_that_were_busy_all_the_time_are_not_idle_for_less_than_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor reads its two clocks one after the other."""
+    service = make_service(make_config())
+    counters = service.stats() | {"busy_s": 3.0000002, "uptime_s": 3.0}
+    monkeypatch.setattr(service, "stats", lambda: counters)
+    Leader(make_config(), service, RunLog(tmp_path), []).record(1, 0, 1, [], {"time/wait_for_batch_s": 0.0})
+    (step,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert step["actors/idle_fraction"] == 0
+
+
 def test_what_is_shown_and_judged_is_in_the_catalogue() -> None:
     shown = {name for name, _, _ in (*CONSOLE, *CONSOLE_ALARMS)} | {limit.metric for limit in LIMITS}
     assert {name for name in shown if find(name) is None} == set()

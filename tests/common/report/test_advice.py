@@ -237,3 +237,4 @@ def test_an_affordable_bound_keeps_enough_and_the_next_does_not(gap: int, ess: f
     assert 0 <= wider <= 2 * gap and kept >= AFFORDABLE_ESS
     assert math.isclose(kept, ess ** ((wider / gap) ** 2))
     assert wider == 2 * gap or ess ** (((wider + 1) / gap) ** 2) < AFFORDABLE_ESS
+    assert affordable_bound(gap, 1e300) == (2 * gap, 1.0)

@@ -101,6 +101,7 @@ def test_the_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
         (["--idle", "1"], "--idle 1 is no share of the time"),
         (["--publish-s", "-1"], "--publish-s -1 must be 0 or more"),
         (["--length-mean", "0"], "--length-mean 0 must be above 0"),
+        (["--length-mean", "1e9"], "--length-mean 1e+09 is more than rollout.max_tokens="),
         (["--uninformative", "1"], "--uninformative 1 must be from 0 to below 1"),
         (["--steps", "0"], "--steps 0 must be 1 or more"),
         (["--from", "nowhere"], "nowhere has no config.yaml"),
