@@ -19,13 +19,14 @@ from typing import Any
 
 from actors.engine import Engine
 from actors.evaluation.plan import Plan, Request, planned
-from actors.evaluation.report import Report, as_json, render, report
+from actors.evaluation.report import LABEL, Report, as_json, render, report
 from actors.evaluation.runner import Runner
 from actors.evaluation.transcripts import Transcripts, transcripts
 from actors.evaluation.votes import equality
 from actors.sampling import EngineError
 from actors.verifier.pool import VerifierError, pool_of
 from actors.verifier.trial import try_verifier
+from common.lines import for_terminal
 from common.progress import Progress
 from common.tasks import is_own_verifier
 from common.types import AnswerForm
@@ -97,7 +98,10 @@ def _evaluate(request: Request, plan: Plan, found: Transcripts) -> int:
             return 128 + number
     result = report(plan, found.done, refused, request.by)
     _write(plan.out / SCORES, result)
-    print(json.dumps(as_json(result)) if request.is_json else f"\n{render(result)}\ntranscripts {found.path}")
+    if request.is_json:
+        print(json.dumps(as_json(result)))
+    else:
+        print(for_terminal(f"\n{render(result)}\n{'transcripts':<{LABEL}}{found.path}", LABEL))
     if refused:
         uid, reason = next(iter(refused.items()))
         print(

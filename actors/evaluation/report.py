@@ -20,6 +20,7 @@ from common.tasks.rows import counts
 from common.types import JSON, FinishReason, Prompt
 
 NUM_BINS = 5  # of response length
+LABEL = 12  # columns
 Array = np.ndarray[Any, Any]
 
 
@@ -181,7 +182,7 @@ def render(found: Report) -> str:
     if plan.data.task.problems:
         first = plan.data.task.problems[0]
         lines.append(("left out", f"{counts(plan.data.task.problems)}, first {first.place}: {first.text}"))
-    return "\n".join(f"{label:<12}{text}".rstrip() for label, text in lines)
+    return "\n".join(f"{label:<{LABEL}}{text}".rstrip() for label, text in lines)
 
 
 def _tables(found: Report) -> list[tuple[str, list[str]]]:

@@ -211,7 +211,10 @@ WORDS = (
     ("age", "The learner's version when it trains on a token, less the token's version."),
     ("ESS", "Effective sample size: the share of n samples that are left when each counts by its importance ratio."),
     ("sequence ESS", "The same with one ratio a response, the product over its tokens."),
-    ("nats", "The unit of log-probabilities and of KL; probabilities whose logarithms differ by 0.01 nats differ by 1%."),
+    (
+        "nats",
+        "The unit of log-probabilities and of KL; probabilities whose logarithms differ by 0.01 nats differ by 1%.",
+    ),
     ("window", "The groups that may be under way at once; the staleness bound sets it."),
 )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import ConfigError
+from common.lines import for_terminal
 from common.report import as_json, compare, html, text
 from common.report.reading import Run, read_run
 
@@ -20,7 +21,7 @@ def inspect(run_dirs: Sequence[str], page: str | None, is_json: bool) -> str:
         run = read_run(run_dirs[0])
         if page is not None:
             return str(_write(Path(page), html.page(run)))
-        return _dumped(as_json.to_json(run)) if is_json else text.render(run)
+        return _dumped(as_json.to_json(run)) if is_json else for_terminal(text.render(run), text.LABEL)
     comparison = compare.compare(run_dirs)
     if page is not None:
         return str(_write(Path(page), html.comparison_page(comparison)))
@@ -30,7 +31,7 @@ def inspect(run_dirs: Sequence[str], page: str | None, is_json: bool) -> str:
 def closing(run_dir: Path) -> str:
     """What `train` ends with: the summary, and where it has written the page."""
     run = read_run(run_dir)
-    return f"{text.render(run)}\n{'report':<11}{write_page(run)}"
+    return for_terminal(f"{text.render(run)}\n{'report':<{text.LABEL}}{write_page(run)}", text.LABEL)
 
 
 def write_page(run: Run) -> Path:

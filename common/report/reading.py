@@ -193,7 +193,10 @@ def _check_histograms(path: Path, rows: Sequence[Row]) -> None:
         found = row.get("staleness/hist")
         is_right = found is None or (
             isinstance(found, dict)
-            and all(gap.isdecimal() and isinstance(count, int | float) and 0 <= count < math.inf for gap, count in found.items())
+            and all(
+                gap.isdecimal() and isinstance(count, int | float) and 0 <= count < math.inf
+                for gap, count in found.items()
+            )
         )
         if not is_right:
             raise ConfigError(

@@ -8,6 +8,7 @@ from common.report.reading import Run, alarm_text
 from common.report.summary import Evaluation, Summary, duration, summarise
 
 BAR_WIDTH = 40
+LABEL = 11  # columns
 MEMBERS = 8  # shown by name
 ALARMS = 3  # the last ones are shown
 
@@ -40,7 +41,7 @@ def render(run: Run) -> str:
         ("curves", f"tensorboard --logdir {summary.run_dir / 'tensorboard'}"),
         *(("advice", advice.text) for advice in advise(run)[:SHOWN] if advice.priority >= GOOD_NEWS),
     ]
-    return "\n".join(f"{label:<11}{text}".rstrip() for label, text in lines)
+    return "\n".join(f"{label:<{LABEL}}{text}".rstrip() for label, text in lines)
 
 
 def _accuracy_text(summary: Summary) -> str:

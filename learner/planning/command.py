@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from common.config import Config, ConfigError, Device
+from common.lines import for_terminal
 from common.types import JSON
 from learner.planning.fleet import Fleet, alternatives, plan_fleet
 from learner.planning.memory import MemoryReport, gpus_to_plan, report, table
@@ -21,6 +22,7 @@ USER_ERROR = 2
 RESPONSES = 50_000  # of a simulation whose number of steps is not given
 FEWEST_STEPS, MOST_STEPS = 8, 60
 BAR_WIDTH = 40
+LABEL = 10  # columns
 # Settings on which the speed of a learner or an actor depends, in a way that a run with others does not tell.
 SPEED_SETTINGS = (
     "device",
@@ -70,7 +72,7 @@ def plan(config: Config, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(made), indent=1))
     else:
-        print("\n".join(as_text(made)))
+        print(for_terminal("\n".join(as_text(made)), LABEL))
     if made.memory.problem is not None:
         print(f"error: {made.memory.problem}", file=sys.stderr)
         return USER_ERROR
@@ -164,7 +166,9 @@ def as_text(made: Plan) -> list[str]:
         parts.append(("planned", _outcome_text(made.config, made.fleet.planned)))
         parts.append(("actors", _fleet_text(made.fleet, made.idle)))
         parts.append(("instead", _others_text(made.fleet.planned, made.others)))
-    return [f"{label if i == 0 else '':<10}{line}".rstrip() for label, lines in parts for i, line in enumerate(lines)]
+    return [
+        f"{label if i == 0 else '':<{LABEL}}{line}".rstrip() for label, lines in parts for i, line in enumerate(lines)
+    ]
 
 
 def _speeds_text(made: Plan) -> list[str]:

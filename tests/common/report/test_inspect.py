@@ -72,7 +72,10 @@ def rows(folder: Path) -> list[str]:
             b'{"step": 1, "time": 1, "staleness/hist": {"old": 1}}\n',
             "line 73 has a staleness/hist that is not tokens by",
         ),
-        (b'{"step": 1, "time": 1, "staleness/hist": {"0": NaN}}\n', "line 73 has a staleness/hist that is not tokens by"),
+        (
+            b'{"step": 1, "time": 1, "staleness/hist": {"0": NaN}}\n',
+            "line 73 has a staleness/hist that is not tokens by",
+        ),
         (b'{"step": 1, "time": 1, "staleness/hist": 7}\n', "line 73 has a staleness/hist that is not tokens by"),
         (b'{"step": 1, "x": "\xff"}\n', "is damaged: byte"),
     ],
