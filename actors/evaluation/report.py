@@ -14,6 +14,7 @@ import numpy as np
 from actors.evaluation.plan import Plan, column_of
 from actors.evaluation.transcripts import Response
 from actors.evaluation.votes import answer_reader
+from common.samples import visible
 from common.scores import ABSTAINS, Estimate, estimate, majority, pass_at, powers_up_to, quantile_edges
 from common.tasks import verifier_function
 from common.tasks.rows import counts
@@ -21,6 +22,7 @@ from common.types import JSON, FinishReason, Prompt
 
 NUM_BINS = 5  # of response length
 LABEL = 12  # columns
+MOST_OF_VALUE = 40  # characters of what a column has
 Array = np.ndarray[Any, Any]
 
 
@@ -65,7 +67,7 @@ def report(plan: Plan, done: dict[str, list[Response]], refused: dict[str, str],
     return Report(
         plan=plan,
         scores=_scores(plan, done, plan.prompts),
-        by_length=_by_length(responses),
+        by_length=_by_length(plan, responses),
         by_column=by_column,
         verdicts={str(verdict): n for verdict, n in Counter(r.verdict for r in responses).most_common()},
         length_mean=sum(response.length for response in responses) / num_responses if responses else None,
@@ -82,9 +84,10 @@ def _scores(plan: Plan, done: dict[str, list[Response]], prompts: Sequence[Promp
             is_correct[row, column] = response.is_correct
             votes[row, column] = ABSTAINS if response.vote is None else response.vote
     num_correct, num_samples = is_correct.sum(axis=1), plan.num_samples
+    cluster = _clusters(prompts)
 
     def over_prompts(scores: Array) -> Estimate:
-        return estimate(scores * num_samples, np.full(len(prompts), num_samples))
+        return estimate(np.bincount(cluster, scores * num_samples), np.bincount(cluster) * num_samples)
 
     return Scores(
         num_prompts=len(prompts),
@@ -92,6 +95,16 @@ def _scores(plan: Plan, done: dict[str, list[Response]], prompts: Sequence[Promp
         passes={k: over_prompts(pass_at(num_correct, num_samples, k)) for k in powers_up_to(num_samples)},
         maj=over_prompts(majority(votes, is_correct)) if _has_votes(plan) else None,
     )
+
+
+def _clusters(prompts: Sequence[Prompt]) -> Array:
+    """The same number for those that ask the same: what a file has twice tells no more of other prompts than once."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(_asked(prompt), len(numbers)) for prompt in prompts])
+
+
+def _asked(prompt: Prompt) -> str:
+    return repr(prompt.messages or prompt.text)
 
 
 def _has_votes(plan: Plan) -> bool:
@@ -113,13 +126,14 @@ def _in_order(value: str) -> tuple[float, str]:
         return float("inf"), value
 
 
-def _by_length(responses: Sequence[Response]) -> tuple[LengthBin, ...]:
+def _by_length(plan: Plan, responses: Sequence[Response]) -> tuple[LengthBin, ...]:
     if not responses:
         return ()
     lengths = np.array([response.length for response in responses])
     edges = quantile_edges(lengths.tolist(), NUM_BINS)
     places = np.searchsorted(edges, lengths)
-    _, clusters = np.unique([response.prompt_uid for response in responses], return_inverse=True)
+    prompts = {prompt.uid: prompt for prompt in plan.prompts}
+    clusters = _clusters([prompts[response.prompt_uid] for response in responses])
     is_correct = np.array([response.is_correct for response in responses])
     return tuple(_bin(lengths, is_correct, clusters, places == place) for place in range(len(edges)))
 
@@ -197,14 +211,22 @@ def _tables(found: Report) -> list[tuple[str, list[str]]]:
         for value, scores in values.items():
             parts = {f"avg@{k}": scores.avg, f"pass@{k}": scores.passes[k], f"maj@{k}": scores.maj}
             shown = "  ".join(f"{name} {_text(part)}" for name, part in parts.items() if part is not None)
-            rows.append(f"{value:<20}{scores.num_prompts:>7,} prompts  {shown}")
+            rows.append(f"{_cell(value):<20}{scores.num_prompts:>7,} prompts  {shown}")
         tables.append((f"by {column}", rows))
     return tables
 
 
+def _cell(value: str) -> str:
+    """What a column of the data has, as far as there is room, and nothing that a terminal would obey."""
+    shown = visible(value).replace("\n", "\\n")
+    return shown if len(shown) <= MOST_OF_VALUE else f"{shown[: MOST_OF_VALUE - 3]}..."
+
+
 def _data_text(plan: Plan) -> str:
     name = ", ".join(str(file.path) for file in plan.data.task.files) or f"held-out set of {plan.data.task.name}"
-    return f"{name}: {len(plan.prompts):,} prompts x {plan.num_samples} responses"
+    distinct = len(set(map(_asked, plan.prompts)))
+    repeated = f" ({distinct:,} different ones)" if distinct < len(plan.prompts) else ""
+    return f"{name}: {len(plan.prompts):,} prompts{repeated} x {plan.num_samples} responses"
 
 
 def _sampling_text(plan: Plan) -> str:

@@ -110,6 +110,21 @@ def test_the_table_has_every_score_with_its_interval(evaluate: Evaluate, capsys:
         assert line in text, text
 
 
+def test_a_prompt_that_the_data_has_twice_is_one_observation_and_values_of_columns_are_only_shown(
+    evaluate: Evaluate, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) | {"note": "\x1b[2J\n" + 99 * "x"} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(line) + "\n" for line in 2 * lines))
+    assert evaluate(right_by_index, by=("note",), is_json=False) == 0
+    table = capsys.readouterr().out
+    assert "12 prompts (6 different ones) x 4 responses" in table
+    assert f"  \\x1b[2J\\n{28 * 'x'}...     12 prompts" in table and "\x1b" not in table
+    assert evaluate(right_by_index) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_prompts"] == 12
+    assert found["avg"] == vars_of(estimate([0, 2, 4, 6, 8, 8], [2 * K] * 6))
+
+
 def test_transcripts_have_what_was_sampled(evaluate: Evaluate, tmp_path: Path) -> None:
     assert evaluate(right_by_index, "eval.temperature=0.5", num_prompts=2) == 0
     first, *others = rows(tmp_path / "out" / "transcripts.jsonl")
