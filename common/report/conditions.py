@@ -269,7 +269,7 @@ def affordable(facts: Facts) -> str | None:
     older."""
     fill = facts.run.now("queue/window_fill")
     oldest = max(facts.ess, default=0)
-    if (facts.learner_idle or 0.0) < WAITS or (fill is not None and fill < FULL):
+    if (facts.learner_idle or 0.0) < WAITS or fill is None or fill < FULL:
         return None
     if oldest < max(facts.bound, 1) or facts.ess[oldest] < HIGH_ESS:
         return None

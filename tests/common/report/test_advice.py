@@ -159,9 +159,11 @@ def test_a_window_that_is_not_full_is_not_widened(tmp_path: Path) -> None:
     assert "affordable" not in said
 
 
-def test_a_wider_bound_is_not_advised_where_the_learner_is_the_slow_one(tmp_path: Path) -> None:
+def test_a_wider_bound_is_not_advised_where_the_learner_is_the_slow_one_or_nobody_knows(tmp_path: Path) -> None:
     made = changed(actors__idle_fraction=0.6, offpolicy__gap_2__ess=0.97, queue__window_fill=1.0)
-    assert "affordable" not in {advice.rule for advice in advise(read_run(write_run(tmp_path, made)))}
+    assert "affordable" not in {advice.rule for advice in advise(read_run(write_run(tmp_path / "slow", made)))}
+    unknown = changed(learner__idle_fraction=0.3, offpolicy__gap_2__ess=0.97, queue__window_fill=None)
+    assert "affordable" not in {advice.rule for advice in advise(read_run(write_run(tmp_path / "unknown", unknown)))}
 
 
 def test_ages_that_are_too_old_now_and_then_are_found_behind_their_mean(tmp_path: Path) -> None:
