@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from run import _keys_beside, _parse, main
+from common.commandline import parse
+from run import _keys_beside, main
 
 RECIPE = ["-c", "demo"]
 ENDPOINT = ["--connect", "tcp://127.0.0.1:1", "--name", "extra"]
@@ -24,7 +25,7 @@ ENDPOINT = ["--connect", "tcp://127.0.0.1:1", "--name", "extra"]
     ],
 )
 def test_settings_may_stand_on_either_side_of_an_option_and_keep_their_order(words: list[str]) -> None:
-    assert _parse(words).overrides == ["seed=1", "name=x"]
+    assert parse(words).overrides == ["seed=1", "name=x"]
 
 
 def test_the_last_of_two_settings_wins_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +63,8 @@ def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_an_actor_looks_for_its_keys_beside_the_endpoint(tmp_path: Path) -> None:
     connect = f"file:{tmp_path}/endpoint"
     words = ["actor", "--name", "a", "--connect"]
-    assert _keys_beside(_parse([*words, connect])) is None
+    assert _keys_beside(parse([*words, connect])) is None
     (tmp_path / "keys").mkdir()
-    assert _keys_beside(_parse([*words, connect])) == tmp_path / "keys"
-    assert _keys_beside(_parse([*words, connect, "--keys", "other"])) == Path("other")
-    assert _keys_beside(_parse([*words, "tcp://127.0.0.1:1"])) is None
+    assert _keys_beside(parse([*words, connect])) == tmp_path / "keys"
+    assert _keys_beside(parse([*words, connect, "--keys", "other"])) == Path("other")
+    assert _keys_beside(parse([*words, "tcp://127.0.0.1:1"])) is None

@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from common.catalogue.views import VIEWS
+from common.commandline import parse
 from common.config import Config
 from common.loading import RECIPES, load_config
-from run import _parse
 
 ROOT = RECIPES.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,7 @@ COMMANDS = list(commands())
 @pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=[f"{n}-{w[0]}" for n, w in COMMANDS])
 def test_a_command_is_one_that_the_program_takes(words: list[str]) -> None:
     """Its options are parsed and its settings merged and validated; nothing is started."""
-    arguments = _parse(words)
+    arguments = parse(words)
     recipes = arguments.config if isinstance(getattr(arguments, "config", None), list) else []
     if not recipes or any(not (RECIPES / f"{name}.yaml").is_file() for name in recipes):
         return  # files that the reader has to bring

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed.run
 
-import run
+from common.commandline import parse
 from common.config import Config
 from common.keys import LearnerKeys, actor_keys, make_keys
 from common.loading import load_config
@@ -76,8 +76,8 @@ def learner_of(call: list[str], files: dict[str, Path] | None = None) -> Learner
     the command line or the configuration does."""
     torchrun = torch.distributed.run.get_args_parser().parse_args(call)
     assert (ROOT / torchrun.training_script).samefile(ROOT / "run.py")
-    arguments = run._parse(torchrun.training_script_args)
-    assert arguments.command is run._learner
+    arguments = parse(torchrun.training_script_args)
+    assert arguments.command == "learner"
     return Learner(
         nodes=int(torchrun.nnodes),
         node_rank=torchrun.node_rank,
@@ -102,8 +102,8 @@ class Actor:
 def actor_of(call: list[str]) -> Actor:
     script, *rest = call
     assert (ROOT / script).samefile(ROOT / "run.py")
-    arguments = run._parse(rest)
-    assert arguments.command is run._actor
+    arguments = parse(rest)
+    assert arguments.command == "actor"
     return Actor(arguments.connect, arguments.name, arguments.keys, arguments.config, arguments.overrides)
 
 

@@ -10,6 +10,7 @@ import torch
 
 import run
 from actors.evaluation import main as command
+from common.commandline import parse
 from common.config import Config
 from common.loading import load_config, save_config
 from common.types import Lease
@@ -82,5 +83,5 @@ def test_a_command_of_the_page(
 
 def test_the_page_has_a_command_for_gpus_that_is_parsed_here() -> None:
     (line,) = [line for line in LINES if "needs a GPU" in line]
-    parsed = run._parse(shlex.split(line, comments=True)[2:])
+    parsed = parse(shlex.split(line, comments=True)[2:])
     assert parsed.config == ["eval_aime24"] and parsed.data == "aime24.jsonl"

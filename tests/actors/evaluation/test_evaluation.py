@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-import run
 from actors.evaluation import main as command
 from actors.evaluation import runner
 from actors.evaluation.plan import Request, planned
 from actors.sampling import EngineError, RequestRefused
+from common.commandline import parse
 from common.config import ConfigError, Placement, TransferBackend
 from common.scores import estimate
 from common.types import Lease
@@ -334,7 +334,7 @@ def test_an_engine_has_the_gpu_for_itself_that_a_run_has_shared() -> None:
 
 
 def test_the_options_are_settings_that_come_last() -> None:
-    assert run._parse(["eval", MODEL, "--samples", "8", "seed=3", "--top-p", "0.7"]).options == [
+    assert parse(["eval", MODEL, "--samples", "8", "seed=3", "--top-p", "0.7"]).options == [
         "eval.samples_per_prompt=8",
         "eval.top_p=0.7",
     ]
