@@ -66,10 +66,11 @@ def _accuracy(summary: Summary) -> tuple[str, str]:
     if not summary.evaluations:
         return "not evaluated", ""
     last = summary.evaluations[-1]
+    first = f"from {percent(summary.evaluations[0].accuracy)}" if len(summary.evaluations) > 1 else "the only one"
     settings = summary.config.eval
     k = f"avg@{settings.samples_per_prompt}" if settings.temperature > 0 else "greedy"
     interval = "" if last.low is None or last.high is None else f", 95%: {percent(last.low)} to {percent(last.high)}"
-    return percent(last.accuracy), f"from {percent(summary.evaluations[0].accuracy)}{interval}, {k}"
+    return percent(last.accuracy), f"{first}{interval}, {k}"
 
 
 def _tokens(count: float | None, per_s: float | None) -> tuple[str, str]:
@@ -99,7 +100,10 @@ def advice(run: Run) -> str:
     items = "".join(f"<li>{prose(found.text)}</li>" for found in said)
     if not said:
         items = "<li>Nothing is advised before five steps of the policy.</li>"
-    about = f"Shares and weights are means over the last third, {recent_text(run)}. docs/inspect.md has the rules."
+    about = (
+        f"Shares and weights are means over {recent_text(run)}, the last third of the policy's but five at least. "
+        "docs/inspect.md has the rules."
+    )
     return (
         f'<section class="advice" id="advice"><h2>What the numbers advise</h2><ol>{items}</ol>'
         f'<p class="small">{escape(about)}</p></section>'

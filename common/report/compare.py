@@ -88,7 +88,8 @@ def _accuracy(summary: Summary) -> str:
         return "not evaluated"
     last = points[-1]
     interval = "" if last.low is None or last.high is None else f" ({percent(last.low)} to {percent(last.high)})"
-    return f"{percent(points[0].accuracy)} -> {percent(last.accuracy)}{interval}"
+    first = f"{percent(points[0].accuracy)} -> " if len(points) > 1 else ""
+    return f"{first}{percent(last.accuracy)}{interval}"
 
 
 def _best(summary: Summary) -> str:

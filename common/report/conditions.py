@@ -332,6 +332,8 @@ def accuracy(facts: Facts) -> str | None:
     took = duration(facts.summary.wall_s)
     tokens = facts.summary.generated_tokens
     spent = took if tokens is None else f"{took} and {short(tokens)} generated tokens"
+    if len(points) == 1:
+        return f"Accuracy is {percent(last.accuracy)}{interval} for version {last.version}, the only one evaluated."
     return f"Accuracy went from {percent(points[0].accuracy)} to {percent(last.accuracy)}{interval} in {spent}."
 
 

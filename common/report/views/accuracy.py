@@ -91,6 +91,8 @@ def _change(evaluated: Evaluated) -> str:
     if len(evaluated) > 1 or not evaluated[0][1]:
         return ""
     first, last = evaluated[0][1][0], evaluated[0][1][-1]
+    if first is last:
+        return f"{percent(last.accuracy)} for version {last.version}."
     return (
         f"{percent(first.accuracy)} for version {first.version}, {percent(last.accuracy)} for version {last.version}."
     )

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from common.config import ActorsConfig, AlgorithmConfig, Correction, StalenessConfig
 from common.report.advice import GOOD_NEWS, RULES, SHOWN, advise
+from common.report.compare import compare
 from common.report.conditions import AFFORDABLE_ESS, WAITS, affordable_bound, more_actors
+from common.report.html import page
 from common.report.reading import read_run
 from tests.support.made_up_run import MadeUp, config, write_run
 
@@ -157,6 +159,15 @@ def test_a_window_that_is_not_full_is_not_widened(tmp_path: Path) -> None:
     said = {advice.rule: advice.text for advice in advise(read_run(write_run(tmp_path, made)))}
     assert "the window is 60% full, so slow leases and not the bound" in said["both_wait"]
     assert "affordable" not in said
+
+
+def test_a_single_evaluation_is_no_change(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "once", MadeUp(accuracies=(0.21,))))
+    said = {advice.rule: advice.text for advice in advise(run)}
+    assert said["accuracy"] == "Accuracy is 21% (95%: 17% to 25%) for version 0, the only one evaluated."
+    content, comparison = page(run), compare([tmp_path / "once", write_run(tmp_path / "more")])
+    assert "the only one, 95%: 17% to 25%" in content and "21% for version 0." in content
+    assert comparison.facts["accuracy, first -> last (95%)"] == ("21% (17% to 25%)", "21% -> 90% (86% to 94%)")
 
 
 def test_a_wider_bound_is_not_advised_where_the_learner_is_the_slow_one_or_nobody_knows(tmp_path: Path) -> None:
