@@ -45,6 +45,8 @@ class MeasuredRun:
             if not (folder / name).is_file():
                 raise ConfigError(f"{folder} has no {name}: --from needs the folder of a run that has trained")
         self.folder, self.config = folder, read_config(folder / "config.yaml")
+        if (replayed := self.config.learner.replay) is not None:
+            raise ConfigError(f"{folder} has had no actors, it trains on the record of {replayed}: give --from that")
         rows = [
             row for row in read_jsonl(folder / "metrics.jsonl") if all(row.get(name) is not None for name in NEEDED)
         ]

@@ -1,12 +1,14 @@
 """Speeds from the files of a run, and what is assumed where there is none."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.config import ConfigError
+from common.loading import read_config, save_config
 from common.types import JSON
 from learner.planning.engine import EngineSpeed
 from learner.planning.runs import MeasuredRun, measured
@@ -51,6 +53,14 @@ def test_a_run_that_does_not_tell_is_refused(tmp_path: Path, num_steps: int, lef
 
     folder = write_run(tmp_path / "run", kept(rows(num_steps)), kept(groups(num_steps)))
     with pytest.raises(ConfigError, match=sentence):
+        MeasuredRun(folder)
+
+
+def test_a_run_that_replays_another_has_no_engines_to_measure(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", rows(10), groups(10))
+    config = read_config(folder / "config.yaml")
+    save_config(replace(config, learner=replace(config.learner, replay="runs/first")), folder / "config.yaml")
+    with pytest.raises(ConfigError, match=r"trains on the record of runs/first: give --from that"):
         MeasuredRun(folder)
 
 
