@@ -113,10 +113,11 @@ def _report(config: Config, outcome: Outcome | None) -> int:
         if outcome.message is not None:
             print(f"error: {outcome.message}", file=sys.stderr)
         return outcome.exit_code
-    print(f"\n{closing(config.run_dir)}")
-    if outcome is not None:
-        attach(config, config.run_dir / PAGE)
-    return 0 if outcome is None else outcome.exit_code
+    print(f"\n{closing(config.run_dir, with_page=outcome is not None)}")
+    if outcome is None:
+        return 0
+    attach(config, config.run_dir / PAGE)
+    return outcome.exit_code
 
 
 def _check(arguments: argparse.Namespace) -> int:

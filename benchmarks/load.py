@@ -5,7 +5,6 @@ real sockets with keys; whoever takes its batches is the main thread, as in the 
 """
 
 import gc
-import logging
 import multiprocessing
 import statistics
 import threading
@@ -23,6 +22,7 @@ import torch
 from benchmarks.simulated_actors import RESPONSES, TOKENS, Report, simulate
 from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig, StalenessConfig, TransportConfig
 from common.keys import LearnerKeys
+from common.quiet import quieter
 from common.types import Prompt
 from learner.rollouts.service import LearnerService, StillWaiting
 
@@ -97,12 +97,14 @@ class Consumer:
 @contextmanager
 def serving(folder: str, num_actors: int) -> Iterator[tuple[LearnerService, Connection]]:
     """A service with so many actors, who wait for a word on the pipe (simulated_actors.simulate)."""
-    logging.getLogger("learner").setLevel(logging.ERROR)  # at the end every actor is lost without a word
     prompts = [Prompt(uid=f"p{i}", text="", reference="") for i in range(1000)]
     keys = LearnerKeys(Path(folder))
-    with LearnerService(
-        service_config(), prompts, lambda prompt: [1, 2, 3], ("m", "t"), [1], (), keys=keys, incarnation=1
-    ) as service:
+    with (
+        quieter("learner"),  # at the end every actor is lost without a word
+        LearnerService(
+            service_config(), prompts, lambda prompt: [1, 2, 3], ("m", "t"), [1], (), keys=keys, incarnation=1
+        ) as service,
+    ):
         ours, theirs = SPAWN.Pipe()
         names = [f"a{i}" for i in range(num_actors)]
         process = SPAWN.Process(target=simulate, args=(service.endpoint, folder, names, theirs), daemon=True)

@@ -11,7 +11,6 @@ age of a token. Exit code 1 when one of the first kind is more than TOLERANCE of
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Batching
+from common.quiet import quieter
 from learner.planning.runs import MeasuredRun, measured
 from learner.planning.simulation import Outcome
 
@@ -138,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names(), default=names(), help="these runs (default: all)")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args(arguments)
-    logging.getLogger("learner.rollouts").setLevel(logging.ERROR)
     for name in options.only:
         train(name, options.runs_dir)
-    rows = list(compare({name: MeasuredRun(options.runs_dir / name) for name in options.only}))
+    with quieter("learner.rollouts"):
+        rows = list(compare({name: MeasuredRun(options.runs_dir / name) for name in options.only}))
     print(render(rows))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

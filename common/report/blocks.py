@@ -233,10 +233,11 @@ def configuration(run: Run) -> str:
     found = differences([Config(), run.config])
     rows = [(name, value, default.replace("???", ABSENT)) for name, (default, value) in found.items()]
     table = _table(("setting", "here", "by default"), rows, numbers=False)
-    about = f"Settings that are not the default; {run.folder / 'config.yaml'} has all."
+    where = breakable(str(run.folder / "config.yaml"))
     return (
         '<section id="configuration"><h2>Configuration</h2><div class="card">'
-        f'<p class="decision">{escape(about)}</p><div class="wide">{table}</div></div></section>'
+        f'<p class="decision">Settings that are not the default; {where} has all.</p>'
+        f'<div class="wide">{table}</div></div></section>'
     )
 
 

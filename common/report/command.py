@@ -28,10 +28,11 @@ def inspect(run_dirs: Sequence[str], page: str | None, is_json: bool) -> str:
     return _dumped(compare.to_json(comparison)) if is_json else compare.render(comparison)
 
 
-def closing(run_dir: Path) -> str:
-    """What `train` ends with: the summary, and where it has written the page."""
+def closing(run_dir: Path, *, with_page: bool) -> str:
+    """What `train` ends with: the summary, and where it has written the page, if it has."""
     run = read_run(run_dir)
-    return for_terminal(f"{text.render(run)}\n{'report':<{text.LABEL}}{write_page(run)}", text.LABEL)
+    page = f"\n{'report':<{text.LABEL}}{write_page(run)}" if with_page else ""
+    return for_terminal(f"{text.render(run)}{page}", text.LABEL)
 
 
 def write_page(run: Run) -> Path:

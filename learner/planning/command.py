@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from common.config import Config, ConfigError, Device
 from common.lines import for_terminal
+from common.quiet import quieter
 from common.types import JSON
 from learner.planning.fleet import Fleet, alternatives, plan_fleet
 from learner.planning.memory import MemoryReport, gpus_to_plan, report, table
@@ -67,8 +67,8 @@ class Plan:
 
 def plan(config: Config, options: argparse.Namespace) -> int:
     """Prints the plan. Exit code 2 when the run does not fit into memory."""
-    logging.getLogger("learner.rollouts").setLevel(logging.ERROR)  # it warns of actors that are only simulated
-    made = make_plan(config, options)
+    with quieter("learner.rollouts"):  # it warns of actors that are only simulated
+        made = make_plan(config, options)
     if options.json:
         print(json.dumps(as_json(made), indent=1))
     else:

@@ -17,8 +17,9 @@ def write_run(folder: Path, config: Config, versions: list[int]) -> Path:
     run = replace(config, runs_dir=str(folder.parent), name=folder.name)
     folder.mkdir(parents=True)
     save_config(run, folder / "config.yaml")
-    rows = [{"step": v, "accuracy/heldout": 0.5 + v / 1000, "accuracy/version": v, "version": v} for v in versions]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = [{"step": v, "time": v, "accuracy/heldout": 0.5 + v / 1000, "accuracy/version": v} for v in versions]
+    lines = [json.dumps(row | {"version": row["step"]}) for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 import common.family
+from common.console import Console
 from common.family import Family
 
 # Starts a process when it reads a line, and says who it is.
@@ -30,7 +31,7 @@ def test_what_a_living_child_starts_while_orphans_are_looked_for_is_none(
 ) -> None:
     """A verifier's template, an engine's process: an actor that starts must not lose it because another one died."""
     child: Any = SimpleNamespace(popen=parent, was_started=True, is_running=True)
-    family = Family(lambda: [child], lambda request: None, None)
+    family = Family(lambda: [child], lambda request: None, None, Console())
     family._foreign.discard(parent.pid)
     born = list[int]()
 

@@ -18,6 +18,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "snapshot"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
     return folder
 

@@ -42,6 +42,7 @@ class Response:
         self.before = np.concatenate([lease.prompt_token_ids, sample.prefix.token_ids])
         length = int(np.random.default_rng(sample.seed).integers(1, lease.max_tokens + 1))
         self.num_missing = max(1, length - len(sample.prefix))
+        self.generator = torch.Generator().manual_seed(sample.seed % 2**63)
         self.limit = lease.max_tokens - len(sample.prefix)
         self.reason = FinishReason.LENGTH if length == lease.max_tokens else FinishReason.STOP
         self.token_ids: list[int] = []

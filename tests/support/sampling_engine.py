@@ -27,7 +27,8 @@ class SamplingEngine(NetworkEngine):
             if not responses:
                 return
             logprobs = self._next_logprobs(responses)
-            token_ids = torch.multinomial(logprobs.exp(), 1)[:, 0]
+            probabilities = zip(responses, logprobs.exp(), strict=True)
+            token_ids = torch.cat([torch.multinomial(p_V, 1, generator=r.generator) for r, p_V in probabilities])
             drawn = logprobs.gather(1, token_ids[:, None])[:, 0]
             for response, token_id, logprob in zip(responses, token_ids.tolist(), drawn.tolist(), strict=True):
                 self._append(response, token_id, logprob)

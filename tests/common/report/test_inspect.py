@@ -52,7 +52,7 @@ def test_html_is_written_and_named(made: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_train_ends_with_the_summary_and_the_place_of_the_page(made: Path) -> None:
-    said = closing(made)
+    said = closing(made, with_page=True)
     assert said == f"{render(read_run(made))}\nreport     {made / 'report.html'}"
     assert "<h1>made-up</h1>" in (made / "report.html").read_text()
 
