@@ -13,6 +13,7 @@ apart at least: hundreds of small messages a second share them, and a training l
 """
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -411,6 +412,7 @@ class LearnerService:
     # ---- the thread
 
     def _run(self, socket: LearnerSocket) -> None:
+        _step_aside()
         try:
             is_last = False
             while not is_last:
@@ -441,3 +443,11 @@ class LearnerService:
                     self._reception.undeliverable(identity)
             self._reception.note_losses()
             self._changed.notify_all()
+
+
+def _step_aside() -> None:
+    """To the last of the process's cores. The training loop and this thread wake each other whenever one lets go of the
+    interpreter, and Linux likes to put a thread where it was woken: on one core both would wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[-1:])  # of this thread alone
