@@ -52,6 +52,12 @@ class Optimised:
             rate *= max(0.0, 1.0 - self.num_updates / max(self.total_updates, 1))
         return rate
 
+    @property
+    def last_learning_rate(self) -> float:
+        """Of the last update."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
     def apply(self) -> Tensor | None:
         """One update with the gradients that are there, which are then gone; their norm before clipping.
 

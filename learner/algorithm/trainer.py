@@ -291,8 +291,8 @@ class Trainer:
         if e.uses_values is not None:
             metrics["critic/gate_open"] = float(e.uses_values)
         metrics |= diagnostics.update_metrics(sums, maxima) | views.update_views(sums) | self._learning_rates()
-        if not work.is_warmup:
-            metrics["staleness/lr_gauge"] = metrics["staleness/token_max"] * metrics["policy/learning_rate"]
+        if metrics.get("policy/updates"):
+            metrics["staleness/lr_gauge"] = metrics["staleness/token_max"] * self.policy.last_learning_rate
         return metrics
 
     def _age_metrics(self, work: "Work") -> Metrics:

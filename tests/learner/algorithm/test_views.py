@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.config import AdvantageEstimator, OverAge
+from common.config import AdvantageEstimator, OverAge, Schedule
 from learner.algorithm.views import (
     MIN_TOKENS,
     VersionDistances,
@@ -251,6 +251,16 @@ def test_the_distance_of_two_versions_is_that_of_their_distributions() -> None:
 # ---- in a step
 
 
+def test_the_gauge_takes_the_rate_that_the_step_used() -> None:
+    """Of a linear schedule's last step as well, after which the rate is 0; without an update there is no gauge."""
+    cfg = config(mini_batches=2, learning_rate=1e-3, critic_warmup_steps=0)
+    linear = replace(cfg.learner.policy, schedule=Schedule.linear)
+    trainer = make_trainer(replace(cfg, learner=replace(cfg.learner, steps=1, policy=linear)))
+    assert "staleness/lr_gauge" not in trainer.step(make_batch([10] * 4, version=1), version=3, is_warmup=True)
+    metrics = trainer.step(make_batch([10] * 4, version=1), version=3, is_warmup=False)
+    assert metrics["policy/learning_rate"] == 0.0 and metrics["staleness/lr_gauge"] == 2 * 0.5e-3
+
+
 def test_a_step_reports_the_views_by_gap_and_of_its_updates() -> None:
     """Four mini-batches of two responses each: 0 to 3 updates before them, weighted by their tokens."""
     batch = make_batch([10] * 8, version=2)
@@ -260,7 +270,7 @@ def test_a_step_reports_the_views_by_gap_and_of_its_updates() -> None:
     metrics = trainer.step(replace(batch, versions_T=versions_T), version=3, is_warmup=False)
     assert metrics["staleness/updates_mean"] == 1.5
     assert metrics["staleness/queue_mean"] == 1.5 and metrics["staleness/flight_mean"] == 0.0
-    assert metrics["staleness/lr_gauge"] == 2 * metrics["policy/learning_rate"]
+    assert metrics["staleness/lr_gauge"] == 2 * 1e-3
     by_gap = {
         *(f"offpolicy/gap_1/{name}" for name in ("ratio_p01", "ratio_p50", "ratio_p99", "ess", "m2", "tv")),
         *(f"offpolicy/gap_2/lost_clipped_{sign}" for sign in ("positive", "negative")),
