@@ -36,6 +36,7 @@ Value = float | Mapping[int, float]
 # name in metrics, label on the console, format: what one progress line shows, in this order
 CONSOLE = (
     ("accuracy/heldout", "accuracy", ".3f"),
+    ("accuracy/version", "of version", ".0f"),
     ("accuracy/heldout_low", "from", ".3f"),
     ("accuracy/heldout_high", "to", ".3f"),
     ("eval/num_prompts", "of", ".0f"),
