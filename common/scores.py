@@ -14,6 +14,8 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
+from common.types import Prompt
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
@@ -65,6 +67,14 @@ def estimate(totals: npt.ArrayLike, counts: npt.ArrayLike) -> Estimate:
         effective = min(num_responses, value * (1 - value) / max(variance, 1e-300))
     low, high = _wilson(value, effective, _student(num_prompts - 1))
     return Estimate(value=value, low=low, high=high)
+
+
+def clusters(prompts: Sequence[Prompt]) -> Integers:
+    """[P]: the same number for those that ask the same. What a file has twice tells no more of other prompts than
+    once, so that one observation of `estimate` is all of a cluster."""
+    numbers: dict[str, int] = {}
+    asked = (repr(prompt.messages or prompt.text) for prompt in prompts)
+    return np.array([numbers.setdefault(text, len(numbers)) for text in asked], dtype=np.int64)
 
 
 def _wilson(value: float, num_observations: float, quantile: float) -> tuple[float, float]:

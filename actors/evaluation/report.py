@@ -15,7 +15,7 @@ from actors.evaluation.plan import Plan, column_of
 from actors.evaluation.transcripts import Response
 from actors.evaluation.votes import answer_reader
 from common.samples import visible
-from common.scores import ABSTAINS, Estimate, estimate, majority, pass_at, powers_up_to, quantile_edges
+from common.scores import ABSTAINS, Estimate, clusters, estimate, majority, pass_at, powers_up_to, quantile_edges
 from common.tasks import verifier_function
 from common.tasks.rows import counts
 from common.types import JSON, FinishReason, Prompt
@@ -84,7 +84,7 @@ def _scores(plan: Plan, done: dict[str, list[Response]], prompts: Sequence[Promp
             is_correct[row, column] = response.is_correct
             votes[row, column] = ABSTAINS if response.vote is None else response.vote
     num_correct, num_samples = is_correct.sum(axis=1), plan.num_samples
-    cluster = _clusters(prompts)
+    cluster = clusters(prompts)
 
     def over_prompts(scores: Array) -> Estimate:
         return estimate(np.bincount(cluster, scores * num_samples), np.bincount(cluster) * num_samples)
@@ -95,16 +95,6 @@ def _scores(plan: Plan, done: dict[str, list[Response]], prompts: Sequence[Promp
         passes={k: over_prompts(pass_at(num_correct, num_samples, k)) for k in powers_up_to(num_samples)},
         maj=over_prompts(majority(votes, is_correct)) if _has_votes(plan) else None,
     )
-
-
-def _clusters(prompts: Sequence[Prompt]) -> Array:
-    """The same number for those that ask the same: what a file has twice tells no more of other prompts than once."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(_asked(prompt), len(numbers)) for prompt in prompts])
-
-
-def _asked(prompt: Prompt) -> str:
-    return repr(prompt.messages or prompt.text)
 
 
 def _has_votes(plan: Plan) -> bool:
@@ -133,14 +123,14 @@ def _by_length(plan: Plan, responses: Sequence[Response]) -> tuple[LengthBin, ..
     edges = quantile_edges(lengths.tolist(), NUM_BINS)
     places = np.searchsorted(edges, lengths)
     prompts = {prompt.uid: prompt for prompt in plan.prompts}
-    clusters = _clusters([prompts[response.prompt_uid] for response in responses])
+    cluster = clusters([prompts[response.prompt_uid] for response in responses])
     is_correct = np.array([response.is_correct for response in responses])
-    return tuple(_bin(lengths, is_correct, clusters, places == place) for place in range(len(edges)))
+    return tuple(_bin(lengths, is_correct, cluster, places == place) for place in range(len(edges)))
 
 
-def _bin(lengths: Array, is_correct: Array, clusters: Array, is_in: Array) -> LengthBin:
-    total = np.bincount(clusters[is_in], weights=is_correct[is_in])
-    count = np.bincount(clusters[is_in])
+def _bin(lengths: Array, is_correct: Array, cluster: Array, is_in: Array) -> LengthBin:
+    total = np.bincount(cluster[is_in], weights=is_correct[is_in])
+    count = np.bincount(cluster[is_in])
     return LengthBin(
         shortest=int(lengths[is_in].min()),
         longest=int(lengths[is_in].max()),
@@ -224,7 +214,7 @@ def _cell(value: str) -> str:
 
 def _data_text(plan: Plan) -> str:
     name = ", ".join(str(file.path) for file in plan.data.task.files) or f"held-out set of {plan.data.task.name}"
-    distinct = len(set(map(_asked, plan.prompts)))
+    distinct = len(np.unique(clusters(plan.prompts)))
     repeated = f" ({distinct:,} different ones)" if distinct < len(plan.prompts) else ""
     return f"{name}: {len(plan.prompts):,} prompts{repeated} x {plan.num_samples} responses"
 

@@ -5,8 +5,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from common.config import Config
-from common.scores import Estimate, estimate
+from common.scores import Estimate, clusters, estimate
 from common.types import JSON, CompletedGroup, FinishReason, Prompt, Verdict
 from learner.rollouts.partial import Pending
 
@@ -23,7 +25,7 @@ class EvalResult:
     oldest_version: int  # of all sampled tokens; differs from `version` when a publication came in between
     newest_version: int
     accuracy: float  # share of correct responses among all that were asked for
-    accuracy_low: float  # the 95% interval over prompts (common/scores.py), as the next
+    accuracy_low: float  # the 95% interval over different prompts (common/scores.py), as the next
     accuracy_high: float
     length_mean: float  # tokens, of the responses that were sampled, as the next
     truncated_fraction: float  # share of responses that reached max_tokens
@@ -39,9 +41,9 @@ class Begun:
     """An evaluation that a checkpoint found under way."""
 
     asked: JSON  # see `asked`
-    pending: tuple[str, ...]  # uids of prompts without a result, those that were leased included
+    sampled: tuple[str, ...]  # uids of the prompts of `groups`
     groups: tuple[CompletedGroup, ...]
-    num_failed: int
+    failed: tuple[str, ...]  # uids of prompts that no actor could sample; all others have no result yet
     seconds: float  # since its start
 
 
@@ -55,66 +57,72 @@ class Evaluation:
     version: int
     started_s: float = 0.0  # on the coordinator's clock
     pending: deque[Pending] = field(init=False)
-    _groups: list[CompletedGroup] = field(default_factory=list, init=False)
-    _num_failed: int = field(default=0, init=False)
+    _groups: dict[str, CompletedGroup] = field(default_factory=dict, init=False)  # uid of its prompt -> group
+    _failed: list[str] = field(default_factory=list, init=False)  # uids
     _ended_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.pending = deque(Pending(prompt=prompt, turn=turn) for turn, prompt in enumerate(self.prompts))
         self._ended_s = self.started_s
 
-    def add(self, group: CompletedGroup, now: float) -> None:
-        self._groups.append(group)
+    def add(self, uid: str, group: CompletedGroup, now: float) -> None:
+        """The group of the prompt `uid`."""
+        self._groups[uid] = group
         self._ended_s = now
 
-    def fail(self) -> None:
-        self._num_failed += 1
+    def fail(self, uid: str) -> None:
+        self._failed.append(uid)
 
-    def under_way(self, config: Config, leased: Sequence[Prompt], now: float) -> Begun:
-        """For a checkpoint; `leased` are the prompts that are out."""
+    def under_way(self, config: Config, now: float) -> Begun:
+        """For a checkpoint."""
         return Begun(
             asked=asked(config, self),
-            pending=tuple(prompt.uid for prompt in [*leased, *(waiting.prompt for waiting in self.pending)]),
-            groups=tuple(self._groups),
-            num_failed=self._num_failed,
+            sampled=tuple(self._groups),
+            groups=tuple(self._groups.values()),
+            failed=tuple(self._failed),
             seconds=now - self.started_s,
         )
 
     def go_on(self, begun: Begun, now: float) -> None:
         """From where it was, with what it had; the time in between does not count."""
-        prompts = {prompt.uid: prompt for prompt in self.prompts}
-        self.pending = deque(Pending(prompt=prompts[uid], turn=turn) for turn, uid in enumerate(begun.pending))
-        self._groups, self._num_failed = list(begun.groups), begun.num_failed
+        self._groups, self._failed = dict(zip(begun.sampled, begun.groups, strict=True)), list(begun.failed)
+        has_result = self._groups.keys() | set(self._failed)
+        self.pending = deque(waiting for waiting in self.pending if waiting.prompt.uid not in has_result)
         self.started_s, self._ended_s = now - begun.seconds, now
 
     def result(self) -> EvalResult | None:
         """None until every prompt is done or failed."""
-        if len(self._groups) + self._num_failed < len(self.prompts):
+        if len(self._groups) + len(self._failed) < len(self.prompts):
             return None
-        verdicts = [verdict for group in self._groups for verdict in group.verdicts]
-        reasons = [reason for group in self._groups for reason in group.finish_reasons]
+        groups = self._groups.values()
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        reasons = [reason for group in groups for reason in group.finish_reasons]
         num_samples = len(verdicts)
         per_sample = 1.0 / max(num_samples, 1)
         accuracy = self._accuracy()
         return EvalResult(
             version=self.version,
-            oldest_version=min((int(group.versions.min()) for group in self._groups), default=self.version),
-            newest_version=max((int(group.versions.max()) for group in self._groups), default=self.version),
+            oldest_version=min((int(group.versions.min()) for group in groups), default=self.version),
+            newest_version=max((int(group.versions.max()) for group in groups), default=self.version),
             accuracy=accuracy.value,
             accuracy_low=accuracy.low,
             accuracy_high=accuracy.high,
-            length_mean=sum(int(group.lengths.sum()) for group in self._groups) * per_sample,
+            length_mean=sum(int(group.lengths.sum()) for group in groups) * per_sample,
             truncated_fraction=reasons.count(FinishReason.LENGTH) * per_sample,
             num_prompts=len(self.prompts),
             num_samples=num_samples,
-            num_failed=self._num_failed,
+            num_failed=len(self._failed),
             num_errors=verdicts.count(Verdict.ERROR),
             seconds=self._ended_s - self.started_s,
         )
 
     def _accuracy(self) -> Estimate:
-        correct = [group.verdicts.count(Verdict.CORRECT) for group in self._groups] + [0] * self._num_failed
-        return estimate(correct, [self.samples_per_prompt] * len(correct))
+        correct = np.zeros(len(self.prompts))
+        for place, prompt in enumerate(self.prompts):
+            if prompt.uid in self._groups:
+                correct[place] = self._groups[prompt.uid].verdicts.count(Verdict.CORRECT)
+        cluster = clusters(self.prompts)
+        return estimate(np.bincount(cluster, correct), np.bincount(cluster) * self.samples_per_prompt)
 
 
 def asked(config: Config, evaluation: Evaluation) -> JSON:

@@ -147,7 +147,7 @@ class Ledger:
         if slot.lease.purpose is Purpose.EVAL:
             assert self.evaluation is not None
             self.slots.remove(slot)
-            self.evaluation.add(group, now)
+            self.evaluation.add(slot.prompt.uid, group, now)
             return
         self.selection.add(Fate.SAMPLED, group)
         slot.partial = None
@@ -195,7 +195,7 @@ class Ledger:
         self._remove(slot, reason, slot.num_tokens)
         if slot.lease.purpose is Purpose.EVAL:
             assert self.evaluation is not None
-            self.evaluation.fail()
+            self.evaluation.fail(slot.prompt.uid)
 
     def _remove(self, slot: Slot, reason: DropReason | None, num_lost: int) -> None:
         """With it so many tokens are lost."""

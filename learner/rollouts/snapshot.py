@@ -24,7 +24,7 @@ from learner.rollouts.partial import Partial, Pending
 
 logger = logging.getLogger(__name__)
 
-_BEGUN = ("asked", "pending", "num_failed", "seconds")  # of Begun, besides its groups
+_BEGUN = ("asked", "sampled", "failed", "seconds")  # of Begun, besides its groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,6 @@ def take(coordinator: Coordinator, now: float) -> Snapshot:
     waiting.sort(key=lambda pending: pending.turn)
     groups = tuple(pending.group for pending in waiting if pending.group is not None)
     partials = tuple(_lease_of(ledger, pending) for pending in waiting if _has_begun(pending))
-    leased = [slot.prompt for slot in slots.evaluation.values()]
     state = {
         "stream": ledger.stream.state_dict(),
         "untrained": [_entry(pending) for pending in waiting],
@@ -57,7 +56,7 @@ def take(coordinator: Coordinator, now: float) -> Snapshot:
         "verdicts": ledger.verdicts.state_dict(),
         "work": coordinator.work(),
     }
-    begun = evaluation.under_way(ledger.config, leased, now) if evaluation is not None else None
+    begun = evaluation.under_way(ledger.config, now) if evaluation is not None else None
     return Snapshot(state=state, groups=groups, partials=partials, evaluation=begun)
 
 

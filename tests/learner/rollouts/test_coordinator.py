@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -1057,6 +1057,22 @@ def test_before_the_first_step_evaluation_goes_first_and_is_not_admitted() -> No
     assert (result.accuracy_low, result.accuracy_high) == (clustered.low, clustered.high)
     assert result.length_mean == pytest.approx((8 * 1 + 4 * 2) / 12)
     assert coordinator.ledger.poll_evaluation() is None
+
+
+def test_held_out_prompts_that_ask_the_same_are_one_observation() -> None:
+    """In whatever order their groups come, and where one of them could not be sampled."""
+    coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a", capacity=8)
+    twice = [*HELDOUT, *(replace(prompt, uid=f"again-{prompt.uid}") for prompt in HELDOUT)]
+    coordinator.ledger.evaluate(Evaluation(twice, 4, 0.5, version=0))
+    leases = {lease.prompt_uid: (name, lease) for name, lease in granted(coordinator) if lease.purpose is Purpose.EVAL}
+    for uid, num_correct in (("again-h2", 4), ("h0", 3), ("again-h1", 0), ("h2", 4), ("again-h0", 1)):
+        finish(coordinator, [leases[uid]], num_correct=num_correct)
+    assert coordinator.ledger.evaluation is not None
+    coordinator.ledger.evaluation.fail("h1")
+    result = coordinator.ledger.poll_evaluation()
+    assert result is not None
+    found = (result.accuracy, result.accuracy_low, result.accuracy_high)
+    assert found == astuple(estimate([4, 0, 8], [8, 8, 8]))
 
 
 @settings(deadline=None)
