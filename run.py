@@ -125,7 +125,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     With --data it also leaves there what the learner needs of the data.
     """
-    from actors.verifier.trial import try_verifier
+    from actors.verifier.trial import needs_trial, try_verifier
     from common.tasks.dataset import describe, load_dataset
 
     config = load_config(arguments.config, arguments.overrides)
@@ -134,7 +134,7 @@ def _check(arguments: argparse.Namespace) -> int:
     data = load_dataset(config, folder, num_processes=len(os.sched_getaffinity(0)))
     for line in describe(data):
         print(line)
-    if config.verifier.function is not None or config.verifier.answer_form is not AnswerForm.EXACT:
+    if needs_trial(config):
         asyncio.run(try_verifier(config, data.task.train[0]))
     return 0
 

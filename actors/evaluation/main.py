@@ -25,11 +25,9 @@ from actors.evaluation.transcripts import Transcripts, transcripts
 from actors.evaluation.votes import equality
 from actors.sampling import EngineError
 from actors.verifier.pool import VerifierError, pool_of
-from actors.verifier.trial import try_verifier
+from actors.verifier.trial import needs_trial, try_verifier
 from common.lines import for_terminal
 from common.progress import Progress
-from common.tasks import is_own_verifier
-from common.types import AnswerForm
 
 LOG, SCORES = "engine.log", "scores.json"
 
@@ -137,7 +135,7 @@ def _sample(plan: Plan, found: Transcripts, *, is_quiet: bool) -> tuple[int | No
 
 async def _run(plan: Plan, found: Transcripts, interruption: Interruption, *, is_quiet: bool) -> dict[str, str]:
     """Samples what is missing. What can fail fast comes first."""
-    if not is_own_verifier(plan.config) or plan.config.verifier.answer_form is not AnswerForm.EXACT:
+    if needs_trial(plan.config):
         await try_verifier(plan.config, plan.prompts[0])
     async with pool_of(plan.config) as verifier, equality(plan.config) as is_equal:
         engine = Engine(plan.config)

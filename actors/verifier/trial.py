@@ -2,7 +2,15 @@
 
 from actors.verifier.pool import VerifierError, pool_of
 from common.config import Config, ConfigError
-from common.types import Prompt, Verdict
+from common.tasks import default_verifier, verifier_function
+from common.types import AnswerForm, Prompt, Verdict
+
+
+def needs_trial(config: Config) -> bool:
+    """Whether the verifier is not as the task brings it: it may not suit the task's rows."""
+    settings = config.verifier
+    is_other = verifier_function(config) != default_verifier(config.task)
+    return is_other or settings.answer_form is not AnswerForm.EXACT
 
 
 async def try_verifier(config: Config, prompt: Prompt) -> None:

@@ -55,12 +55,12 @@ def sample_problem(rng: Random, max_distance: int = MAX_DISTANCE) -> Problem:
 def verify(response: str, reference: str, row: dict[str, object]) -> Verdict:
     """CORRECT iff every move is right arithmetic inside 0..99 and the walk ends with `#` on the target.
 
-    `row` holds the integers `start` and `target`. UNANSWERED when the last character is not `#` (truncated).
+    UNANSWERED when the last character is not `#` (truncated). Raises ValueError unless `row` holds the integers
+    `start` and `target`.
     """
+    position, target = _integer(row, "start"), _integer(row, "target")
     if not response.endswith("#"):
         return Verdict.UNANSWERED
-    position, target = row["start"], row["target"]
-    assert isinstance(position, int) and isinstance(target, int), "row of number_walk holds integers"
     walk = response[:-1]
     if len(walk) % 4 != 0 or len(walk) > 4 * MAX_MOVES:
         return Verdict.WRONG
@@ -73,6 +73,14 @@ def verify(response: str, reference: str, row: dict[str, object]) -> Verdict:
         if position != int(claimed):
             return Verdict.WRONG
     return Verdict.CORRECT if position == target else Verdict.WRONG
+
+
+def _integer(row: dict[str, object], column: str) -> int:
+    value = row.get(column)
+    if not isinstance(value, int):
+        there = ", ".join(sorted(row)) or "none"
+        raise ValueError(f"the data has no integers in a column '{column}' (there is: {there})")
+    return value
 
 
 def _step_choices(position: int, direction: int) -> list[int]:

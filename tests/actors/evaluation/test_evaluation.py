@@ -287,6 +287,14 @@ def test_a_verifier_that_fails_is_a_mistake_and_on_a_few_responses_a_mark(
     assert [lease.prompt_uid for lease in engine.leases] == ["heldout/sums.jsonl:6"], "what failed is judged again"
 
 
+def test_data_that_lacks_what_the_verifier_reads_is_a_mistake_before_the_engine_starts(evaluate: Evaluate) -> None:
+    engine = scripted(right_by_index)
+    lacks = r"number_walk:verify raised .*no integers in a column 'start' \(there is: .*level.*sums\.jsonl"
+    with pytest.raises(ConfigError, match=lacks):
+        evaluate(engine, "verifier.function=common.tasks.number_walk:verify")
+    assert not engine.leases
+
+
 def test_a_prompt_that_does_not_fit_is_named_by_its_line(evaluate: Evaluate) -> None:
     with pytest.raises(ConfigError, match=r"sums.jsonl, line 1: its prompt has \d+ tokens, and with rollout"):
         evaluate(right_by_index, "model.max_model_len=130")
