@@ -169,7 +169,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, JSON]]:
                 return
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # and numbers of thousands of digits, and endless nesting
                 raise ValueError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number} is not a JSON object")

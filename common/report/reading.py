@@ -4,7 +4,6 @@ Reading is strict where a file is damaged, and lenient where a number is absent:
 or the step could not measure it.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,9 @@ Point = tuple[float, float]  # (step, value)
 
 RECENT = 3  # what a run does now is the mean over the last of so many parts of its policy steps
 FEWEST_RECENT = 5  # but over so many steps at least, if there are as many
-GAP = re.compile(r"offpolicy/gap_(\d+)/|critic/gap_(\d+)/")
+GAP = re.compile(r"offpolicy/gap_([0-9]{1,6})/|critic/gap_([0-9]{1,6})/")  # no run has versions a million old
+LARGEST = 1e100  # number of a metric that counts as one: sums and squares of larger ones have no end
+LAST = {"step": 1e9, "time": 253402300799.0}  # what these are at most; the time is the end of the year 9999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,13 @@ class Run:
     @cached_property
     def names(self) -> frozenset[str]:
         """Of all metrics that were ever measured."""
-        return frozenset(name for row in self.rows for name, value in row.items() if value is not None)
+        return frozenset(name for row in self.rows for name, value in row.items() if _is_measured(value))
 
     @cached_property
     def policy_names(self) -> frozenset[str]:
         """Of those that were measured since the policy is trained; the warm-up's first step measures some too."""
         later = (row for row in self.rows if row["step"] > self.num_warmup_steps)
-        return frozenset(name for row in later for name, value in row.items() if value is not None)
+        return frozenset(name for row in later for name, value in row.items() if _is_measured(value))
 
     @cached_property
     def gaps(self) -> tuple[int, ...]:
@@ -136,9 +137,19 @@ def alarm_text(event: Row) -> str:
 
 
 def number(row: Row, name: str) -> float | None:
-    """None when it is absent, or no finite number."""
+    """None when it is absent, or no number that can be of a run."""
     value = row.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if is_number(value) else None
+
+
+def is_number(value: JSON) -> bool:
+    """Whether it is one, finite and at most LARGEST in magnitude."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
+def _is_measured(value: JSON) -> bool:
+    """A number, or a histogram."""
+    return isinstance(value, dict) or is_number(value)
 
 
 def values(rows: Iterable[Row], name: str) -> list[float]:
@@ -183,7 +194,8 @@ def _read(path: Path, numbers: Sequence[str]) -> tuple[Row, ...]:
         ) from None
     for line, row in enumerate(rows, start=1):
         for name in numbers:
-            if number(row, name) is None:
+            value = number(row, name)
+            if value is None or not 0 <= value <= LAST[name]:
                 raise ConfigError(f"{path} line {line} has no {name}: it is damaged, or not of a run; remove the line")
     return rows
 
@@ -194,8 +206,7 @@ def _check_histograms(path: Path, rows: Sequence[Row]) -> None:
         is_right = found is None or (
             isinstance(found, dict)
             and all(
-                gap.isdecimal() and isinstance(count, int | float) and 0 <= count < math.inf
-                for gap, count in found.items()
+                re.fullmatch("[0-9]{1,6}", gap) and is_number(count) and count >= 0 for gap, count in found.items()
             )
         )
         if not is_right:

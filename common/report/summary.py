@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Config
-from common.report.reading import Row, Run, counts, histogram, mean, number, read_run, time_mean, values
+from common.report.reading import Row, Run, counts, histogram, is_number, mean, number, read_run, time_mean, values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def _members(ledger: Sequence[Row]) -> tuple[Member, ...]:
 
 def _numbers(row: Row, name: str) -> list[float]:
     found = row.get(name)
-    return [value for value in found if isinstance(value, int | float)] if isinstance(found, list) else []
+    return [value for value in found if is_number(value)] if isinstance(found, list) else []
 
 
 def _mean_gap(gaps: dict[int, float], steps: Sequence[Row]) -> float | None:

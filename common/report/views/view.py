@@ -13,6 +13,7 @@ from common.report.svg import Plot, age
 
 MOST_POINTS = 120  # of a curve; more steps than that are averaged
 MOST_AGES = 6  # curves by age in one plot
+MOST_GAP_TICKS = 60
 OF_POLICY = ("offpolicy/", "staleness/", "policy/")  # metrics that say something once the policy is trained
 STEP = "step (critic warm-up included)"
 
@@ -162,9 +163,8 @@ def gap_axis(run: Run) -> Axis:
     oldest = max(run.gaps, default=0)
     bound = run.config.staleness.max_staleness
     top = bound if oldest <= bound <= oldest + 3 else oldest
-    return Axis(
-        label="age: versions old", low=-0.6, high=top + 0.6, ticks=tuple((gap, str(gap)) for gap in range(top + 1))
-    )
+    ages = range(0, top + 1, 1 + top // MOST_GAP_TICKS)
+    return Axis(label="age: versions old", low=-0.6, high=top + 0.6, ticks=tuple((age, str(age)) for age in ages))
 
 
 def bound_at_gap(run: Run) -> list[Limit]:

@@ -68,6 +68,11 @@ def rows(folder: Path) -> list[str]:
         (b"[1]\n", "line 73 is not a JSON object"),
         (b'{"time": 1}\n', "line 73 has no step: it is damaged, or not of a run; remove the line"),
         (b'{"step": 1, "time": null}\n', "line 73 has no time: it is damaged"),
+        (b'{"step": 1, "time": 1e18}\n', "line 73 has no time: it is damaged"),
+        (b'{"step": 1e18, "time": 1}\n', "line 73 has no step: it is damaged"),
+        (b'{"step": ' + 5000 * b"1" + b"}\n", "line 73 is not JSON: "),
+        (100_000 * b"[" + b"\n", "line 73 is not JSON: "),
+        (b'{"step": 1, "time": 1, "staleness/hist": {"99999999999": 1}}\n', "line 73 has a staleness/hist that is not"),
         (
             b'{"step": 1, "time": 1, "staleness/hist": {"old": 1}}\n',
             "line 73 has a staleness/hist that is not tokens by",
@@ -88,6 +93,31 @@ def test_damaged_metrics_are_one_sentence(
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and str(tmp_path / "metrics.jsonl") in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ["1e300", "NaN", "1" + 400 * "0", '"many"'])
+def test_what_can_be_no_number_of_a_run_is_left_out(number: str, made: Path, tmp_path: Path) -> None:
+    save_config(config(), tmp_path / "config.yaml")
+    last = json.loads(rows(made)[-1])
+    names = [name for name in last if name not in ("step", "time", "time/step_s", "staleness/hist")]
+    spoilt = last | dict.fromkeys([*names, "offpolicy/gap_99999999999/ess"], "?")
+    group = {"step": 72, "actor": "actor-9", "rewards": ["?"], "lengths": ["?"]}
+    for name, lines in (("metrics", [*map(json.loads, rows(made)[:-1]), spoilt]), ("ledger", [group])):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text.replace('"?"', number))
+    found = json.loads(inspect([str(tmp_path)], None, True))
+    assert found["num_steps"] == 72 and found["evaluations"][-1]["accuracy"] == 0.88
+    (member,) = found["members"]
+    assert (member["num_groups"], member["num_tokens"], member["reward_mean"]) == (1, 0, 0.0)
+    assert inspect([str(tmp_path)], None, False) and inspect([str(tmp_path)], str(tmp_path / "page.html"), False)
+
+
+def test_a_metric_that_was_never_a_number_was_not_measured(made: Path, tmp_path: Path) -> None:
+    save_config(config(), tmp_path / "config.yaml")
+    lines = [json.loads(row) | {"staleness/lr_gauge": "?"} for row in rows(made)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines).replace('"?"', "1e300"))
+    found = json.loads(inspect([str(tmp_path)], None, True))
+    assert [view["number"] for view in found["views"] if not view["is_measured"]] == [10]
 
 
 def test_a_line_that_a_crash_has_cut_off_is_left_out(made: Path, tmp_path: Path) -> None:
