@@ -124,7 +124,7 @@ STALENESS = _rows(
      "a token's age as the sum of `policy/kl_version` over the versions that went by, mean over the tokens in the "
      "loss", 9),
     ("staleness/nats_max", "nats", "the largest of these ages", 9),
-    ("staleness/lr_gauge", "versions", "`staleness/token_max` x the learning rate of the step's last update of the policy", 10),
+    ("staleness/lr_gauge", "versions", "`staleness/token_max` x the learning rate of the policy's last update", 10),
     ("policy/kl_version", "nats",
      "KL(pi_v, pi_{v+1}) a token of the two latest versions: mean k3 of the tokens that v drew and v + 1 trains "
      "on, in the first step after its publication, when there are 64 of them; what two engines round differently "

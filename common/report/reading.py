@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import TypeGuard
 
 from common.config import Config, ConfigError
 from common.loading import read_config
@@ -142,7 +143,7 @@ def number(row: Row, name: str) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def is_number(value: JSON) -> bool:
+def is_number(value: JSON) -> TypeGuard[float]:
     """Whether it is one, finite and at most LARGEST in magnitude."""
     return isinstance(value, int | float) and abs(value) <= LARGEST
 
@@ -205,9 +206,7 @@ def _check_histograms(path: Path, rows: Sequence[Row]) -> None:
         found = row.get("staleness/hist")
         is_right = found is None or (
             isinstance(found, dict)
-            and all(
-                re.fullmatch("[0-9]{1,6}", gap) and is_number(count) and count >= 0 for gap, count in found.items()
-            )
+            and all(re.fullmatch("[0-9]{1,6}", gap) and is_number(count) and count >= 0 for gap, count in found.items())
         )
         if not is_right:
             raise ConfigError(

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -13,6 +12,7 @@ from common.lines import for_terminal
 from common.quiet import quieter
 from common.types import JSON
 from learner.planning.fleet import Fleet, alternatives, plan_fleet
+from learner.planning.limits import MOST_S, RANGES, Patience, check_option
 from learner.planning.memory import MemoryReport, gpus_to_plan, report, table
 from learner.planning.runs import MeasuredRun, measured
 from learner.planning.simulation import Outcome
@@ -83,6 +83,9 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
     """Raises ConfigError for options that make no sense, and where nothing can be planned."""
     if not 0 <= options.idle < 1:
         raise ConfigError(f"--idle {options.idle:g} is no share of the time: it must be from 0 to below 1")
+    for name in RANGES:
+        if (value := getattr(options, name)) is not None:
+            check_option(name, value)
     gpus = gpus_to_plan(options.gpus, options.gpu_gib) if config.device is Device.cuda else []
     memory = report(config, gpus)
     speeds, source, notes = _speeds(config, options)
@@ -90,9 +93,9 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
         speeds = replace(speeds, max_sequences=max(1, int(memory.max_sequences_tokens / speeds.mean_length)))
     fleet, others = None, list[tuple[str, Outcome]]()
     if memory.problem is None:
-        steps = _steps(config, options.steps)
-        fleet = plan_fleet(config, speeds, idle=options.idle, steps=steps)
-        others = list(alternatives(config, speeds, actors=fleet.planned.actors, steps=steps))
+        steps, patience = options.steps or _usual_steps(config), Patience(MOST_S)
+        fleet = plan_fleet(config, speeds, idle=options.idle, steps=steps, patience=patience)
+        others = list(alternatives(config, speeds, actors=fleet.planned.actors, steps=steps, patience=patience))
     return Plan(
         config=config,
         memory=memory,
@@ -105,19 +108,15 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
     )
 
 
-def _steps(config: Config, asked: int | None) -> int:
-    """As many as keep a simulation to some seconds, unless asked for."""
-    if asked is not None and asked < 1:
-        raise ConfigError(f"--steps {asked} must be 1 or more")
+def _usual_steps(config: Config) -> int:
+    """As many as keep a simulation to some seconds."""
     responses = config.rollout.prompts_per_step * config.rollout.group_size
-    return asked or min(MOST_STEPS, max(FEWEST_STEPS, RESPONSES // responses))
+    return min(MOST_STEPS, max(FEWEST_STEPS, RESPONSES // responses))
 
 
 def _speeds(config: Config, options: argparse.Namespace) -> tuple[Speeds, str, tuple[str, ...]]:
     """(speeds, where they come from, what to know about them)"""
     given = {name: value for name in (*ASSUMED, "length_mean") if (value := getattr(options, name)) is not None}
-    for name, value in given.items():
-        _check(name, value)
     longest = config.rollout.max_tokens
     if given.get("length_mean", 0) > longest:
         raise ConfigError(f"--length-mean {given['length_mean']:g} is more than rollout.max_tokens={longest}")
@@ -134,14 +133,6 @@ def _speeds(config: Config, options: argparse.Namespace) -> tuple[Speeds, str, t
     guessed = [_option(name) for name in values if name not in given and values[name]]
     notes = (f"{', '.join(guessed)} are not given: what follows is no better than these guesses",) if guessed else ()
     return assumed(**values, sequences=sequences, overhead=OVERHEAD[config.device]), "assumed", notes
-
-
-def _check(name: str, value: float) -> None:
-    is_share, may_be_0 = name == "uninformative", name in ("publish_s", "length_sigma", "uninformative")
-    is_good = math.isfinite(value) and (value > 0 or (may_be_0 and value == 0)) and (not is_share or value < 1)
-    if not is_good:
-        limits = "from 0 to below 1" if is_share else "0 or more" if may_be_0 else "above 0"
-        raise ConfigError(f"{_option(name)} {value:g} must be {limits}")
 
 
 def _option(name: str) -> str:
@@ -164,7 +155,7 @@ def as_text(made: Plan) -> list[str]:
     parts = [("memory", table(made.memory)), ("speeds", _speeds_text(made))]
     if made.fleet is not None:
         parts.append(("planned", _outcome_text(made.config, made.fleet.planned)))
-        parts.append(("actors", _fleet_text(made.fleet, made.idle)))
+        parts.append(("actors", _fleet_text(made.fleet, made.idle, made.config.staleness.exact)))
         parts.append(("instead", _others_text(made.fleet.planned, made.others)))
     return [
         f"{label if i == 0 else '':<{LABEL}}{line}".rstrip() for label, lines in parts for i, line in enumerate(lines)
@@ -205,7 +196,7 @@ def _outcome_text(config: Config, outcome: Outcome) -> list[str]:
     ]
 
 
-def _fleet_text(fleet: Fleet, idle: float) -> list[str]:
+def _fleet_text(fleet: Fleet, idle: float, is_exact: bool) -> list[str]:
     if fleet.smallest is not None:
         best, few = fleet.best, fleet.smallest
         more = best.trained_tokens_per_s / few.trained_tokens_per_s - 1
@@ -214,7 +205,12 @@ def _fleet_text(fleet: Fleet, idle: float) -> list[str]:
     else:
         best = fleet.best
         text = f"no number keeps the learner busy: with {best.actors} it idles {best.learner_idle:.0%}, and more bring "
-        text += "nothing, because the responses of a batch take longer than the bound leaves them (see instead)"
+        text += "nothing, because "
+        text += (
+            "staleness.exact makes each publication wait for the longest responses of the window"
+            if is_exact
+            else "the responses of a batch take longer than the bound leaves them (see instead)"
+        )
     head = f"{'':>6} {'trained/s':>10} {'learner idle':>13} {'actors idle':>12} {'staleness':>10}"
     rows = [
         f"{outcome.actors:>6} {outcome.trained_tokens_per_s:>10,.0f} {outcome.learner_idle:>13.0%} "

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from common.config import Batching, Config, ConfigError, OverAge
 from common.validation import validate
+from learner.planning.limits import Patience
 from learner.planning.simulation import Outcome, simulate
 from learner.planning.speeds import Speeds
 
@@ -27,14 +28,14 @@ class Fleet:
         return next(outcome for outcome in self.outcomes if outcome.trained_tokens_per_s * GROWTH >= most)
 
 
-def plan_fleet(config: Config, speeds: Speeds, *, idle: float, steps: int) -> Fleet:
+def plan_fleet(config: Config, speeds: Speeds, *, idle: float, steps: int, patience: Patience | None = None) -> Fleet:
     """Simulates actors.count, then 1, 2, 4, ... actors until the learner idles no more than `idle`, or twice as many
     bring nothing, and those in between that tell the smallest number; then one and twice as many on top."""
     found: dict[int, Outcome] = {}
 
     def of(actors: int) -> Outcome:
         if actors not in found:
-            found[actors] = simulate(config, speeds, actors=actors, steps=steps)
+            found[actors] = simulate(config, speeds, actors=actors, steps=steps, patience=patience)
         return found[actors]
 
     planned = of(max(1, config.actors.count))
@@ -64,7 +65,9 @@ def _bisected(of: Callable[[int], Outcome], idle: float, too_few: int, enough: i
     return enough
 
 
-def alternatives(config: Config, speeds: Speeds, *, actors: int, steps: int) -> Iterator[tuple[str, Outcome]]:
+def alternatives(
+    config: Config, speeds: Speeds, *, actors: int, steps: int, patience: Patience | None = None
+) -> Iterator[tuple[str, Outcome]]:
     """What another order or bound would make of the same run with so many actors, where they are possible."""
     staleness = config.staleness
     bound, order = staleness.max_staleness, staleness.batching
@@ -80,4 +83,4 @@ def alternatives(config: Config, speeds: Speeds, *, actors: int, steps: int) -> 
             validate(candidate)
         except ConfigError:
             continue
-        yield setting, simulate(candidate, speeds, actors=actors, steps=steps)
+        yield setting, simulate(candidate, speeds, actors=actors, steps=steps, patience=patience)

@@ -44,8 +44,6 @@ def gpus_to_plan(count: int | None, gib: float | None) -> list[Gpu]:
             raise ConfigError(f"{error}, or describe GPUs that are not here with --gpus and --gpu-gib") from None
     if count is None or gib is None:
         raise ConfigError("--gpus and --gpu-gib describe GPUs that are not here together: give both or none")
-    if count < 1 or not 0 < gib < float("inf"):
-        raise ConfigError(f"--gpus {count} --gpu-gib {gib:g} are no GPUs: both must be above 0")
     return [Gpu(name=str(number), memory=int(gib * GIB)) for number in range(count)]
 
 

@@ -19,6 +19,7 @@ import simpy
 from common.config import Config, OverAge, VerifierConfig
 from common.types import CompletedGroup, Lease, Prompt, Purpose, TrajectoryGroup, Verdict
 from learner.planning.engine import Engine
+from learner.planning.limits import Patience, check_size
 from learner.planning.speeds import Speeds, token_s
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
@@ -39,7 +40,7 @@ class Outcome:
     steps_per_s: float
     trained_tokens_per_s: float
     generated_tokens_per_s: float
-    learner_idle: float  # without a batch
+    learner_idle: float  # without a batch, or waiting for the window before a publication (staleness.exact)
     actors_idle: float  # paused, or without a sequence
     running: float  # sequences of one actor, mean over its busy time
     token_s: float  # of one sequence, as learner/planning/runs.py measures it
@@ -69,16 +70,20 @@ def simulate(
     steps: int,
     filling: int | None = None,
     slowness: Sequence[float] = (),
+    patience: Patience | None = None,
 ) -> Outcome:
     """The outcome of `steps` policy steps, after those in which the pipeline fills.
 
     Args:
         filling: the number of those; None: as many as it takes to be in the steady state.
         slowness: of each actor, how many times slower it is than `speeds` say; empty: all alike.
+
+    Raises ConfigError when the run is too large to simulate, or `patience` is over.
     """
     if filling is None:
         filling = max(2 + _ahead(config), steps // 4)
-    return Simulation(config, speeds, list(slowness) or [1.0] * actors, filling, steps).run()
+        check_size(config, _ahead(config), filling + steps)
+    return Simulation(config, speeds, list(slowness) or [1.0] * actors, filling, steps, patience or Patience()).run()
 
 
 def _ahead(config: Config) -> int:
@@ -89,7 +94,10 @@ def _ahead(config: Config) -> int:
 class Simulation:
     """One run; `run` once. What is random is drawn by lease, so that variants see the same responses."""
 
-    def __init__(self, config: Config, speeds: Speeds, slowness: Sequence[float], filling: int, steps: int) -> None:
+    def __init__(
+        self, config: Config, speeds: Speeds, slowness: Sequence[float], filling: int, steps: int, patience: Patience
+    ) -> None:
+        self._patience = patience
         self._num_filling, self._num_steps = filling, filling + steps
         self._unit = max(1, round(speeds.mean_length / FINEST_TOKENS))  # tokens
         self._config = _without_limits(config, self._num_steps + 2 * _ahead(config))
@@ -97,6 +105,7 @@ class Simulation:
         self._environment = simpy.Environment()
         self._changed = self._environment.event()
         self._beat_s = 0.0
+        self._num_steps_done = 0
         self._num_leases = Counter[Purpose]()
         self._waited_s = 0.0
         self._marks: list[_Mark] = []
@@ -125,6 +134,7 @@ class Simulation:
     def _learn(self) -> Generator[simpy.Event, None, None]:
         """Notes the totals when the first step that counts took its batch, and when the one after the last did."""
         for step in range(self._num_steps + 1):
+            self._num_steps_done = step
             started = self._environment.now
             while (batch := self._ledger.take_batch()) is None:
                 yield self._changed
@@ -152,8 +162,10 @@ class Simulation:
     def _publish_when_due(self, steps_done: int) -> Generator[simpy.Event, None, None]:
         version = self._ledger.version
         if steps_done % self._config.weights.publish_every == 0:
+            started = self._environment.now
             while self._config.staleness.exact and not self._ledger.is_window_sampled():
                 yield self._changed
+            self._waited_s += self._environment.now - started
             publish_s = self._speeds.publication_s(version)
             pause_s = self._speeds.pause_share * publish_s
             version += 1
@@ -194,6 +206,7 @@ class Simulation:
     def _turn(self) -> None:
         """What the service's thread does after every message; whoever waits looks again."""
         now = self._environment.now
+        self._patience.check(len(self._engines), self._num_steps_done, self._num_steps)
         if now >= self._beat_s:
             self._beat_s = now + self._config.transport.heartbeat_s
             for name in self._engines:

@@ -11,6 +11,7 @@ import run as cli
 from common.loading import load_config
 from common.memory import GIB
 from common.placement import Gpu
+from learner.planning import command
 from learner.planning.fleet import alternatives, plan_fleet
 from learner.planning.memory import report, table
 from learner.planning.speeds import Speeds, assumed
@@ -99,15 +100,22 @@ def test_the_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "sentence"),
     [
         (["--idle", "1"], "--idle 1 is no share of the time"),
-        (["--publish-s", "-1"], "--publish-s -1 must be 0 or more"),
-        (["--length-mean", "0"], "--length-mean 0 must be above 0"),
+        (["--publish-s", "-1"], "--publish-s -1 must be from 0 to 1e+06"),
+        (["--publish-s", "1e300"], "--publish-s 1e+300 must be from 0 to 1e+06"),
+        (["--learner-tokens-per-s", "nan"], "--learner-tokens-per-s nan must be from 0.001 to 1e+09"),
+        (["--length-mean", "0"], "--length-mean 0 must be from 1 to 1e+12"),
         (["--length-mean", "1e9"], "--length-mean 1e+09 is more than rollout.max_tokens="),
-        (["--uninformative", "1"], "--uninformative 1 must be from 0 to below 1"),
-        (["--steps", "0"], "--steps 0 must be 1 or more"),
+        (["--uninformative", "1"], "--uninformative 1 must be from 0 to 0.999"),
+        (["--steps", "0"], "--steps 0 must be from 1 to 10000"),
+        (["staleness.max_staleness=1000"], "let sampling run 1,001 steps ahead, too many to simulate: lower one"),
+        (["actors.count=20000"], "actors.count=20000 is too many to simulate: lower it to 10,000"),
+        (["rollout.prompts_per_step=1000000"], "too many to simulate: lower --steps, rollout."),
         (["--from", "nowhere"], "nowhere has no config.yaml"),
         (["--from", "nowhere", "--publish-s", "1"], "--publish-s with --from: the run tells it"),
         ([*CUDA, "--gpus", "1"], "give both or none"),
-        ([*CUDA, "--gpus", "0", "--gpu-gib", "8"], "are no GPUs"),
+        ([*CUDA, "--gpus", "0", "--gpu-gib", "8"], "--gpus 0 must be from 1 to 100000"),
+        ([*CUDA, "--gpus", "100000000", "--gpu-gib", "8"], "--gpus 1e+08 must be from 1 to 100000"),
+        ([*CUDA, "--gpus", "2", "--gpu-gib", "inf"], "--gpu-gib inf must be from 0.001 to 1e+06"),
         ([*CUDA, "--gpus", "1", "--gpu-gib", "8", "learner.ranks=2"], "need 3 GPUs, but 1 are visible"),
         (["staleness.max_staleness=-1"], "staleness.max_staleness"),
     ],
@@ -119,6 +127,30 @@ def test_bad_input_is_one_sentence_and_code_2(
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and sentence in captured.err and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_simulations_that_do_not_end_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "MOST_S", -1.0)
+    assert cli.main(["plan", *SMALL, *FAST]) == 2
+    captured = capsys.readouterr()
+    assert "error: the simulations have not ended within -1 s, the last is at step 0 of " in captured.err
+    assert "with 1 actors: lower --steps, " in captured.err and captured.err.count("\n") == 1
+
+
+def test_exact_staleness_counts_what_the_learner_waits_before_a_publication(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is not busy then, whatever batches it has; more actors do not shorten a response."""
+    config = load_config(["demo"], [*SMALL[2:], "staleness.max_staleness=2", "staleness.exact=true"])
+    fleet = plan_fleet(config, speeds(actor=100.0, learner=300.0), idle=0.05, steps=10)
+    assert fleet.smallest is None and fleet.planned.staleness_hist == {2: 1.0}
+    assert fleet.planned.learner_idle == pytest.approx(2 / 3, abs=0.02)
+    assert fleet.planned.trained_tokens_per_s == pytest.approx(300 * (1 - fleet.planned.learner_idle), rel=0.02)
+    assert cli.main(["plan", *SMALL, *FAST, "staleness.exact=true"]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("actors ")]
+    assert "no number keeps the learner busy" in said and "staleness.exact makes each publication wait" in said
 
 
 def test_a_plan_loads_neither_torch_nor_vllm() -> None:
