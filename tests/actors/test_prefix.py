@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from tests.support.vllm_support import CHARACTERS, engine_config, lease, make_mo
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 EOS = 1
+POSITIONS = 8192 + 64
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    path = make_model(tmp_path_factory.mktemp("model"), tied=False)
+    path = make_model(tmp_path_factory.mktemp("model"), tied=False, positions=POSITIONS)
     make_talkative(path)
-    bench = Bench(engine_config(path, kv_cache=KVCache.recompute))
+    config = engine_config(path, kv_cache=KVCache.recompute)
+    bench = Bench(replace(config, model=replace(config.model, max_model_len=POSITIONS)))
     yield bench
     bench.close()
 
@@ -110,11 +113,18 @@ def recomputed(bench: Bench, completion: Completion) -> np.ndarray[Any, Any]:
     return logprobs
 
 
-def test_a_response_that_moved_twice_has_every_tokens_own_logprob_and_version(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("num_samples", "max_tokens", "num_before"), [(4, 300, 100), pytest.param(1, 8192, 1500, marks=pytest.mark.long)]
+)
+def test_a_response_that_moved_twice_has_every_tokens_own_logprob_and_version(
+    bench: Bench, num_samples: int, max_tokens: int, num_before: int
+) -> None:
     remember(bench, bench.publish())
-    first = killed(bench, lease(20, max_tokens=300), 100)
-    second = killed(bench, lease(21, max_tokens=300, **first.prefix()), 100)
-    completions = bench.sample(22, max_tokens=300, **second.prefix())
+    asked = {"num_samples": num_samples, "max_tokens": max_tokens}
+    first = killed(bench, lease(20, **asked), num_before)
+    second = killed(bench, lease(21, **asked, **first.prefix()), num_before)
+    completions = bench.sample(22, **asked, **second.prefix())
+    assert max(len(completion.token_ids) for completion in completions) == max_tokens
     assert second.num_tokens > first.num_tokens > 0
     starts = np.cumsum([0, *second.prefix()["prefix_lengths"]])
     for index, completion in enumerate(completions):

@@ -32,7 +32,7 @@ CHARACTERS = "0123456789+-=#>ab"
 VOCABULARY = len(CHARACTERS) + 2
 
 
-def make_model(path: Path, tied: bool, seed: int = 0) -> str:
+def make_model(path: Path, tied: bool, seed: int = 0, positions: int = 512) -> str:
     """A random two-layer Qwen2 with one token per character, as a Hugging Face folder."""
     write_tokenizer(path)
     torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def make_model(path: Path, tied: bool, seed: int = 0) -> str:
         num_attention_heads=2,
         num_key_value_heads=1,
         intermediate_size=96,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         eos_token_id=1,
         pad_token_id=0,
