@@ -14,7 +14,6 @@ places are full and what the learner can train. The second table is the CPU time
 import argparse
 import itertools
 import json
-import logging
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from common.config import (
     RolloutConfig,
     StalenessConfig,
 )
+from common.quiet import quieter
 from common.types import CompletedGroup, FinishReason, Heartbeat, Lease, Prompt, Verdict
 from learner.planning.engine import EngineSpeed
 from learner.planning.simulation import simulate
@@ -193,15 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--places", type=int, nargs="+", default=[2, 8], help="groups that an actor samples at once")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
     fleets = [[1.0], [1.0] * 2, [1.0] * 4, [1.0] * 8, [1.0] * 3, [1.0] * 3 + [3.0], [1.0] * 3 + [10.0]]
-    rows = [
-        measure(order, places, fleet, options.steps)
-        for places in options.places
-        for fleet in fleets
-        for order in ORDERS
-    ]
-    turns = measure_turns()
+    with quieter("learner"):
+        rows = [
+            measure(order, places, fleet, options.steps)
+            for places in options.places
+            for fleet in fleets
+            for order in ORDERS
+        ]
+        turns = measure_turns()
     print(render(rows), "", json.dumps(turns), sep="\n")
     if options.json is not None:
         options.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "turns": turns}, indent=1) + "\n")

@@ -19,7 +19,6 @@ They take turns with publications; ratios are of medians.
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -57,6 +56,7 @@ from common.config import (
     TransportConfig,
     WeightsConfig,
 )
+from common.quiet import quieter
 from common.transport import model_fingerprints
 from common.types import MemberId, Prompt, WeightsPhase, WeightsReport
 from learner.networks.model import Policy
@@ -364,15 +364,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="publications of each model")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the actors
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     print(HEADER, "|---" * HEADER.count(" |") + "|", sep="\n", flush=True)
     rows = []
-    for model in options.models:
-        rows.append(measure(model, options.engine, options.repeats))
-        print(render(rows[-1]), flush=True)
+    with quieter("learner"):
+        for model in options.models:
+            rows.append(measure(model, options.engine, options.repeats))
+            print(render(rows[-1]), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

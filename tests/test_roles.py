@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -101,8 +100,8 @@ def test_a_run_directory_that_is_not_writable_is_one_sentence(
     def refused(*_: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", "runs/a/logs")
 
-    monkeypatch.setattr(run, "_parse", lambda argv: SimpleNamespace(command=refused))
-    assert run.main([]) == 1
+    monkeypatch.setitem(run.COMMANDS, "inspect", refused)
+    assert run.main(["inspect", "runs/a"]) == 1
     sentence = "error: runs/a/logs cannot be written, this user may not write there: choose another runs_dir\n"
     assert capsys.readouterr().err == sentence
 
@@ -113,8 +112,8 @@ def test_ctrl_c_before_anything_is_started_is_no_traceback(
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_parse", lambda argv: SimpleNamespace(command=interrupted))
-    assert run.main([]) == 128 + signal.SIGINT
+    monkeypatch.setitem(run.COMMANDS, "inspect", interrupted)
+    assert run.main(["inspect", "runs/a"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == ""
 
 

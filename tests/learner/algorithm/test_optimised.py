@@ -100,7 +100,7 @@ def test_gradients_that_stay_infinite_end_in_one_sentence(
             optimised.apply()
         return 0
 
-    monkeypatch.setattr(run, "_inspect", command)
+    monkeypatch.setitem(run.COMMANDS, "inspect", command)
     assert run.main(["inspect", "a run"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith(

@@ -36,7 +36,7 @@ class Steps:
 
     def metrics(self) -> dict[str, float]:
         stats = self.coordinator.stats()
-        change = {name: value - self.before[name] for name, value in stats.items()}
+        change = {name: value - self.before.get(name, 0.0) for name, value in stats.items()}
         self.before = stats
         return selection_metrics(change)
 
