@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_roles(commands)
     _add_plan(commands)
+    _add_views(commands)
     _add_tools(commands)
     _add_eval(commands)
     return parser
@@ -93,22 +94,8 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plan.add_argument("--json", action="store_true", help="the same as JSON")
 
 
-def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """What reads or writes files."""
-    keygen = commands.add_parser("keygen", help="make the keys of a learner and its actors")
-    keygen.add_argument("folder", help="for transport.keys and --keys; what it holds already is kept")
-    keygen.add_argument(
-        "--actor",
-        action="append",
-        metavar="NAME",
-        help="a pair for this actor; repeatable (default: one for all)",
-    )
-
-    prepare = commands.add_parser("prepare", help="make a small base model of a built-in task")
-    prepare.add_argument("model", help="chain_sum, number_walk or contrary_walk")
-    prepare.add_argument("--out", help="folder to write (default: configs/models/MODEL)")
-    prepare.add_argument("--seed", type=int, default=0)
-
+def _add_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What looks at a run."""
     inspect = commands.add_parser("inspect", help="the summary of a run, its page, or several runs beside each other")
     inspect.add_argument("runs", nargs="+", metavar="RUN", help="run directory; several are compared")
     shown = inspect.add_mutually_exclusive_group()
@@ -138,6 +125,23 @@ def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("stale", "those with the oldest tokens first"),
     ):
         choice.add_argument(f"--{name}", dest="choice", action="store_const", const=name, default="all", help=what)
+
+
+def _add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What makes or judges files."""
+    keygen = commands.add_parser("keygen", help="make the keys of a learner and its actors")
+    keygen.add_argument("folder", help="for transport.keys and --keys; what it holds already is kept")
+    keygen.add_argument(
+        "--actor",
+        action="append",
+        metavar="NAME",
+        help="a pair for this actor; repeatable (default: one for all)",
+    )
+
+    prepare = commands.add_parser("prepare", help="make a small base model of a built-in task")
+    prepare.add_argument("model", help="chain_sum, number_walk or contrary_walk")
+    prepare.add_argument("--out", help="folder to write (default: configs/models/MODEL)")
+    prepare.add_argument("--seed", type=int, default=0)
 
     export = commands.add_parser("export", help="write a checkpoint's policy or critic as a Hugging Face folder")
     export.add_argument("run", help="run directory")
