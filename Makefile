@@ -1,6 +1,6 @@
 # make demo         train the demo (installs the CPU build first when nothing is installed)
 # make test         lint, type check and run every test
-# make test-long    the tests of four hosts, which take about four minutes
+# make test-long    the tests of four hosts, of a very long response and of real engines that die: about seven minutes
 # make lint         only lint and type check
 # make install-gpu  install the CUDA build instead
 # make gpu-check    does everything that needs a GPU work on this one? Six minutes at most
@@ -40,7 +40,7 @@ test: lint
 	@$(BIN)/python -m pytest -m alone
 
 test-long: $(STAMP)
-	@echo "== tests of four hosts, one at a time"
+	@echo "== long tests, one at a time"
 	@$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
