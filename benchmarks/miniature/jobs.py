@@ -1,0 +1,92 @@
+"""Many runs on a few cores. A run that is done is a line of a file, and is not repeated."""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cost import commit
+from benchmarks.miniature.run import Job, Outcome, Point
+
+
+def run_jobs(jobs: Sequence[Job], out: Path, cores: Sequence[int], critics: Path) -> dict[Job, Outcome]:
+    """The outcome of each job: read from `out`, or run now, one on each of `cores` at a time, and appended there."""
+    done = read(out)
+    missing = [job for job in jobs if job not in done]
+    print(f"{len(jobs)} runs, {len(missing)} of them to be made", file=sys.stderr, flush=True)
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        free = context.Queue()
+        for core in cores:
+            free.put(core)
+        with ProcessPoolExecutor(len(cores), context, initializer=_settle, initargs=(free,)) as pool:
+            futures = {pool.submit(_train, job, critics): job for job in missing}
+            try:
+                for number, future in enumerate(as_completed(futures), start=1):
+                    job = futures[future]
+                    done[job] = outcome = future.result()
+                    append(out, job, outcome)
+                    last = outcome.points[-1]
+                    text = f"[{number}/{len(missing)}] {job.table}, {job.row}, seed {job.seed}: {last.accuracy:.3f}"
+                    print(text, file=sys.stderr, flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in (pool._processes or {}).values():
+                    process.terminate()
+                raise
+    return {job: done[job] for job in jobs}
+
+
+def read(out: Path) -> dict[Job, Outcome]:
+    """What is kept in the file; a line that was cut short counts as not there."""
+    found: dict[Job, Outcome] = {}
+    for line in out.read_text().splitlines() if out.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[_job(row["job"])] = _outcome(row["outcome"])
+    return found
+
+
+def append(out: Path, job: Job, outcome: Outcome) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.write(json.dumps({"job": asdict(job), "outcome": asdict(outcome), "commit": commit()}) + "\n")
+
+
+def _job(fields: dict[str, Any]) -> Job:
+    return Job(**(fields | {name: tuple(fields[name]) for name in ("recipes", "settings")}))
+
+
+def _outcome(fields: dict[str, Any]) -> Outcome:
+    points = [Point(**point) for point in fields["points"]]
+    return Outcome(**(fields | {"points": points, "alarms": [(step, name) for step, name in fields["alarms"]]}))
+
+
+def _settle(free: Any) -> None:
+    """Of a process that runs jobs: one core, one thread."""
+    core = free.get()
+    os.sched_setaffinity(0, {core})
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _train(job: Job, critics: Path) -> Outcome:
+    from benchmarks.miniature.run import train
+
+    return train(job, critics)
+
+
+def grouped(outcomes: Iterable[tuple[Job, Outcome]]) -> dict[str, list[tuple[Job, Outcome]]]:
+    """By row, each in the order of seeds."""
+    rows: dict[str, list[tuple[Job, Outcome]]] = {}
+    for job, outcome in sorted(outcomes, key=lambda pair: pair[0].seed):
+        rows.setdefault(job.row, []).append((job, outcome))
+    return rows

@@ -1,0 +1,55 @@
+"""The arithmetic of the ablation table, on curves that were made up."""
+
+import pytest
+
+from benchmarks import ablations
+from benchmarks.ablations import ROWS, at, rate_of, render, row_of, until
+from benchmarks.miniature.run import Outcome, Point
+
+
+def outcome(*accuracies: float, tokens: int = 0, failure: str | None = None) -> Outcome:
+    """One evaluation every 5 steps, 1000 tokens and 2 CPU seconds each; `tokens` of value pretraining."""
+    points = [
+        Point(step=5 * i, accuracy=accuracy, tokens=1000 * i, cpu_s=2.0 * i, metrics={})
+        for i, accuracy in enumerate(accuracies)
+    ]
+    return Outcome(points=points, alarms=[], pretraining_tokens=tokens, pretraining_cpu_s=3.0, failure=failure)
+
+
+def test_accuracy_at_a_place_lies_on_the_line_between_two_evaluations() -> None:
+    run = outcome(0.2, 0.6, 0.8)
+    assert at(run, "step", 5) == pytest.approx(0.6) and at(run, "tokens", 1500) == pytest.approx(0.7)
+    assert at(run, "tokens", 1500, before=1000) == pytest.approx(0.4)
+    assert at(run, "tokens", 500, before=1000) == pytest.approx(0.2), "still pretraining"
+    assert at(run, "cpu_s", 4.1) is None, "beyond the end"
+
+
+def test_what_it_takes_to_a_goal() -> None:
+    run = outcome(0.2, 0.6, 0.5, 1.0)
+    assert until(run, "step", 0.4) == pytest.approx(2.5) and until(run, "tokens", 0.75, before=50) == pytest.approx(
+        2550
+    )
+    assert until(outcome(0.2, 0.3), "step", 0.4) is None and until(run, "step", 0.1) == 0
+
+
+def test_the_rate_is_that_of_the_highest_curve_and_a_failed_run_counts_what_it_lacks_as_0() -> None:
+    row, flat, failed = ROWS[3], outcome(*[0.3] * 9), outcome(0.3, 0.9, failure="not finite")
+    tuning = {ablations.job(row, rate, seed): flat for rate in (1.0, 2.0) for seed in ablations.TUNING_SEEDS}
+    tuning[ablations.job(row, 2.0, ablations.TUNING_SEEDS[0])] = failed
+    assert rate_of(row, tuning, (1.0, 2.0)) == 1.0
+    assert rate_of(row, {}, (5.0,)) == 5.0
+
+
+def test_the_table_says_how_many_seeds_got_there() -> None:
+    rows = [row_of("VAPO", 3e-4, [outcome(0.2, 0.9, 0.9, tokens=100_000), outcome(0.2, 0.5, 0.7, tokens=100_000)])]
+    assert rows[0]["tokens_to_goal"] == [pytest.approx(857.14, abs=0.01), None]
+    assert rows[0]["tokens_with_pretraining"]["100000"] == [0.2, 0.2]
+    text = render(rows)
+    assert "4.3 (1 of 2)" in text and "0.800 ± 0.141" in text
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_configuration(row: ablations.Row) -> None:
+    config = ablations.job(row, 1e-4, 0).config()
+    assert config.learner.policy.learning_rate == 1e-4 and config.model.path.endswith("contrary_walk")
+    assert config.rollout.prompts_per_step * config.rollout.group_size == 128, "as many responses in each row"
