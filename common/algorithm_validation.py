@@ -10,6 +10,7 @@ from common.config import (
     Config,
     ConfigError,
     Correction,
+    CriticFrozen,
     CriticNetwork,
     LoraConfig,
     RewardConfig,
@@ -33,7 +34,12 @@ def refuse_if(condition: bool, message: str) -> None:
 def _check_critic_network(config: Config) -> None:
     model, advantage = config.model, config.algorithm.advantage
     is_shared = model.critic is CriticNetwork.shared_backbone
-    for key, is_set in (("critic_path", model.critic_path is not None), ("critic", is_shared)):
+    is_frozen = model.critic_frozen is not CriticFrozen.none
+    for key, is_set in (
+        ("critic_path", model.critic_path is not None),
+        ("critic", is_shared),
+        ("critic_frozen", is_frozen),
+    ):
         refuse_if(
             is_set and advantage is not AdvantageEstimator.gae,
             f"model.{key}={getattr(model, key)} has no effect: algorithm.advantage={advantage} has no critic",
@@ -42,6 +48,11 @@ def _check_critic_network(config: Config) -> None:
         is_shared and config.lora.rank == 0,
         f"model.critic={model.critic} needs adapters, because training the critic's weights would change the policy: "
         "set lora.rank",
+    )
+    refuse_if(
+        is_frozen and config.lora.rank > 0,
+        f"model.critic_frozen={model.critic_frozen} has no effect with lora.rank={config.lora.rank}, which freezes all "
+        "weights: leave it out, and choose what adapters are of with lora.target_modules",
     )
     refuse_if(
         is_shared and model.critic_path is not None,

@@ -116,6 +116,13 @@ class CriticNetwork(StrEnum):
     shared_backbone = "shared_backbone"  # an adapter on the policy's frozen model, and a value head; needs lora.rank
 
 
+class CriticFrozen(StrEnum):
+    """Which weights of the critic stay as they were loaded, in value pretraining too."""
+
+    none = "none"
+    attention = "attention"  # projections of queries, keys, values and outputs, and their norms (SAO, arXiv 2607.07508)
+
+
 class ConsoleStyle(StrEnum):
     """What `train` shows while it runs."""
 
@@ -144,6 +151,7 @@ class ModelConfig:
     critic_path: str | None = None  # what the critic starts from (`run.py export --critic` writes such folders, and
     # any value or reward model of transformers is one); None: the policy's backbone and a zero head
     critic: CriticNetwork = CriticNetwork.separate
+    critic_frozen: CriticFrozen = CriticFrozen.none
     trust_remote_code: bool = False  # run the Python code that a model or tokenizer brings along
     tie_word_embeddings: bool | None = None  # None: as the folder says; else share or split the output layer
     dtype: DType = DType.float32  # compute type of the learner and of generation; master weights are float32

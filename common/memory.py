@@ -16,6 +16,7 @@ from common.config import (
     AdvantageEstimator,
     Config,
     ConfigError,
+    CriticFrozen,
     CriticNetwork,
     Device,
     DType,
@@ -207,7 +208,7 @@ def _resting(config: Config, shapes: Shapes) -> Parts:
     frozen = policy + backbone if has_adapters else 0
     parts = {
         "frozen parameters": _size(config) * frozen // share,
-        "parameters": MASTER * trained // share,
+        "parameters": MASTER * (trained + _frozen_attention(config, critic)) // share,
         "optimizer": 2 * MASTER * trained // share,
         "reference": MASTER * reference // share,
         "context": CONTEXT + (COMMUNICATOR if config.learner.ranks > 1 else 0),
@@ -224,9 +225,17 @@ def _trained(config: Config, shapes: Shapes) -> tuple[int, int]:
     where lora.target_modules names fewer."""
     policy, critic = shapes.policy, shapes.critic
     if config.lora.rank == 0:
-        return policy.parameters, critic.backbone if critic is not None else 0
+        backbone = critic.backbone if critic is not None else 0
+        return policy.parameters, backbone - _frozen_attention(config, critic)
     in_critic = critic.layers * _trained_layer(config, critic) if critic is not None else 0
     return policy.layers * _trained_layer(config, policy), in_critic
+
+
+def _frozen_attention(config: Config, critic: ModelShape | None) -> int:
+    """Parameters of the critic that stay as they are, with model.critic_frozen."""
+    if critic is None or config.model.critic_frozen is CriticFrozen.none:
+        return 0
+    return critic.layers * critic.attention
 
 
 def _trained_layer(config: Config, model: ModelShape) -> int:

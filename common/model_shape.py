@@ -40,13 +40,17 @@ class ModelShape:
         return self.vocab * self.width
 
     @property
+    def attention(self) -> int:
+        """Parameters of one decoder layer's attention, with the norms of queries and keys."""
+        bias = self.query_width + 2 * self.kv_width if self.has_bias else 0
+        return self.width * (2 * self.query_width + 2 * self.kv_width) + bias + 2 * self.normed_width
+
+    @property
     def layer(self) -> int:
         """Parameters of one decoder layer."""
-        attention = self.width * (2 * self.query_width + 2 * self.kv_width)
-        bias = self.query_width + 2 * self.kv_width if self.has_bias else 0
         router = self.width * self.experts if self.experts > 1 else 0
         mlp = 3 * self.width * self.mlp_width * self.experts
-        return attention + bias + router + mlp + 2 * self.width + 2 * self.normed_width
+        return self.attention + router + mlp + 2 * self.width
 
     @property
     def linear_widths(self) -> int:

@@ -22,6 +22,7 @@ FIXED = (
     "task.num_train",
     "model.tie_word_embeddings",
     "model.critic",
+    "model.critic_frozen",
     "lora.rank",
     "lora.alpha",
     "lora.target_modules",

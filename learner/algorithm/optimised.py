@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Optimised:
-    """AdamW over a network's parameters, gradients clipped over all shards.
+    """AdamW over a network's parameters that are not frozen, gradients clipped over all shards.
 
     The learning rate of update k = 0, 1, ... is learning_rate * min(1, (k + 1) / warmup_steps), and with
     schedule=linear that times 1 - k / total_updates, which is 0 from there on. An update whose gradients are not
@@ -37,7 +37,7 @@ class Optimised:
         self.num_skipped = 0  # in all
         self.skipped_in_a_row = 0  # since the last update
         self.optimizer = (HostAdamW if has_state_on_host else torch.optim.AdamW)(
-            network.parameters(),
+            [parameter for parameter in network.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,

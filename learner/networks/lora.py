@@ -67,7 +67,8 @@ class Adapter:
 
 
 class Network(nn.Module):
-    """A policy or a critic. Its parameters are those that it trains: all, or with LoRA its adapter's and its head's."""
+    """A policy or a critic. Its parameters are all, those included that are frozen one by one (model.critic_frozen), or
+    with LoRA its adapter's and its head's, which are those that it trains."""
 
     adapter: Adapter | None = None
 

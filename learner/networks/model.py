@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.config import AdvantageEstimator, Config, ConfigError, CriticNetwork
+from common.config import AdvantageEstimator, Config, ConfigError, CriticFrozen, CriticNetwork
 from learner.algorithm.packing import prediction_positions
 from learner.networks import lora
 from learner.networks.attention import Packing
@@ -276,6 +276,8 @@ def _read_critic(config: Config, mesh: DeviceMesh | None) -> Critic:
             )
     critic = Critic(backbone, head)
     _set_to_train(critic, backbone, config)
+    if config.model.critic_frozen is CriticFrozen.attention:
+        _freeze_attention(backbone)
     if reads:
         check_hidden_states(backbone, lambda *packed: _run(backbone, *packed)[1], config.model.max_model_len, path)
     if config.lora.rank > 0:
@@ -371,6 +373,18 @@ def _set_to_train(network: nn.Module, hf_model: PreTrainedModel, config: Config)
     if config.learner.activation_checkpointing:
         _checkpoint_every(config.learner.activation_checkpointing, hf_model)
     network.train()
+
+
+def _freeze_attention(backbone: PreTrainedModel) -> None:
+    """SAO (arXiv 2607.07508, section 3.2): the attention stays; MLPs, norms, embedding and head are trained."""
+    layers = [module for module in backbone.modules() if type(module).__name__.endswith("Attention")]
+    if not layers:
+        raise ConfigError(
+            f"model.critic_frozen=attention finds no attention in {type(backbone).__name__}: set it to none, or choose "
+            "another model.critic_path"
+        )
+    for layer in layers:
+        layer.requires_grad_(False)
 
 
 def _checkpoint_every(n: int, hf_model: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ SPEED_SETTINGS = (
     "device",
     "model.path",
     "model.dtype",
+    "model.critic_frozen",
     "lora.rank",
     "rollout.max_tokens",
     "algorithm.advantage",

@@ -52,7 +52,7 @@ def test_every_shipped_recipe_loads(name: str, long_model: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in (*WITH_OWN_MODEL, *FOR_GPUS, *FOR_EVAL)])
 def test_every_algorithm_and_ablation_goes_on_top_of_a_task(task: str, name: str) -> None:
     before, after = load_config([task], []), load_config([task, name], [])
-    assert after.name == task and after.model == before.model
+    assert after.name == task and after.model.path == before.model.path
     assert after.rollout.prompts_per_step * after.rollout.group_size == 128
     assert after.actors.groups_in_flight * after.rollout.group_size == 128
 
@@ -89,6 +89,7 @@ CHANGES = {
         "algorithm.dynamic_sampling",
     },
     "lora": {"lora.rank", "learner.policy.learning_rate", "learner.critic.learning_rate"},
+    "sao_critic": {"model.critic_frozen", "algorithm.critic_updates_per_step"},
     "ablations/no_value_pretraining": {"algorithm.critic_warmup_steps"},
     "ablations/no_decoupled_gae": {"algorithm.critic_lambda"},
     "ablations/no_length_adaptive_gae": {"algorithm.length_adaptive_alpha"},
@@ -286,6 +287,15 @@ def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str,
         (
             ["model.critic=shared_backbone", "lora.rank=8", "algorithm.advantage=grpo"],
             ("model.critic=shared_backbone has no effect", "advantage=grpo has no critic"),
+        ),
+        (["model.critic_frozen=all"], ("critic_frozen=all",)),
+        (
+            ["model.critic_frozen=attention", "algorithm.advantage=grpo", "algorithm.critic_warmup_steps=0"],
+            ("model.critic_frozen=attention has no effect", "advantage=grpo has no critic"),
+        ),
+        (
+            ["model.critic_frozen=attention", "lora.rank=8"],
+            ("model.critic_frozen=attention", "lora.rank=8, which freezes all", "lora.target_modules"),
         ),
         (["rollout.stop=['a', '']"], ("rollout.stop=['a', '']", "empty string")),
         (["eval.top_p=0"], ("eval.top_p=0", "temperature=0")),

@@ -13,6 +13,7 @@ from common.config import (
     AlgorithmConfig,
     Config,
     ConfigError,
+    CriticFrozen,
     CriticNetwork,
     Device,
     DType,
@@ -197,6 +198,16 @@ def test_adapters_are_trained_and_models_are_frozen() -> None:
     assert alone["frozen parameters"] == 2 * 494_032_768 and alone["parameters"] == 4 * adapters
     on_host = plan(replace(run, learner=config(offload=Offload.all).learner), "0.5B", 24).learner
     assert on_host.keys().isdisjoint({"frozen parameters", "parameters", "optimizer"})
+
+
+def test_frozen_attention_has_neither_gradients_nor_moments() -> None:
+    """Worked out by hand: 24 layers of D (2 Q + 2 K) + Q + 2 K, with D = Q = 896 and K = 128."""
+    attention = 24 * (896 * (2 * 896 + 2 * 128) + 896 + 2 * 128)
+    networks = 2 * 494_032_768 + 896
+    run = replace(config(), model=replace(config().model, critic_frozen=CriticFrozen.attention))
+    parts = plan(run, "0.5B", 24).learner
+    assert parts["parameters"] == 4 * networks and parts["optimizer"] == 8 * (networks - attention)
+    assert parts["gradients"] == 4 * 494_032_768  # the policy's
 
 
 def test_an_adapter_has_the_parameters_that_peft_makes() -> None:

@@ -18,6 +18,7 @@ from common.config import (
     AdvantageEstimator,
     AlgorithmConfig,
     Config,
+    CriticFrozen,
     CriticNetwork,
     LearnerConfig,
     LoraConfig,
@@ -59,13 +60,14 @@ def make_run(
     algorithm: AlgorithmConfig = GRPO,
     lora: LoraConfig | None = None,
     critic_network: CriticNetwork = CriticNetwork.separate,
+    **model: object,
 ) -> Trained:
     """Three steps on random responses, saved as the learner saves them."""
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
     config = Config(
         name=f"trained_{algorithm.advantage}",
         runs_dir=str(folder),
-        model=ModelConfig(path=model_path, critic=critic_network),
+        model=ModelConfig(path=model_path, critic=critic_network, **model),  # type: ignore[arg-type]
         lora=lora or LoraConfig(),
         algorithm=algorithm,
         learner=LearnerConfig(mini_batches=2, policy=optimizer, critic=optimizer),
@@ -182,6 +184,18 @@ def test_an_exported_critic_starts_another_run_with_the_values_of_its_checkpoint
         torch.testing.assert_close(critic(*PROBE), trained.values[2], rtol=0, atol=1e-6)
     assert trained.values[2].std() > 1e-3
     assert not torch.equal(trained.values[2], trained.values[3])
+
+
+def test_an_exported_critic_with_frozen_attention_is_whole(tmp_path: Path) -> None:
+    path, out = write_tiny_model(tmp_path / "base"), tmp_path / "critic"
+    trained = make_run(tmp_path, path, 37, VAPO, critic_frozen=CriticFrozen.attention)
+    assert run.main(["export", str(trained.run_dir), "--critic", "--out", str(out)]) == 0
+    settings = [f"model.path={path}", f"model.critic_path={out}", "algorithm.critic_warmup_steps=0"]
+    critic, base = (load_critic(load_config([], settings[:n]), CPU, None) for n in (3, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(critic(*PROBE), trained.values[3], rtol=0, atol=1e-6)
+    is_same = {name: torch.equal(p, critic.get_parameter(name)) for name, p in base.named_parameters()}
+    assert all(same is (".self_attn." in name) for name, same in is_same.items())
 
 
 @pytest.fixture(scope="module", params=list(CriticNetwork))

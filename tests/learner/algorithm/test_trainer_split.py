@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from common.config import (
     AlgorithmConfig,
     Config,
+    CriticFrozen,
     Device,
     LearnerConfig,
     ModelConfig,
@@ -40,6 +41,23 @@ BATCHES = {
     "one rank has no tokens": ([12, 9], [0, 1]),  # one response for each of the two mini-batches
 }
 STEPS = (True, False, False)  # is_warmup
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch by name, and what is other than in make_config."""
+
+    batch: str
+    model: dict[str, object] = field(default_factory=dict)
+
+    def config(self, path: str, tokens_per_micro_batch: int) -> Config:
+        config = make_config(path, tokens_per_micro_batch, ValueTarget.gae)
+        return replace(config, model=replace(config.model, **self.model))  # type: ignore[arg-type]
+
+
+CASES = {name: Case(name) for name in BATCHES} | {
+    "frozen attention": Case("mixed", {"critic_frozen": CriticFrozen.attention}),
+}
 
 
 def make_batch(lengths: list[int], correct: list[int]) -> Batch:
@@ -172,8 +190,8 @@ def _two_ranks(rank: int, path: str, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     with process_group(Device.cpu, timeout_s=120):
-        for name, responses in BATCHES.items():
-            trace = run_steps(make_config(path, 40, ValueTarget.gae), make_batch(*responses), rank, 2)
+        for name, case in CASES.items():
+            trace = run_steps(case.config(path, 40), make_batch(*BATCHES[case.batch]), rank, 2)
             torch.save(trace, folder / f"{name} {rank}.pt")
         dist.barrier()
 
@@ -188,8 +206,8 @@ def test_two_ranks_equal_one_also_with_nothing_correct_or_nothing_at_all_on_one_
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     run_two_ranks(_two_ranks, path, tmp_path)
-    for name in BATCHES:
-        expected = one_rank(path, name, 10_000)
+    for name, case in CASES.items():
+        expected = run_steps(case.config(path, 10_000), make_batch(*BATCHES[case.batch]), 0, 1)
         for rank in (0, 1):
             assert_same(torch.load(tmp_path / f"{name} {rank}.pt", weights_only=False), expected)
 

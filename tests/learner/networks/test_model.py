@@ -23,7 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
-from common.config import Config, ConfigError, Device, DType, LearnerConfig, ModelConfig
+from common.config import Config, ConfigError, CriticFrozen, Device, DType, LearnerConfig, ModelConfig
 from learner.networks import attention
 from learner.networks import logprobs as logprobs_module
 from learner.networks.export import export_policy
@@ -144,6 +144,19 @@ def test_values_sit_at_the_position_that_predicts_each_token_and_start_at_zero(t
     assert torch.equal(critic(last, *inputs[1:]), values)
     values.square().sum().backward()
     assert all(p.grad is not None for p in critic.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_a_critic_with_frozen_attention_trains_all_the_rest(tmp_path: Path, architecture: str) -> None:
+    run = tiny_run(write_tiny_model(tmp_path, architecture))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, critic_frozen=CriticFrozen.attention))
+    policy, critic = load_policy(run, CPU, None), load_critic(run, CPU, None)
+    torch.nn.init.normal_(critic.head.weight)
+    (critic(*packed([5, 8])).sum() + policy(*packed([5, 8]), 1.0)[0].sum()).backward()
+    frozen = {name for name, p in critic.named_parameters() if p.grad is None}
+    assert frozen == {name for name, _ in critic.named_parameters() if ".self_attn." in name} != set()
+    assert any("_norm" in name for name in frozen) is (architecture == "qwen3")  # of queries and keys
+    assert all(p.grad is not None for p in policy.parameters())
 
 
 def test_critic_and_policy_share_no_weights(tmp_path: Path) -> None:
