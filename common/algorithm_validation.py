@@ -22,6 +22,7 @@ def check_algorithm(config: Config) -> None:
     """Raises ConfigError for the first such setting."""
     _check_lora(config.lora)
     _check_critic_network(config)
+    _check_critics(config)
     _check_critic(config.algorithm)
     _check_unused(config.algorithm, config.reward)
 
@@ -39,6 +40,7 @@ def _check_critic_network(config: Config) -> None:
         ("critic_path", model.critic_path is not None),
         ("critic", is_shared),
         ("critic_frozen", is_frozen),
+        ("num_critics", model.num_critics > 1),
     ):
         refuse_if(
             is_set and advantage is not AdvantageEstimator.gae,
@@ -57,6 +59,31 @@ def _check_critic_network(config: Config) -> None:
     refuse_if(
         is_shared and model.critic_path is not None,
         f"model.critic_path={model.critic_path} has a backbone of its own: leave it out, or set model.critic=separate",
+    )
+
+
+def _check_critics(config: Config) -> None:
+    algorithm, several = config.algorithm, config.model.num_critics
+    for name in ("agreement_mask", "entropy_filter"):
+        value = getattr(algorithm, name)
+        refuse_if(
+            value is not None and several == 1,
+            f"algorithm.{name}={value} measures by how much critics differ: set model.num_critics=2, or leave it out",
+        )
+    refuse_if(
+        algorithm.entropy_filter is not None and algorithm.entropy_weight == 0.0,
+        f"algorithm.entropy_filter={algorithm.entropy_filter} has no effect without a positive "
+        "algorithm.entropy_weight: set that too, or leave it out",
+    )
+    refuse_if(
+        several > 1 and config.lora.rank > 0,
+        f"model.num_critics={several} needs critics that train all of their weights: set lora.rank=0 instead of "
+        f"{config.lora.rank}, or num_critics=1",
+    )
+    refuse_if(
+        several > 1 and algorithm.value_clip is not None,
+        f"algorithm.value_clip={algorithm.value_clip} holds a critic to its own old values, of which with "
+        f"model.num_critics={several} only the mean is kept: leave it out, or set num_critics=1",
     )
 
 

@@ -152,6 +152,7 @@ class ModelConfig:
     # any value or reward model of transformers is one); None: the policy's backbone and a zero head
     critic: CriticNetwork = CriticNetwork.separate
     critic_frozen: CriticFrozen = CriticFrozen.none
+    num_critics: int = 1  # V is their mean; each is trained on its part of every group (AsyPPO, arXiv 2510.01656: 2)
     trust_remote_code: bool = False  # run the Python code that a model or tokenizer brings along
     tie_word_embeddings: bool | None = None  # None: as the folder says; else share or split the output layer
     dtype: DType = DType.float32  # compute type of the learner and of generation; master weights are float32
@@ -242,6 +243,8 @@ class AlgorithmConfig:
     vtrace_rho_bar: float = 1.0
     vtrace_c_bar: float = 1.0
     value_gate: bool = False  # advantages of a batch whose outcomes the critic does not explain: reward - mean (EVPO)
+    # Share of a batch's tokens, those on which several critics agree best, that get no advantage (AsyPPO: 0.2)
+    agreement_mask: float | None = None
     whiten_advantages: bool = False  # over the whole batch, all ranks
     clip_low: float = 0.2  # eq. 8
     clip_high: float = 0.28  # eq. 8, clip-higher
@@ -249,6 +252,7 @@ class AlgorithmConfig:
     aggregation: Aggregation = Aggregation.token
     positive_lm_weight: float = 0.1  # mu of eq. 10
     entropy_weight: float = 0.0
+    entropy_filter: float | None = None  # share of tokens, those on which critics agree least, without it (AsyPPO: 0.2)
     kl_weight: float = 0.0  # to the initial policy; a reference model is loaded only when > 0
     correction: Correction = Correction.decoupled  # AReaL (arXiv 2505.24298), weights truncated at truncation
     truncation: float = 2.0  # C of decoupled and tis; with behavior, of the weights of the language-model loss

@@ -200,7 +200,8 @@ def _resting(config: Config, shapes: Shapes) -> Parts:
     1910.02054, section 3.1), and the reference policy. With LoRA the frozen models, in model.dtype, one of which is the
     reference."""
     critic, has_adapters = shapes.critic, config.lora.rank > 0
-    trained = sum(_trained(config, shapes)) + (critic.width if critic is not None else 0)
+    heads = config.model.num_critics * critic.width if critic is not None else 0
+    trained = sum(_trained(config, shapes)) + heads
     share = config.learner.ranks // config.learner.replicas
     policy = shapes.policy.parameters
     reference = policy if config.algorithm.kl_weight > 0 and not has_adapters else 0
@@ -225,8 +226,8 @@ def _trained(config: Config, shapes: Shapes) -> tuple[int, int]:
     where lora.target_modules names fewer."""
     policy, critic = shapes.policy, shapes.critic
     if config.lora.rank == 0:
-        backbone = critic.backbone if critic is not None else 0
-        return policy.parameters, backbone - _frozen_attention(config, critic)
+        backbones = config.model.num_critics * critic.backbone if critic is not None else 0
+        return policy.parameters, backbones - _frozen_attention(config, critic)
     in_critic = critic.layers * _trained_layer(config, critic) if critic is not None else 0
     return policy.layers * _trained_layer(config, policy), in_critic
 
@@ -235,7 +236,7 @@ def _frozen_attention(config: Config, critic: ModelShape | None) -> int:
     """Parameters of the critic that stay as they are, with model.critic_frozen."""
     if critic is None or config.model.critic_frozen is CriticFrozen.none:
         return 0
-    return critic.layers * critic.attention
+    return config.model.num_critics * critic.layers * critic.attention
 
 
 def _trained_layer(config: Config, model: ModelShape) -> int:

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.config import AdvantageEstimator, Config, ConfigError, DType, LoraConfig
 from common.loading import config_of_run, read_config
 from learner.checkpoint import complete_steps, damage, load_parameters, step_folder
 from learner.networks.export import export_adapter, export_critic, export_policy
-from learner.networks.model import Critic, load_critic, load_policy
+from learner.networks.model import Critic, load_critics, load_policy
 
 CPU = torch.device("cpu")
 
@@ -17,7 +18,8 @@ CPU = torch.device("cpu")
 def main(
     run_dir: str, step: int | None, out_dir: str, is_critic: bool, dtype: DType | None, only_adapter: bool = False
 ) -> int:
-    """Writes the policy, or the critic, after `step` (None: the newest checkpoint) to `out_dir`.
+    """Writes the policy, or the critic, after `step` (None: the newest checkpoint) to `out_dir`; of several critics
+    each to a folder critic_N in it.
 
     With LoRA that is the model with the adapter merged into it, or `only_adapter`, in PEFT's format. `dtype` is the
     type of the stored weights (None: that of the model that the run started from; of an adapter alone float32).
@@ -35,17 +37,22 @@ def main(
         raise ConfigError(f"{run} has no critic: algorithm.advantage={config.algorithm.advantage} trains none")
     base, torch_dtype = config.model.path, None if dtype is None else getattr(torch, dtype.value)
     what = "critic" if is_critic else "policy"
-    network = load_critic(config, CPU, None) if is_critic else load_policy(config, CPU, None)
+    network = load_critics(config, CPU, None) if is_critic else load_policy(config, CPU, None)
     load_parameters(folder, what, network)
     if only_adapter:
         came_from = config.model.critic_path if is_critic else None
         export_adapter(network, came_from or base, out, torch_dtype)
+    elif isinstance(network, nn.ModuleList):
+        for number, critic in enumerate(network):
+            assert isinstance(critic, Critic)
+            export_critic(critic, base, out / f"critic_{number}", torch_dtype)
     elif isinstance(network, Critic):
         export_critic(network, base, out, torch_dtype)
     else:
         export_policy(network, base, out, torch_dtype)
     adapter = "'s adapter" if only_adapter else ""
-    print(f"wrote the {what}{adapter} after step {chosen} to {out}")
+    plural = "s" if isinstance(network, nn.ModuleList) else ""
+    print(f"wrote the {what}{plural}{adapter} after step {chosen} to {out}")
     return 0
 
 

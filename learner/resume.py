@@ -23,6 +23,7 @@ FIXED = (
     "model.tie_word_embeddings",
     "model.critic",
     "model.critic_frozen",
+    "model.num_critics",
     "lora.rank",
     "lora.alpha",
     "lora.target_modules",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.config import AdvantageEstimator, AlgorithmConfig, Config, ValueTarget
 from learner.algorithm import advantages as adv
+from learner.algorithm import disagreement
 from learner.algorithm.losses import correction_weights
 from learner.algorithm.packing import Batch
 
@@ -28,7 +29,8 @@ class Scores:
 
     old_logprobs_T: Tensor | None  # None where the policy was not scored, like the entropy
     entropy_T: Tensor | None
-    values_T: Tensor | None  # None without a critic
+    values_T: Tensor | None  # None without a critic; of several the mean
+    disagreement_T: Tensor | None  # standard deviation of several critics' values; None of one
     reference_logprobs_T: Tensor | None  # None without a KL term
 
     @property
@@ -53,6 +55,8 @@ class Experience:
     advantages_T: Tensor | None  # None in warm-up
     values_T: Tensor | None  # None without a critic, like the targets
     value_targets_T: Tensor | None
+    disagreement_T: Tensor | None  # standard deviation of several critics' values; None of one
+    entropy_mask_T: Tensor | None  # bool, tokens whose entropy enters the loss; None: all of mask_T
     reference_logprobs_T: Tensor | None  # None without a KL term
     uses_values: bool | None  # whether algorithm.value_gate let the values into the advantages; None without it
 
@@ -94,16 +98,20 @@ def estimate(
         "advantages_T": advantages_T,
         "values_T": scores.values_T,
         "value_targets_T": critic_targets(algorithm, share, scores, behavior_T, is_warmup),
+        "disagreement_T": scores.disagreement_T,
         "reference_logprobs_T": scores.reference_logprobs_T,
     }
-    lm_mask_T = batch.loss_mask_T & is_lm_token(batch)
+    together_T = _put_together(mine_T, tokens, batch.num_response_tokens, process_group)
+    mask_T, sigma_T = batch.loss_mask_T.to(device), together_T["disagreement_T"]
+    together_T["advantages_T"] = disagreement.masked(algorithm, together_T["advantages_T"], sigma_T, mask_T)
     return Experience(
-        mask_T=batch.loss_mask_T.to(device),
-        lm_mask_T=lm_mask_T.to(device),
+        mask_T=mask_T,
+        lm_mask_T=mask_T & is_lm_token(batch).to(device),
         gap_T=(version - batch.versions_T).to(device),
         behavior_logprobs_T=batch.behavior_logprobs_T.to(device),
+        entropy_mask_T=disagreement.entropy_mask(algorithm, sigma_T, mask_T),
         uses_values=uses_values,
-        **_put_together(mine_T, tokens, batch.num_response_tokens, process_group),
+        **together_T,
     )
 
 

@@ -57,7 +57,8 @@ def policy_terms(
         terms["lm_loss"] = algorithm.positive_lm_weight * lm_loss
     if algorithm.entropy_weight != 0.0:
         assert entropy_T is not None
-        terms["entropy_loss"] = algorithm.entropy_weight * losses.entropy_loss(entropy_T, scale_T)
+        entropy_scale_T = scale_T if e.entropy_mask_T is None else scale_T * e.entropy_mask_T
+        terms["entropy_loss"] = algorithm.entropy_weight * losses.entropy_loss(entropy_T, entropy_scale_T)
     if e.reference_logprobs_T is not None:
         kl_loss = losses.kl_loss(logprobs_T, e.reference_logprobs_T, scale_T)
         terms["kl_loss"] = algorithm.kl_weight * kl_loss

@@ -212,6 +212,15 @@ def partition(
     return minis
 
 
+def shard(mini: list[MicroBatches], index: int, num_shards: int) -> list[MicroBatches]:
+    """Of a mini-batch [rank][micro_batch] the sequences at the batch's places index, index + num_shards, and so on.
+
+    Shards are disjoint, and together the mini-batch. Members of a group stand side by side in a batch, so shards share
+    it evenly, a member more or less. As many micro-batches on every rank as before: some may be empty.
+    """
+    return [[indices[indices % num_shards == index] for indices in micros] for micros in mini]
+
+
 def _concatenate(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
 

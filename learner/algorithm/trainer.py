@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.config import AdvantageEstimator, Config, Device, Offload, OverAge
-from learner.algorithm import diagnostics, losses, views
+from learner.algorithm import diagnostics, disagreement, losses, views
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
 from learner.algorithm.objective import (
@@ -39,7 +39,7 @@ from learner.algorithm.objective import (
     trust_region,
 )
 from learner.algorithm.optimised import Optimised, StateDict
-from learner.algorithm.packing import Batch, MicroBatches, partition
+from learner.algorithm.packing import Batch, MicroBatches, partition, shard
 
 Plan = list[list[MicroBatches]]  # indices as [mini_batch][rank][micro_batch]
 
@@ -47,8 +47,8 @@ Plan = list[list[MicroBatches]]  # indices as [mini_batch][rank][micro_batch]
 class Trainer:
     """Owns both optimizers and takes steps. `step` is a collective: every rank calls it with equal arguments.
 
-    `critic` is given exactly when the advantage estimator is GAE; `reference`, a policy that is never
-    updated, exactly when algorithm.kl_weight > 0. Raises ValueError otherwise.
+    `critic`, or an nn.ModuleList of several, is given exactly when the advantage estimator is GAE; `reference`, a
+    policy that is never updated, exactly when algorithm.kl_weight > 0. Raises ValueError otherwise.
     """
 
     def __init__(
@@ -183,13 +183,16 @@ class Trainer:
                 logprobs.append(logprobs_T)
                 entropies.append(entropy_T)
             if self.critic is not None:
-                values.append(self._run_critic(self.critic.network, micro))
+                critics = disagreement.members(self.critic.network)
+                values.append(torch.stack([self._run_critic(critic, micro) for critic in critics], dim=1))
             if self.reference is not None and not is_warmup:
                 reference.append(self._run_policy(self.reference, micro)[0])
+        values_T, disagreement_T = disagreement.aggregate(torch.cat(values)) if values else (None, None)
         scores = Scores(
             old_logprobs_T=torch.cat(logprobs) if logprobs else None,
             entropy_T=torch.cat(entropies) if entropies else None,
-            values_T=torch.cat(values) if values else None,
+            values_T=values_T,
+            disagreement_T=disagreement_T,
             reference_logprobs_T=torch.cat(reference) if reference else None,
         )
         return torch.cat(micros), scores
@@ -216,25 +219,32 @@ class Trainer:
             return
         if self.critic is not None:
             with work.clock.stage("critic"):
-                self._update_critic(self.critic, work, mini, counts)
+                self._update_critic(self.critic, work, mini)
         if updates_policy:
             with work.clock.stage("policy"):
                 self._update_policy(work, mini, counts)
 
-    def _update_critic(self, critic: Optimised, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
-        """One optimizer step of the critic. No clipping in warm-up: it would hold on to wrong values."""
+    def _update_critic(self, critic: Optimised, work: "Work", mini: list[MicroBatches]) -> None:
+        """One optimizer step of the critic. No clipping in warm-up: it would hold on to wrong values.
+
+        Of several critics each sees its shard of the mini-batch only: SUM_m mean over D_m of (V_m - G)^2 / 2 (AsyPPO,
+        arXiv 2510.01656). The metric is the mean over m.
+        """
         value_clip = None if work.is_warmup else self.config.algorithm.value_clip
-        totals = Totals(self.device)
-        for micro, e in work.share(mini[self.rank]):
-            assert e.values_T is not None and e.value_targets_T is not None
-            values_T = self._run_critic(critic.network, micro)
-            scale_T = losses.token_scale(e.mask_T, counts.tokens)
-            loss = losses.value_loss(values_T, e.values_T, e.value_targets_T, scale_T, value_clip)
-            loss.backward()
-            totals.add("critic/value_loss", loss)
-            if value_clip is not None:
-                is_clipped_T = (values_T - e.values_T).abs() > value_clip
-                totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
+        totals, critics = Totals(self.device), disagreement.members(critic.network)
+        for m, network in enumerate(critics):
+            part = shard(mini, m, len(critics))
+            num_tokens = count(work.batch, work.experience, part).tokens
+            for micro, e in work.share(part[self.rank]):
+                assert e.values_T is not None and e.value_targets_T is not None
+                values_T = self._run_critic(network, micro)
+                scale_T = losses.token_scale(e.mask_T, num_tokens)
+                loss = losses.value_loss(values_T, e.values_T, e.value_targets_T, scale_T, value_clip)
+                loss.backward()
+                totals.add("critic/value_loss", loss / len(critics))
+                if value_clip is not None:
+                    is_clipped_T = (values_T - e.values_T).abs() > value_clip
+                    totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
         self._apply(critic, work, totals)
 
     def _update_policy(self, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
@@ -324,6 +334,7 @@ class Trainer:
                 values_T, rewards_B, is_correct_B, e.mask_T, cu_seqlens_B1, (reward.wrong, reward.correct)
             )
             | views.critic_views(values_T, rewards_B, e.gap_T, e.mask_T, cu_seqlens_B1)
+            | disagreement.metrics(self.config.algorithm, e.disagreement_T, e.mask_T)
         )
 
     def _learning_rates(self) -> Metrics:

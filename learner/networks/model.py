@@ -202,7 +202,7 @@ class Networks:
     """What a run's algorithm needs, ready to train."""
 
     policy: Policy
-    critic: Critic | None  # None without algorithm.advantage=gae
+    critic: Critic | nn.ModuleList | None  # None without algorithm.advantage=gae; a list of several
     reference: Policy | None  # the initial policy; None without algorithm.kl_weight
 
 
@@ -214,7 +214,7 @@ def load_networks(config: Config, device: torch.device, mesh: DeviceMesh | None)
     else:
         policy = load_policy(config, device, mesh)
         if config.algorithm.advantage is AdvantageEstimator.gae:
-            critic = load_critic(config, device, mesh)
+            critic = load_critics(config, device, mesh)
     if config.algorithm.kl_weight > 0:
         reference = load_policy(config, device, mesh) if policy.adapter is None else policy.initial()
     return Networks(policy=policy, critic=critic, reference=reference)
@@ -234,6 +234,13 @@ def load_critic(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         critic = _read_critic(config, mesh)
     place(critic.root, critic.backbone, (critic.head,), config, device, mesh)
     return critic
+
+
+def load_critics(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Critic | nn.ModuleList:
+    """The critic, or with model.num_critics above 1 a list of so many: alike at first, each sharded by itself."""
+    if config.model.num_critics == 1:
+        return load_critic(config, device, mesh)
+    return nn.ModuleList(load_critic(config, device, mesh) for _ in range(config.model.num_critics))
 
 
 def _load_on_one_backbone(config: Config, device: torch.device, mesh: DeviceMesh | None) -> tuple[Policy, Critic]:

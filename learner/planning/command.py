@@ -29,6 +29,7 @@ SPEED_SETTINGS = (
     "model.path",
     "model.dtype",
     "model.critic_frozen",
+    "model.num_critics",
     "lora.rank",
     "rollout.max_tokens",
     "algorithm.advantage",

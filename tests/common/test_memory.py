@@ -210,6 +210,15 @@ def test_frozen_attention_has_neither_gradients_nor_moments() -> None:
     assert parts["gradients"] == 4 * 494_032_768  # the policy's
 
 
+def test_two_critics_take_twice_the_room_of_one() -> None:
+    critic = 494_032_768 + 896
+    run = replace(config(), model=replace(config().model, num_critics=2))
+    parts = plan(run, "0.5B", 24).learner
+    assert parts["parameters"] == 4 * (494_032_768 + 2 * critic) and parts["optimizer"] == 2 * parts["parameters"]
+    assert parts["gradients"] == 4 * 2 * 494_032_768  # of both, which one optimizer steps
+    assert parts["activations"] == plan(config(), "0.5B", 24).learner["activations"]  # of one after the other
+
+
 def test_an_adapter_has_the_parameters_that_peft_makes() -> None:
     settings = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2

@@ -26,6 +26,7 @@ from common.config import (
     OptimizerConfig,
 )
 from common.loading import load_config, save_config
+from learner.algorithm.disagreement import members
 from learner.algorithm.packing import Batch, boundaries
 from learner.algorithm.trainer import Trainer
 from learner.checkpoint import Checkpointer
@@ -42,7 +43,7 @@ PROBE = packed([90], prompt_length=1, seed=4)  # one sequence, every token but t
 
 @dataclass(frozen=True)
 class Trained:
-    """A run folder with checkpoints of steps 2 and 3, and log-probs and values of PROBE after each."""
+    """A run folder with checkpoints of steps 2 and 3, and log-probs and values of PROBE (of each critic) after each."""
 
     run_dir: Path
     logprobs: dict[int, torch.Tensor]
@@ -84,7 +85,7 @@ def make_run(
             with torch.no_grad():
                 logprobs[step] = policy(*probe(vocabulary), 1.0)[0]
                 if critic is not None:
-                    values[step] = critic(*probe(vocabulary))
+                    values[step] = torch.stack([each(*probe(vocabulary)) for each in members(critic)]).squeeze(0)
     return Trained(config.run_dir, logprobs, values)
 
 
@@ -196,6 +197,19 @@ def test_an_exported_critic_with_frozen_attention_is_whole(tmp_path: Path) -> No
         torch.testing.assert_close(critic(*PROBE), trained.values[3], rtol=0, atol=1e-6)
     is_same = {name: torch.equal(p, critic.get_parameter(name)) for name, p in base.named_parameters()}
     assert all(same is (".self_attn." in name) for name, same in is_same.items())
+
+
+def test_several_critics_are_exported_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write_tiny_model(tmp_path / "base"), tmp_path / "critics"
+    trained = make_run(tmp_path, path, 37, VAPO, num_critics=2)
+    assert run.main(["export", str(trained.run_dir), "--critic", "--step", "2", "--out", str(out)]) == 0
+    assert "wrote the critics after step 2" in capsys.readouterr().out
+    for number in (0, 1):
+        settings = [f"model.path={path}", f"model.critic_path={out}/critic_{number}"]
+        with torch.no_grad():
+            values = load_critic(load_config([], settings), CPU, None)(*PROBE)
+        torch.testing.assert_close(values, trained.values[2][number], rtol=0, atol=1e-6)
+    assert not torch.allclose(trained.values[2][0], trained.values[2][1])
 
 
 @pytest.fixture(scope="module", params=list(CriticNetwork))

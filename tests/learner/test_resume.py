@@ -92,6 +92,7 @@ def test_most_settings_may_change(tmp_path: Path, overrides: list[str]) -> None:
         (["task.num_train=60"], ("task.num_train=60", "began with 50")),
         (["task.name=number_walk"], ("task.name=number_walk", "began with chain_sum")),
         (["lora.rank=8"], ("lora.rank=8", "began with 0")),
+        (["model.num_critics=2"], ("num_critics=2", "began with 1")),
         (["model.critic_frozen=attention"], ("critic_frozen=attention", "began with none")),
         (["model.tie_word_embeddings=true"], ("tie_word_embeddings=True", "began with None")),
         (

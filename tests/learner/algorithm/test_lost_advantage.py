@@ -45,6 +45,8 @@ def experience(algorithm: AlgorithmConfig, seed: int, num_tokens: int = 200) -> 
         advantages_T=torch.randn(num_tokens, generator=generator),
         values_T=None,
         value_targets_T=None,
+        disagreement_T=None,
+        entropy_mask_T=None,
         reference_logprobs_T=None,
         uses_values=None,
     )

@@ -48,6 +48,8 @@ def one_token_each(
         advantages_T=torch.tensor(advantages),
         values_T=None,
         value_targets_T=None,
+        disagreement_T=None,
+        entropy_mask_T=None,
         reference_logprobs_T=None,
         uses_values=None,
     )  # fmt: skip

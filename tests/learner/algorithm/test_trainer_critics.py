@@ -85,3 +85,20 @@ def test_a_checkpoint_holds_frozen_weights_without_moments_and_a_run_goes_on_fro
         each.step(BATCH, VERSION, is_warmup=False)
     assert is_unchanged(critic_of(again), weights(critic_of(trainer)))
     assert is_unchanged(again.policy.network, weights(trainer.policy.network))
+
+
+def test_a_run_with_two_critics_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    config = make_run(write_tiny_model(tmp_path / "model"), num_critics=2)
+    config = replace(config, algorithm=replace(config.algorithm, agreement_mask=0.3, value_clip=None))
+    trainer = make_trainer(config)
+    for is_warmup in STEPS[:2]:
+        trainer.step(BATCH, VERSION, is_warmup)
+    Checkpointer(tmp_path / "c", keep=1).save(2, 1, trainer)
+    numbers = {name.split("/")[2].partition(".")[0] for name in saved_names(tmp_path / "c", 2)}
+    assert numbers == {"0", "1"}
+    again = make_trainer(config)
+    Checkpointer(tmp_path / "c", keep=1).load(2, again)
+    for each in (trainer, again):
+        each.step(BATCH, VERSION, is_warmup=False)
+    assert is_unchanged(critic_of(again), weights(critic_of(trainer)))
+    assert is_unchanged(again.policy.network, weights(trainer.policy.network))

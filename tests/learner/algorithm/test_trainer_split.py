@@ -26,7 +26,7 @@ from common.config import (
 )
 from learner.algorithm.packing import Batch, boundaries, partition
 from learner.algorithm.trainer import Trainer
-from learner.networks.model import Policy, load_critic, load_policy
+from learner.networks.model import Policy, load_critics, load_policy
 from learner.networks.parallel import make_mesh, process_group
 from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import VOCAB, write_tiny_model
@@ -41,6 +41,7 @@ BATCHES = {
     "one rank has no tokens": ([12, 9], [0, 1]),  # one response for each of the two mini-batches
 }
 STEPS = (True, False, False)  # is_warmup
+ASYPPO = {"agreement_mask": 0.3, "entropy_filter": 0.2, "value_clip": None}
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,18 @@ class Case:
 
     batch: str
     model: dict[str, object] = field(default_factory=dict)
+    algorithm: dict[str, object] = field(default_factory=dict)
 
     def config(self, path: str, tokens_per_micro_batch: int) -> Config:
         config = make_config(path, tokens_per_micro_batch, ValueTarget.gae)
-        return replace(config, model=replace(config.model, **self.model))  # type: ignore[arg-type]
+        model, algorithm = replace(config.model, **self.model), replace(config.algorithm, **self.algorithm)
+        return replace(config, model=model, algorithm=algorithm)
 
 
 CASES = {name: Case(name) for name in BATCHES} | {
     "frozen attention": Case("mixed", {"critic_frozen": CriticFrozen.attention}),
+    "two critics": Case("mixed", {"num_critics": 2}, ASYPPO),
+    "two critics, one rank has no tokens": Case("one rank has no tokens", {"num_critics": 2}, ASYPPO),
 }
 
 
@@ -129,7 +134,7 @@ def full(tensor: Tensor) -> Tensor:
 def run_steps(config: Config, batch: Batch, rank: int, world: int) -> Trace:
     """A warm-up step and two policy steps on the same batch."""
     mesh = make_mesh(config)
-    policy, critic = load_policy(config, CPU, mesh), load_critic(config, CPU, mesh)
+    policy, critic = load_policy(config, CPU, mesh), load_critics(config, CPU, mesh)
     trainer = Trainer(config, policy, critic, rank, world, reference=_reference(config))
     trace = Trace()
     for optimised in (trainer.policy, trainer.critic):

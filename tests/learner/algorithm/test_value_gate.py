@@ -55,7 +55,9 @@ def experience(
     indices = torch.tensor(range(3) if mine is None else mine)
     values_T = torch.tensor(values)[batch.select_tokens(indices)]
     zeros_T = torch.zeros_like(values_T)
-    scores = Scores(old_logprobs_T=zeros_T, entropy_T=zeros_T, values_T=values_T, reference_logprobs_T=None)
+    scores = Scores(
+        old_logprobs_T=zeros_T, entropy_T=zeros_T, values_T=values_T, disagreement_T=None, reference_logprobs_T=None
+    )
     return estimate(make_config(**algorithm), batch, indices, scores, 0, False, group)
 
 
