@@ -298,6 +298,25 @@ def _eval(arguments: argparse.Namespace) -> int:
         )
 
 
+def _signal(arguments: argparse.Namespace) -> int:
+    from learner.signal.command import Request
+    from learner.signal.command import main as run_signal
+    from learner.signal.estimators import GRID
+
+    return run_signal(
+        Request(
+            model=arguments.model,
+            step=arguments.step,
+            num_batches=arguments.num_batches,
+            pretrain_steps=arguments.pretrain_steps,
+            lambdas=tuple(arguments.lambdas or GRID),
+            out=arguments.out,
+            files=tuple(arguments.config),
+            overrides=tuple(arguments.overrides),
+        )
+    )
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from learner.export import main as run_export
 
@@ -378,6 +397,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "grade": _grade,
     "eval": _eval,
+    "signal": _signal,
 }
 
 

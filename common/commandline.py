@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_views(commands)
     _add_tools(commands)
     _add_eval(commands)
+    _add_signal(commands)
     return parser
 
 
@@ -184,6 +185,32 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
             type=f"{setting}={{}}".format,
             help=meaning,
         )
+    _add_config(parser)
+
+
+def _add_signal(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    does = "how much of one batch's gradient is signal, with and without the critic, by lambda; trains no policy"
+    parser = commands.add_parser("signal", help=does, description=f"Says {does}.")
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="run directory, or model folder (with -c)")
+    parser.add_argument("--step", type=int, help="of a run: step of a checkpoint (default: the newest)")
+    parser.add_argument(
+        "--batches", type=int, dest="num_batches", default=36, metavar="N", help="to sample (default: 36)"
+    )
+    parser.add_argument(
+        "--pretrain-steps",
+        type=int,
+        metavar="K",
+        help="pretrain a new critic on K batches first (default: the checkpoint's critic, or model.critic_path)",
+    )
+    parser.add_argument(
+        "--lambda",
+        type=float,
+        dest="lambdas",
+        action="append",
+        metavar="X",
+        help="a lambda to try with the critic; repeatable (default: seven from 0.8 to 1)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="of the batches and the table (default: in RUN/signal)")
     _add_config(parser)
 
 

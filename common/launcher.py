@@ -60,6 +60,7 @@ RUN_CONTENT = (
     "incarnation.json",
     "record",
     "eval",
+    "signal",
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # Models are folders on disk, so nothing has to be fetched or reported.

@@ -28,7 +28,7 @@ def main(
     """
     run, out = Path(run_dir), Path(out_dir)
     config = read_config(config_of_run(run))
-    folder, chosen = _checkpoint(run, step)
+    folder, chosen = checkpoint_of(run, step)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder: choose another --out")
     if only_adapter and config.lora.rank == 0:
@@ -56,11 +56,12 @@ def main(
     return 0
 
 
-def _checkpoint(run: Path, step: int | None) -> tuple[Path, int]:
-    """(folder, step) of the checkpoint of `step`, or of the newest."""
+def checkpoint_of(run: Path, step: int | None) -> tuple[Path, int]:
+    """(folder, step) of the checkpoint of `step`, or of the newest. Raises ConfigError for one that is not there or is
+    damaged."""
     steps = complete_steps(run / "checkpoints")
     if not steps:
-        raise ConfigError(f"{run} has no complete checkpoint to export")
+        raise ConfigError(f"{run} has no complete checkpoint")
     if step is not None and step not in steps:
         raise ConfigError(f"{run} has no checkpoint of step {step}: choose --step among {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step

@@ -20,6 +20,7 @@ IN_LEARNER = {
     "publication": {"publication", "networks", "algorithm"},
     "rollouts": {"rollouts"},
     "planning": {"planning", "rollouts"},
+    "signal": {"signal", "algorithm", "networks", "rollouts", "checkpoint", "export"},
     "checkpoint": {"algorithm", "agreement", "checksums", "files"},
     "leader": {"rollouts"},
 }
