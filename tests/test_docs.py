@@ -97,6 +97,7 @@ RUN_BY = {
     r"actors": "tests/common/test_processes.py::test_followers_are_added_and_removed_while_the_run_goes_on",
     r"actor ": "tests/test_multinode.py::test_two_ranks_and_two_actors_on_four_hosts",
     r"keygen": "tests/test_command_line.py::test_keys_are_made_once",
+    r"signal": "tests/test_signal.py::test_the_table_of_a_run_and_again_without_sampling",
     r"show": "tests/common/test_show.py::test_in_a_terminal_keys_turn_pages_and_the_terminal_is_left_as_it_was",
     r"top": "tests/test_stop.py::test_a_learner_that_is_asked_to_stop_finishes_its_step_saves_and_sends_actors_home",
     r"inspect .*--html": "tests/common/report/test_inspect.py::test_html_is_written_and_named",
@@ -125,6 +126,7 @@ RUN_BY = {
         "tests/benchmarks/test_weights.py::test_a_publication_and_a_join_are_measured_and_the_join_costs_the_others_nothing"
     ),
     r"python benchmarks/learner\.py": "takes 10 minutes",
+    r"python benchmarks/gradient_signal\.py": "takes 5 minutes",
     r"python benchmarks/(demo|old_batches)\.py": "takes 60 minutes",
 }
 REASON = re.compile(r"GPU|cluster|network|not ours|takes \d+ minutes")

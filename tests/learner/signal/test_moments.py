@@ -1,4 +1,4 @@
-"""Signal, noise, bias and aim against closed forms, against slow references, and their errors against many repetitions."""
+"""Signal, noise, bias and aim against closed forms and slow references, their errors against many repetitions."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def gram(gradients_END: Array) -> Array:
 
 
 def test_noise_of_its_own_direction_in_every_batch_leaves_exact_numbers() -> None:
-    """g_i = G + n e_i, the e_i orthogonal to each other and to all means: |G| = 2, n = 4; the second is 60 degrees off."""
+    """g_i = G + n e_i, the e_i orthogonal to each other and all means: |G| = 2, n = 4; the second is 60 degrees off."""
     gradients_END = np.zeros((2, 5, 12))
     gradients_END[TRUTH, :, 0] = 2.0
     gradients_END[BIASED, :, 0], gradients_END[BIASED, :, 1] = 3.0, 3.0 * np.sqrt(3.0)
@@ -54,7 +54,7 @@ def test_values_and_errors_are_those_of_the_formulas() -> None:
 
 
 def drawn(seed: int, num_batches: int = 24, dims: int = 60) -> Array:
-    """Two estimators of G = (1, 0, ...): one right and noisy, one turned by acos 0.8 and less noisy, noise in common."""
+    """Two estimators of G = (1, 0, ...): one right and noisy, one turned by acos 0.8 and less noisy; related noise."""
     rng = np.random.default_rng(seed)
     means = np.zeros((2, 1, dims))
     means[TRUTH, 0, 0], means[BIASED, 0, 0], means[BIASED, 0, 1] = 1.0, 0.8, 0.6
