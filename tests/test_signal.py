@@ -9,12 +9,16 @@ import pytest
 import torch
 
 import run
+from benchmarks.miniature.sampler import Sampler
 from common.config import Config
 from common.loading import load_config, save_config
+from common.tasks import load_task
+from learner.algorithm.packing import Batch
 from learner.algorithm.trainer import Trainer
-from learner.checkpoint import Checkpointer
+from learner.checkpoint import Checkpointer, complete_steps
 from learner.networks.model import load_networks
-from learner.rollouts.record import Record
+from learner.rollouts.prompts import PromptStream
+from learner.rollouts.record import Record, Recorder
 from learner.signal import command
 from learner.signal.command import Request, planned
 from tests.support.runs import ROOT, processes_of
@@ -117,6 +121,47 @@ def test_what_an_interrupted_call_has_sampled_is_asked_for_again(
     assert "error: interrupted by SIGINT" in capsys.readouterr().err
     assert run.main([*words, "rollout.temperature=0.9"]) == 2
     assert "has batches of other settings: choose another --out" in capsys.readouterr().err
+
+
+def sampled_here(sampling: Config, earlier: command.EarlierRun, settle: object) -> command.Outcome:
+    """In the place of `train`: the record and the checkpoints that its value pretraining would leave."""
+    torch.manual_seed(sampling.seed)
+    sampling.run_dir.mkdir(parents=True)
+    save_config(sampling, sampling.run_dir / "config.yaml")
+    networks = load_networks(sampling, torch.device("cpu"), None)
+    trainer = Trainer(sampling, networks.policy, networks.critic, 0, 1)
+    sampler, recorder = Sampler(sampling), Recorder(sampling.run_dir, {})
+    stream = PromptStream(load_task(sampling.task).train, sampling.seed)
+    rollout, checkpoint = sampling.rollout, sampling.checkpoint
+    with Checkpointer(sampling.run_dir / "checkpoints", checkpoint.keep) as checkpointer:
+        for step in range(1, sampling.algorithm.critic_warmup_steps + 1):
+            prompts = [stream.next() for _ in range(rollout.prompts_per_step)]
+            groups = sampler.groups(prompts, rollout.group_size, 0, seed=step)
+            recorder.write(step, groups)
+            trainer.step(Batch.from_groups(groups), 0, is_warmup=True)
+            if checkpoint.every and step % checkpoint.every == 0:
+                checkpointer.save(step, 0, trainer)
+    return command.Outcome(exit_code=0, message=None)
+
+
+@pytest.mark.parametrize("settings", [(), ("lora.rank=2", "model.critic=shared_backbone")])
+def test_a_pretrained_critic_is_that_of_its_last_step_and_other_batches_are_measured(
+    settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = a_run(tmp_path, *settings)
+    monkeypatch.setattr(command, "train", sampled_here)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        Record, "groups", lambda record, step, read=Record.groups: (seen.append(step), read(record, step))[1]
+    )
+    words = ["signal", str(config.run_dir), "--batches", str(NUM_BATCHES), "--pretrain-steps", "2", "--lambda", "0.9"]
+    assert run.main([*words, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "2 steps of value pretraining, then 4 batches of 4 x 4 responses are sampled" in said
+    assert seen == [3, 4, 5, 6], "the critic has seen the two before"
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "signal.json").read_text())["rows"]}
+    assert rows["lambda 0.9"]["signal_to_noise"] != rows["V = 0, alpha 0.45"]["signal_to_noise"]
+    assert complete_steps(tmp_path / "out" / "sampling" / "checkpoints") == [2, 4, 6]
 
 
 @pytest.mark.slow
