@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.config import AdvantageEstimator, Aggregation, AlgorithmConfig, Config, Correction
+from learner.algorithm.disagreement import aggregate
 from learner.algorithm.experience import Scores, estimate
 from learner.algorithm.objective import count, policy_terms
 from learner.algorithm.packing import Batch
@@ -68,6 +69,7 @@ def unbiased(algorithm: AlgorithmConfig, critic: str | None, has_groups: bool) -
         length_adaptive_alpha=None,
         policy_lambda=1.0,
         value_gate=False,
+        agreement_mask=None,
         whiten_advantages=False,
         aggregation=Aggregation.token,
     )
@@ -81,6 +83,8 @@ def configured(algorithm: AlgorithmConfig, critic: str | None) -> Estimator:
     if algorithm.advantage is not AdvantageEstimator.gae:
         return Estimator(name=f"as configured: {algorithm.advantage}", algorithm=algorithm)
     values = "" if critic is not None else ", V = 0"
+    if critic is None:
+        algorithm = replace(algorithm, agreement_mask=None)
     return Estimator(name=f"as configured: {trace(algorithm)}{values}", algorithm=algorithm, critic=critic)
 
 
@@ -92,6 +96,7 @@ def fixed(algorithm: AlgorithmConfig, critic: str, gae_lambda: float) -> Estimat
         length_adaptive_alpha=None,
         policy_lambda=gae_lambda,
         value_gate=False,
+        agreement_mask=None,
     )
     return Estimator(name=f"lambda {gae_lambda:g}", algorithm=settings, critic=critic)
 
@@ -103,7 +108,7 @@ def critic_free(algorithm: AlgorithmConfig) -> list[Estimator]:
         ("DAPO without resampling", AdvantageEstimator.grpo, Aggregation.token),
         ("RLOO", AdvantageEstimator.rloo, Aggregation.token),
     )
-    plain = replace(algorithm, whiten_advantages=False, value_gate=False)
+    plain = replace(algorithm, whiten_advantages=False, value_gate=False, agreement_mask=None)
     return [
         Estimator(name=name, algorithm=replace(plain, advantage=advantage, aggregation=aggregation))
         for name, advantage, aggregation in kinds
@@ -117,14 +122,26 @@ def trace(algorithm: AlgorithmConfig) -> str:
 
 
 def token_weights(config: Config, batch: Batch, estimator: Estimator, values: Mapping[str, Tensor]) -> Tensor:
-    """c_t of the header, (T,), on the device of the values; `values` has those of each critic, (T,)."""
+    """c_t of the header, (T,), on the CPU; `values` has those of each critic, (T, M), of M that are averaged."""
     algorithm = replace(
-        estimator.algorithm, correction=Correction.none, positive_lm_weight=0.0, entropy_weight=0.0, kl_weight=0.0
+        estimator.algorithm,
+        correction=Correction.none,
+        positive_lm_weight=0.0,
+        entropy_weight=0.0,
+        entropy_filter=None,
+        kl_weight=0.0,
     )
     logprobs_T = batch.behavior_logprobs_T  # of whatever value: at a ratio of 1 it is of no consequence
-    values_T = torch.zeros_like(logprobs_T) if estimator.critic is None else values[estimator.critic].cpu()
+    values_TM = torch.zeros_like(logprobs_T)[:, None] if estimator.critic is None else values[estimator.critic]
+    values_T, disagreement_T = aggregate(values_TM)
     everything = torch.arange(batch.num_sequences)
-    scores = Scores(old_logprobs_T=logprobs_T, entropy_T=None, values_T=values_T, reference_logprobs_T=None)
+    scores = Scores(
+        old_logprobs_T=logprobs_T,
+        entropy_T=None,
+        values_T=values_T,
+        disagreement_T=disagreement_T,
+        reference_logprobs_T=None,
+    )
     settings, version = replace(config, algorithm=algorithm), int(batch.versions_T.max())
     experience = estimate(settings, batch, everything, scores, version, False, None)
     counts = count(batch, experience, [[everything]])

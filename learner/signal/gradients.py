@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import Config
+from learner.algorithm.disagreement import members
 from learner.algorithm.packing import Batch, partition
 from learner.signal.estimators import Estimator, token_weights
 from learner.signal.moments import Array
@@ -98,13 +99,14 @@ def batch_gradients(
 
 @torch.no_grad()
 def values_of(config: Config, critic: nn.Module, batch: Batch) -> Tensor:
-    """The critic's values of all response tokens, (T,), on the CPU."""
-    values_T = torch.empty(batch.num_response_tokens)
+    """The critic's values of all response tokens, (T, M), on the CPU; M is 1 but for a list of several critics."""
+    critics = members(critic)
+    values_TM = torch.empty(batch.num_response_tokens, len(critics))
     for indices in _micro_batches(config, batch):
         micro = batch.select(indices)
-        found_T = critic(micro.token_ids_S, micro.cu_seqlens_B1, micro.prompt_lengths_B)
-        values_T[batch.select_tokens(indices)] = found_T.cpu()
-    return values_T
+        packed = (micro.token_ids_S, micro.cu_seqlens_B1, micro.prompt_lengths_B)
+        values_TM[batch.select_tokens(indices)] = torch.stack([one(*packed) for one in critics], dim=1).cpu()
+    return values_TM
 
 
 def products(kept: Tensor) -> Array:

@@ -44,7 +44,7 @@ def test_the_configured_gradient_is_that_of_the_first_update_of_a_step(settings:
     policy = trainer.policy.network
     batch = uneven_rewards(on_policy(make_batch(LENGTHS), policy))
     critics = {} if trainer.critic is None else {CRITIC: trainer.critic.network}
-    values = {name: critic(batch.token_ids_S, batch.cu_seqlens_B1, batch.prompt_lengths_B).detach()
+    values = {name: critic(batch.token_ids_S, batch.cu_seqlens_B1, batch.prompt_lengths_B).detach()[:, None]
               for name, critic in critics.items()}  # fmt: skip
     estimator = configured(cfg.algorithm, CRITIC if critics else None)
     weights = [token_weights(cfg, batch, estimator, values)]
@@ -64,7 +64,7 @@ def test_the_unbiased_estimator_weighs_all_tokens_by_the_reward_less_its_baselin
     """c = -(R - V) / B: two responses of 1 and 3 tokens; and the mean of the others where there is no critic."""
     cfg = config(whiten_advantages=True, gamma=0.9, aggregation=Aggregation.sequence)
     batch = replace(make_batch([1, 3]), rewards_B=torch.tensor([1.0, -1.0]))
-    values = {CRITIC: torch.tensor([0.5, 0.1, 0.2, 0.3])}
+    values = {CRITIC: torch.tensor([[0.5], [0.1], [0.2], [0.3]])}
     with_critic = token_weights(cfg, batch, unbiased(cfg.algorithm, CRITIC, has_groups=True), values)
     torch.testing.assert_close(with_critic, -torch.tensor([0.5, -1.1, -1.2, -1.3]) / 2)
     without = token_weights(cfg, batch, unbiased(cfg.algorithm, None, has_groups=True), {})
@@ -87,7 +87,7 @@ def test_estimators_without_a_critic_by_hand() -> None:
 def test_lambda_zero_sees_one_value_ahead() -> None:
     cfg = config()
     batch = replace(make_batch([3, 1]), rewards_B=torch.tensor([1.0, -1.0]))
-    values = {CRITIC: torch.tensor([0.1, 0.3, 0.6, 0.5])}
+    values = {CRITIC: torch.tensor([[0.1], [0.3], [0.6], [0.5]])}
     found = token_weights(cfg, batch, fixed(cfg.algorithm, CRITIC, 0.0), values)
     torch.testing.assert_close(found, -torch.tensor([0.2, 0.3, 0.4, -1.5]) / 4)
 
@@ -171,3 +171,18 @@ def test_a_critic_that_is_named_is_the_one_that_is_asked() -> None:
     ]
     found = gram(cfg, policy, {"new": TableCritic(), "trained": trained}, batches, 4, rows)
     assert np.allclose(found[1], found[2]) and not np.allclose(found[1], found[3])
+
+
+def test_of_several_critics_the_mean_counts_and_what_they_agree_on_is_left_out_where_it_is_configured() -> None:
+    cfg = config(agreement_mask=0.5, length_adaptive_alpha=None, policy_lambda=1.0)
+    batch = replace(make_batch([3, 1]), rewards_B=torch.tensor([1.0, -1.0]))
+    values = {CRITIC: torch.tensor([[0.0, 0.2], [0.1, 0.5], [0.6, 0.6], [-0.5, 1.5]])}
+    whole = -torch.tensor([0.9, 0.7, 0.4, -1.5]) / 4
+    torch.testing.assert_close(token_weights(cfg, batch, fixed(cfg.algorithm, CRITIC, 1.0), values), whole)
+    masked = token_weights(cfg, batch, configured(cfg.algorithm, CRITIC), values)
+    torch.testing.assert_close(masked, whole * torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert token_weights(cfg, batch, configured(cfg.algorithm, None), {}).abs().min() > 0.0
+    policy, pair = TablePolicy(), nn.ModuleList([TableCritic(), TableCritic()])
+    nn.init.constant_(pair[1].table, 0.5)
+    rows = [unbiased(cfg.algorithm, CRITIC, has_groups=True), configured(cfg.algorithm, CRITIC)]
+    assert gram(cfg, policy, {CRITIC: pair}, [batch] * 4, 4, rows).shape == (2, 4, 2, 4)
