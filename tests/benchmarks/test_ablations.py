@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import ablations
-from benchmarks.ablations import ROWS, at, rate_of, render, row_of, until
+from benchmarks.ablations import PLAN
+from benchmarks.miniature.comparison import Row, at, render, row_of, until
 from benchmarks.miniature.run import Outcome, Point
 
 
@@ -33,23 +33,25 @@ def test_what_it_takes_to_a_goal() -> None:
 
 
 def test_the_rate_is_that_of_the_highest_curve_and_a_failed_run_counts_what_it_lacks_as_0() -> None:
-    row, flat, failed = ROWS[3], outcome(*[0.3] * 9), outcome(0.3, 0.9, failure="not finite")
-    tuning = {ablations.job(row, rate, seed): flat for rate in (1.0, 2.0) for seed in ablations.TUNING_SEEDS}
-    tuning[ablations.job(row, 2.0, ablations.TUNING_SEEDS[0])] = failed
-    assert rate_of(row, tuning, (1.0, 2.0)) == 1.0
-    assert rate_of(row, {}, (5.0,)) == 5.0
+    row, flat, failed = PLAN.rows[3], outcome(*[0.3] * 9), outcome(0.3, 0.9, failure="not finite")
+    tuning = {PLAN.job(row, rate, seed): flat for rate in (1.0, 2.0) for seed in PLAN.tuning_seeds}
+    tuning[PLAN.job(row, 2.0, PLAN.tuning_seeds[0])] = failed
+    assert PLAN.rate_of(row, tuning, (1.0, 2.0)) == 1.0
+    assert PLAN.rate_of(row, {}, (5.0,)) == 5.0
 
 
 def test_the_table_says_how_many_seeds_got_there() -> None:
-    rows = [row_of("VAPO", 3e-4, [outcome(0.2, 0.9, 0.9, tokens=100_000), outcome(0.2, 0.5, 0.7, tokens=100_000)])]
+    rows = [
+        row_of(PLAN, "VAPO", 3e-4, [outcome(0.2, 0.9, 0.9, tokens=100_000), outcome(0.2, 0.5, 0.7, tokens=100_000)])
+    ]
     assert rows[0]["tokens_to_goal"] == [pytest.approx(857.14, abs=0.01), None]
     assert rows[0]["tokens_with_pretraining"]["100000"] == [0.2, 0.2]
-    text = render(rows)
+    text = render(PLAN, rows)
     assert "4.3 (1 of 2)" in text and "0.800 ± 0.141" in text
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_row_is_a_configuration(row: ablations.Row) -> None:
-    config = ablations.job(row, 1e-4, 0).config()
+@pytest.mark.parametrize("row", PLAN.rows, ids=lambda row: row.name)
+def test_every_row_is_a_configuration(row: Row) -> None:
+    config = PLAN.job(row, 1e-4, 0).config()
     assert config.learner.policy.learning_rate == 1e-4 and config.model.path.endswith("contrary_walk")
     assert config.rollout.prompts_per_step * config.rollout.group_size == 128, "as many responses in each row"
