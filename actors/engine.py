@@ -204,7 +204,9 @@ class Engine:
     async def pause(self) -> None:
         """Stops scheduling; running requests stay. Their cache is kept, or emptied to be recomputed."""
         recompute = self._config.weights.kv_cache is KVCache.recompute
-        await self._llm.pause_generation(mode="keep", clear_cache=recompute)
+        # AsyncLLM.pause_generation is this and 20 ms of sleep, so that outputs have come before it returns. They may
+        # come later: each of them carries the version that drew it.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=recompute)
         self._paused = True
         self._track()
 

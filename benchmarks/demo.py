@@ -72,11 +72,11 @@ def run(seed: int, is_busy: bool, runs_dir: Path, overrides: Sequence[str]) -> P
     return done.parent
 
 
-def train(command: Sequence[str]) -> None:
-    """Runs it to its end; when this process is stopped, so is the run, in order."""
+def train(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+    """Runs it to its end, start included; when this process is stopped, so is the run, in order."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
-            code = process.wait(TIMEOUT_S)
+            code = process.wait(timeout_s)
         except BaseException:
             process.terminate()
             process.wait(60.0)

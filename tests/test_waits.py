@@ -39,7 +39,7 @@ WAITS = {
     r".*\.synchronize": "the device",
     r"socket\.getaddrinfo|snapshot_download": "a name server, the Hub",
     r".*\.(term|shutdown)|.*authenticator\.stop|\w+PoolExecutor": "the end of what is closed",
-    r"self\._llm\.\w+": "vLLM's engine core",
+    r"self\._llm\.[\w.]+": "vLLM's engine core",
 }
 NO_WAITS = {
     r"b?['\"].*|os\.pathsep\.join": "joins strings",

@@ -35,12 +35,13 @@ Row = dict[str, JSON]
 
 class MeasuredRun:
     """The policy steps of one run in its steady state: not the first, which still has the actors' start, and not the
-    last (1 + max_staleness) publish_every, for which nothing more is sampled ahead.
+    last (1 + max_staleness) publish_every, for which nothing more is sampled ahead. Of these only those in `within`,
+    if it is given: numbers, counted from 1 with the warm-up.
 
     Raises ConfigError when its files do not tell.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, within: range | None = None) -> None:
         for name in ("config.yaml", "metrics.jsonl", "ledger.jsonl"):
             if not (folder / name).is_file():
                 raise ConfigError(f"{folder} has no {name}: --from needs the folder of a run that has trained")
@@ -53,6 +54,8 @@ class MeasuredRun:
         policy = [i for i, row in enumerate(rows) if "staleness/hist" in row and i > 0][1:]
         ahead = (1 + self.config.staleness.max_staleness) * self.config.weights.publish_every
         policy = policy[: max(0, len(policy) - ahead)]
+        if within is not None:
+            policy = [i for i in policy if rows[i]["step"] in within]
         if len(policy) < FEWEST_STEPS:
             raise ConfigError(
                 f"{folder} has {len(policy)} policy steps between its beginning and its end, and --from needs "
