@@ -18,7 +18,7 @@ import numpy as np
 from actors.sampling import Completion, Drawn, EngineError, RequestRefused, Sample, Sampling, drawn_by, read
 from common.broadcast import BrokenTransfer
 from common.config import Config, Device, KVCache
-from common.memory import utilization
+from common.memory import num_sequences, utilization
 from common.placement import plan_here
 from common.types import FinishReason, Float32Array, Int32Array, Lease, Progress
 
@@ -336,7 +336,8 @@ def _build(config: Config) -> Any:
         trust_remote_code=config.model.trust_remote_code,
         dtype=config.model.dtype.value,
         max_model_len=config.model.max_model_len,
-        max_num_seqs=config.actors.groups_in_flight * config.rollout.group_size,
+        # One place more for the probe: while all others are taken, a publication would wait for a response to end.
+        max_num_seqs=num_sequences(config) + 1,
         gpu_memory_utilization=utilization(config),
         # On a shared GPU vLLM cannot measure what it may take: the learner's memory comes and goes meanwhile.
         kv_cache_memory_bytes=None if plan is None else plan.kv_cache,

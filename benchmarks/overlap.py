@@ -30,7 +30,7 @@ synchronous run, in seconds a step. The learner: waits for its batch, trains lon
 samples longer (its engine has work and is not paused), is paused (all its idle time up to the length of a publication),
 is without work (the rest of it). The side that is the longer one has to explain the loss; the other one has time.
 
-**Accuracy** is held out, avg@4 of 256 prompts at temperature 1, of the last version; its standard error is over
+**Accuracy** is held out, avg@8 of 128 prompts at temperature 1, of the last version; its standard error is over
 prompts. The last column is the CPU time of others on this machine, as a share of all its cores, while the run lasted:
 timings with more than a few percent there are no measurement.
 """
@@ -75,8 +75,8 @@ COMMON = (
     "algorithm.critic_warmup_steps=0",
     f"learner.steps={STEPS}",
     "eval.every=0",
-    "eval.num_prompts=256",
-    "eval.samples_per_prompt=4",
+    "eval.num_prompts=128",
+    "eval.samples_per_prompt=8",
     "logging.console=plain",
 )
 CHAIN_SUM = ("model.path=configs/models/chain_sum", "model.max_model_len=256", "task.name=chain_sum",

@@ -5,6 +5,7 @@ tests/test_end_to_end.py trains Qwen2, untied and tied.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from actors.engine import Completion, Engine, RequestRefused
 from common.broadcast import BrokenTransfer
 from common.config import Config, KVCache
+from common.memory import num_sequences
 from common.types import FinishReason
 from learner.networks.model import Policy, load_policy
 from learner.publication.buckets import Bucket
@@ -160,6 +162,17 @@ def test_every_tensor_arrives_in_flight_and_tokens_carry_the_version_that_drew_t
         assert (completion.versions == bench.version).all()
         assert bench.mismatch(completion) < TOLERANCE
     assert bench.control.quarantined == {}
+
+
+def test_a_publication_waits_for_no_response_where_every_place_is_taken(bench: Bench) -> None:
+    """The probe is one request more, while greedy responses that do not end by themselves fill the engine."""
+    places = num_sequences(bench.config)
+    running = bench.thread.submit(bench.engine.sample(lease(12, num_samples=places, max_tokens=480, temperature=0.0)))
+    while bench.engine.num_drawn(12) < 2 * places:
+        time.sleep(0.01)
+    bench.publish()
+    assert not running.done()
+    assert [len(completion.token_ids) for completion in running.result(120.0)] == [480] * places
 
 
 def wait_for_progress(bench: Bench) -> None:
