@@ -166,6 +166,8 @@ def test_every_tensor_arrives_in_flight_and_tokens_carry_the_version_that_drew_t
 
 def test_a_publication_waits_for_no_response_where_every_place_is_taken(bench: Bench) -> None:
     """The probe is one request more, while greedy responses that do not end by themselves fill the engine."""
+    if not bench.policy.config.tie_word_embeddings:
+        pytest.skip("the greedy response of this model ends by itself")
     places = num_sequences(bench.config)
     running = bench.thread.submit(bench.engine.sample(lease(12, num_samples=places, max_tokens=480, temperature=0.0)))
     while bench.engine.num_drawn(12) < 2 * places:
