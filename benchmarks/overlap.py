@@ -30,7 +30,7 @@ synchronous run, in seconds a step. The learner: waits for its batch, trains lon
 samples longer (its engine has work and is not paused), is paused (all its idle time up to the length of a publication),
 is without work (the rest of it). The side that is the longer one has to explain the loss; the other one has time.
 
-**Accuracy** is held out, avg@8 of 128 prompts at temperature 1, of the last version; its standard error is over
+**Accuracy** is held out, avg@8 of 96 prompts at temperature 1, of the last version; its standard error is over
 prompts. The last column is the CPU time of others on this machine, as a share of all its cores, while the run lasted:
 timings with more than a few percent there are no measurement.
 """
@@ -66,7 +66,7 @@ from learner.planning.runs import MeasuredRun
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
 BOUNDS = (0, 1, 2)  # max_staleness; the first is in turns
-STEPS, FILLING, EMPTYING = 20, 4, 3  # policy steps of a run; of them not timed
+STEPS, FILLING, EMPTYING = 18, 4, 3  # policy steps of a run; of them not timed
 TIMEOUT_S = 240.0  # of one run, start included
 TYPICAL_S = 100.0  # the same, as expected before one has been measured
 TARGET = 0.95  # of the bound
@@ -75,7 +75,7 @@ COMMON = (
     "algorithm.critic_warmup_steps=0",
     f"learner.steps={STEPS}",
     "eval.every=0",
-    "eval.num_prompts=128",
+    "eval.num_prompts=96",
     "eval.samples_per_prompt=8",
     "logging.console=plain",
 )
