@@ -253,12 +253,20 @@ def timed_steps() -> range:
 def read_gains(points: Sequence[str], runs_dir: Path) -> Iterator[Gain]:
     """Of the points whose synchronous run is there, with each overlapped run that is."""
     for point in points:
-        folders = [runs_dir / name_of(point, bound) for bound in BOUNDS]
-        arms = [read_arm(folder) for folder in folders if (folder / DONE).is_file()]
+        arms = list(_finished([runs_dir / name_of(point, bound) for bound in BOUNDS]))
         if arms and arms[0].max_staleness == 0:
             sync = arms[0]
             for arm in arms[1:]:
                 yield Gain(point=point, generate_s=sync.wait_s, train_s=sync.step_s - sync.wait_s, sync=sync, arm=arm)
+
+
+def _finished(folders: Sequence[Path]) -> Iterator[Arm]:
+    for folder in folders:
+        if (folder / DONE).is_file():
+            try:
+                yield read_arm(folder)
+            except ConfigError as error:  # the others are shown all the same
+                print(f"left out: {error}", file=sys.stderr)
 
 
 def render(gains: Sequence[Gain]) -> str:
