@@ -32,7 +32,8 @@ is without work (the rest of it). The side that is the longer one has to explain
 
 **Accuracy** is held out, avg@8 of 96 prompts at temperature 1, of the last version; its standard error is over
 prompts. The last column is the CPU time of others on this machine, as a share of all its cores, while the run lasted:
-timings with more than a few percent there are no measurement.
+timings with more than a few percent there are no measurement. It makes the gain look smaller: while learner and actor
+take turns, others find an idle core.
 """
 
 import argparse
