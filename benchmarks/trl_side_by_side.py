@@ -325,7 +325,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1], help="max_staleness of our runs")
     parser.add_argument("--model", default="configs/models/contrary_walk")
     parser.add_argument("--steps", type=int, default=48, help="batches of each run")
-    parser.add_argument("--every", type=int, default=4, help="batches between weights that are judged")
+    parser.add_argument("--every", type=int, default=2, help="batches between weights that are judged")
     parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of each side, one after the other")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/trl"))
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
