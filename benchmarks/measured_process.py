@@ -1,6 +1,7 @@
 """Runs a command on given cores and follows the CPU seconds of all its processes."""
 
 import os
+import re
 import subprocess
 import time
 from bisect import bisect_right
@@ -86,11 +87,6 @@ def cpu_seconds(pid: int) -> dict[int, float]:
 
 
 def last_error(log: str) -> str:
-    """The last line that begins with the name of an exception, "" if there is none."""
-    lines = [line.strip() for line in log.splitlines()]
-    named = [
-        line
-        for line in lines
-        if line.partition(":")[0].endswith(("Error", "Exception")) and " " not in line.partition(":")[0]
-    ]
-    return named[-1] if named else ""
+    """The last error that an exception's traceback in `log` ends with, "" if there is none."""
+    found: list[str] = re.findall(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$", log, flags=re.M)
+    return found[-1] if found else ""

@@ -102,6 +102,7 @@ def test_a_command_that_fails_is_said_with_the_last_error_of_its_log(tmp_path: P
             tmp_path / "log",
             60.0,
         )
+    assert last_error("[rank0]:   x\n[rank0]: AttributeError: no x\n[rank0]: a note\n") == "AttributeError: no x"
     assert last_error("a note: ErrorX\nall is well\n") == ""
 
 
