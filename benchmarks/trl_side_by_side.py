@@ -36,7 +36,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +316,9 @@ def drawing(results: Sequence[Result]) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.partition("-")[0])}
+    """Of the packages that are installed; vLLM for CPUs has another name than vLLM."""
+    installed = {found.metadata["Name"] for found in distributions()}
+    return {name: version(name) for name in PACKAGES if name in installed}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -113,3 +113,8 @@ def test_without_trl_one_sentence_says_what_to_install(
     with pytest.raises(SystemExit):
         trl_side_by_side.main(["--seeds", "0"])
     assert "pip install --no-deps -r benchmarks/requirements.txt" in capsys.readouterr().err
+
+
+def test_only_what_is_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl_side_by_side, "PACKAGES", ("torch", "no-such-package"))
+    assert list(trl_side_by_side.versions()) == ["torch"]
