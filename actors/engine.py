@@ -328,8 +328,12 @@ def _set_environment(config: Config) -> None:
 def _build(config: Config) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.v1.engine import output_processor
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from actors.outputs import RowProcessor
+
+    output_processor.LogprobsProcessor = RowProcessor  # type: ignore[misc]  # vLLM has no setting for it
     plan = plan_here(config)
     arguments = AsyncEngineArgs(
         model=config.model.path,
@@ -347,6 +351,7 @@ def _build(config: Config) -> Any:
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=TRANSFER_ENGINE.format(config.transfer_backend)),
         worker_extension_cls="actors.weights.TransferWorker",
+        scheduler_cls=f"actors.outputs.Holding{'' if config.device is Device.cpu else 'Async'}Scheduler",
         generation_config="vllm",
         seed=config.seed,
         # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators cannot do.

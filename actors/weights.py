@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from actors import draws
 from actors.engine import TRANSFER_ENGINE
 from actors.receiver import Receiver
 from common.broadcast import Group, NcclGroup, join_gloo
@@ -173,7 +174,9 @@ def _refresh_tied_heads(model: torch.nn.Module) -> None:
 
 
 def _register() -> None:
-    """Makes our engines known to vLLM in this process."""
+    """Makes our engines, and our sampler for CPUs, known to vLLM in this process."""
+    if current_platform.is_cpu():
+        draws.install()
     for backend, engine in ((TransferBackend.gloo, GlooEngine), (TransferBackend.nccl, NcclEngine)):
         WeightTransferEngineFactory.register_engine(TRANSFER_ENGINE.format(backend), engine)
     # by its place: it imports this module

@@ -41,11 +41,16 @@ class Meter:
 
     def __init__(self) -> None:
         self._wall_s, self._cpu_s, self._load = time.monotonic(), _cpu_s(), os.getloadavg()[0]
+        self._own_s = time.process_time()
 
-    def cost(self) -> Cost:
+    def cost(self, started_s: float | None = None) -> Cost:
+        """`started_s`: CPU seconds of the processes that were started, where nobody waits for some of them."""
+        cpu_s = _cpu_s() - self._cpu_s
+        if started_s is not None:
+            cpu_s = time.process_time() - self._own_s + started_s
         return Cost(
             wall_s=round(time.monotonic() - self._wall_s, 1),
-            cpu_s=round(_cpu_s() - self._cpu_s, 1),
+            cpu_s=round(cpu_s, 1),
             cores=len(os.sched_getaffinity(0)),
             load=round(self._load, 2),
             commit=commit(),

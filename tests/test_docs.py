@@ -127,6 +127,7 @@ RUN_BY = {
     ),
     r"python benchmarks/learner\.py": "takes 10 minutes",
     r"python benchmarks/gradient_signal\.py": "takes 5 minutes",
+    r"python benchmarks/actor\.py": "takes 6 minutes",
     r"python benchmarks/(demo|old_batches)\.py": "takes 60 minutes",
 }
 REASON = re.compile(r"GPU|cluster|network|not ours|takes \d+ minutes")
