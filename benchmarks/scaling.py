@@ -1,11 +1,14 @@
-"""Measures how a run grows with its actors: the simulation of `run.py plan`, and the coordinator's own time.
+"""Measures how a run grows with its actors: the simulation of `run.py plan`, the coordinator's own time, and processes.
 
     python benchmarks/scaling.py [--steps N] [--json OUT.json]
+    python benchmarks/scaling.py --processes [--actors 1 2 4 8] [--json OUT.json] [--svg OUT.svg]
 
-No engine, no model, no sockets. An actor holds `places` groups at once and draws every response of a group at one token
-per TOKEN_S, however many run; lengths are log-normal with sigma 1. A learner's step takes as long as four such actors
-need on average for its groups, so that four are ideally enough and both sides always busy. Steps in which the pipeline
-fills are not counted.
+With `--processes` real learners and actors run beside their simulation (benchmarks/fleet.py).
+
+Without it: no engine, no model, no sockets. An actor holds `places` groups at once and draws every response of a group
+at one token per TOKEN_S, however many run; lengths are log-normal with sigma 1. A learner's step takes as long as four
+such actors need on average for its groups, so that four are ideally enough and both sides always busy. Steps in which
+the pipeline fills are not counted.
 
 Idle: the learner's share of time without a batch. Ideal: the smaller of what the actors can draw when all their
 places are full and what the learner can train. The second table is the CPU time of the coordinator itself.
@@ -26,6 +29,7 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cost import Meter
 from common.config import (
     ActorsConfig,
     AlgorithmConfig,
@@ -48,6 +52,7 @@ GROUPS, SAMPLES = 16, 8  # of a step; responses of a group
 BOUND = 2  # max_staleness
 TOKEN_S = 0.02
 MEAN_TOKENS, SIGMA, MAX_TOKENS = 200.0, 1.0, 2000
+STEPS = {1: 14, 2: 20, 4: 28, 8: 28}  # learner steps of a run of so many processes
 NO_PROBE = np.empty(0, np.float32)
 ORDERS = (
     (Batching.admission_order, OverAge.drop),
@@ -187,12 +192,36 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def measure_processes(options: argparse.Namespace) -> None:
+    from benchmarks import fleet  # with torch and all that a learner needs
+
+    meter, rows = Meter(), []
+    print(fleet.HEADER, "|---" * fleet.HEADER.count(" |") + "|", sep="\n", flush=True)
+    with quieter("learner"):
+        for row in fleet.measure({actors: STEPS[actors] for actors in options.actors}):
+            rows.append(row)
+            print(fleet.render(row), flush=True)
+    cost = meter.cost()
+    print(f"\n{cost}")
+    if options.json is not None:
+        plain = [asdict(row) | {"share": row.share, "ratio": row.ratio} for row in rows]
+        options.json.write_text(json.dumps({"rows": plain, "cost": asdict(cost)}, indent=1) + "\n")
+    if options.svg is not None:
+        options.svg.write_text(fleet.drawing(rows))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="learner steps of each run")
     parser.add_argument("--places", type=int, nargs="+", default=[2, 8], help="groups that an actor samples at once")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    parser.add_argument("--processes", action="store_true", help="real processes beside their simulation")
+    parser.add_argument("--actors", type=int, nargs="+", choices=list(STEPS), default=list(STEPS), help="of processes")
+    parser.add_argument("--svg", type=Path, help="draw what processes did here")
     options = parser.parse_args(arguments)
+    if options.processes:
+        measure_processes(options)
+        return
     fleets = [[1.0], [1.0] * 2, [1.0] * 4, [1.0] * 8, [1.0] * 3, [1.0] * 3 + [3.0], [1.0] * 3 + [10.0]]
     with quieter("learner"):
         rows = [
