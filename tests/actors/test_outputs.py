@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -15,6 +16,7 @@ from vllm.v1.request import RequestStatus
 
 from actors import outputs
 from actors.outputs import HOLD_S, HoldingScheduler, RowProcessor
+from tests.support.scripted_executor import ScriptedCore
 
 
 class Core:
@@ -117,3 +119,25 @@ def test_log_probs_are_read_in_columns_and_left_out_where_nobody_asked() -> None
     silent = RowProcessor(logprobs=None, num_logprobs=None, **rest)
     silent._update_sample_logprobs(lists)
     assert silent.logprobs is None
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU's scheduler is asynchronous")
+def test_under_vllms_engine_core_every_token_arrives_once_under_the_version_that_drew_it() -> None:
+    core = ScriptedCore("actors.outputs.HoldingScheduler")
+    core.core.set_weight_version("0")
+    for number, length in enumerate((20, 30, 40)):
+        core.add(f"r{number}", length)
+    core.run(steps=12)
+    core.core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    core.run()  # what was held is sent before the pause is complete
+    assert {name: len(core.arrived(name)) for name in core.drawn} == dict.fromkeys(("r0", "r1", "r2"), 12)
+    core.core.set_weight_version("1")
+    core.core.scheduler.set_pause_state(PauseState.UNPAUSED)
+    core.core.abort_requests(["r1"])
+    core.run()
+    for name, length in (("r0", 20), ("r2", 40)):
+        versions = ["0"] * 12 + ["1"] * (length - 12)
+        assert core.arrived(name) == [(version, 3 + k, -3.0 - k) for k, version in enumerate(versions)]
+    assert len(core.arrived("r1")) == 12
+    assert {output.request_id for _, output in core.sent if output.finish_reason} == {"r0", "r2"}
+    assert len(core.sent) < 20  # and not one message for each of the 84 tokens
