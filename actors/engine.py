@@ -351,7 +351,7 @@ def _build(config: Config) -> Any:
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=TRANSFER_ENGINE.format(config.transfer_backend)),
         worker_extension_cls="actors.weights.TransferWorker",
-        scheduler_cls=f"actors.outputs.Holding{'' if config.device is Device.cpu else 'Async'}Scheduler",
+        scheduler_cls="actors.outputs.HoldingScheduler" if config.device is Device.cpu else None,
         generation_config="vllm",
         seed=config.seed,
         # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators cannot do.

@@ -6,6 +6,9 @@ what running requests have drawn for up to HOLD_S and then sends it as if one st
 request that has ended, nor of one with stop strings, for which vLLM looks in the actor's process; nor while generation
 is paused. Weights change in a pause alone, so that all tokens of a message have one version.
 
+On CPUs alone. On GPUs vLLM has another scheduler, which plans a step before the last has ended; nothing of this has run
+there, so that one stays as it is.
+
 vLLM imports this module for `scheduler_cls`.
 """
 
@@ -13,7 +16,6 @@ import time
 from typing import Any
 
 import numpy as np
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -59,7 +61,6 @@ class HoldingScheduler(Scheduler):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        assert self.scheduler_config.async_scheduling is isinstance(self, AsyncScheduler)
         self._held: dict[str, Held] = {}
         self._sent_s = time.monotonic()
 
@@ -114,10 +115,6 @@ class HoldingScheduler(Scheduler):
             of_client.outputs.append(with_logprobs(held.output, held.logprobs))
         self._held.clear()
         self._sent_s = now
-
-
-class HoldingAsyncScheduler(HoldingScheduler, AsyncScheduler):
-    """The same over the one that vLLM uses where the next step is scheduled before the last has ended: on GPUs."""
 
 
 def _says_something(outputs: EngineCoreOutputs) -> bool:
