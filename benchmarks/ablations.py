@@ -7,8 +7,8 @@ its seven parts, and VAPO with each of the switches that change something while 
 configs/number_walk.yaml and of the recipes; only the policy's learning rate is chosen, for every row from the same
 rates, by the mean accuracy of all evaluations over tuning seeds, which are not reported. Runs are made in this process
 (benchmarks/miniature): a minute of one core each. A run that is done is kept in --runs and not repeated, so that the
-command can be stopped and given again. All of it takes about an hour and a half on two cores; --small, with two seeds a
-row at the middle rate, ten minutes.
+command can be stopped and given again. All of it takes about an hour and a half on two cores; --small, without
+the switches, two seeds a row at the middle rate, ten minutes.
 
 Value pretraining: all rows with a critic share one that was pretrained once (as the paper shares its own), except
 "VAPO, its own critic", which pretrains one for each seed. Numbers are given without and with what it cost.
@@ -36,8 +36,10 @@ ROWS = (
     Row(name="without token-level loss", recipes=("vapo", "ablations/no_token_level_loss")),
     Row(name="without positive-example LM loss", recipes=("vapo", "ablations/no_positive_lm_loss")),
     Row(name="without group sampling", recipes=("vapo", "ablations/no_group_sampling")),
+    Row(name="frozen attention, K = 2 (SAO's critic)", recipes=("vapo", "sao_critic")),
+    Row(name="two mini-critics, agreement mask (AsyPPO)", recipes=("vapo", "mini_critics")),
+    Row(name="lambda by segments (SAE)", recipes=("vapo",), settings=("algorithm.segment_probability=0.2",)),
 )
-
 PLAN = Plan(
     table="ablations",
     title="Ablations",
@@ -48,6 +50,7 @@ PLAN = Plan(
     rates=(1.5e-4, 3e-4, 6e-4),
     tuning_seeds=(100, 101),
     seeds=(0, 1, 2, 3, 4),
+    small_rows=ROWS[:4] + ROWS[5:12],
     small_rates=(3e-4,),
     small_seeds=(0, 1),
     steps=40,

@@ -51,7 +51,9 @@ ARMS = (
     Arm(name="none", settings=("algorithm.correction=none",)),
     Arm(name="behavior", settings=("algorithm.correction=behavior",), seeds=(0, 1, 2, 3, 4)),
     Arm(name="decoupled", settings=("algorithm.correction=decoupled",), seeds=(0, 1, 2, 3, 4)),
+    Arm(name="M2 mask", settings=("algorithm.correction=m2",)),
     Arm(name="V-trace targets", settings=("algorithm.correction=decoupled", "algorithm.value_target=vtrace")),
+    Arm(name="ESS-scaled step", settings=("algorithm.correction=decoupled", "algorithm.ess_scaled_step=true")),
 )
 DECOUPLED = ARMS[2]
 

@@ -43,6 +43,7 @@ class Plan:
     rates: tuple[float, ...]  # of the policy
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
+    small_rows: tuple[Row, ...]
     small_rates: tuple[float, ...]
     small_seeds: tuple[int, ...]
     steps: int  # of the policy
@@ -205,7 +206,9 @@ def drawing(plan: Plan, outcomes: Mapping[str, tuple[float, list[Outcome]]], nam
 def main(plan: Plan, description: str | None, runs: Path, arguments: Sequence[str] | None = None) -> None:
     """The command line of a benchmark with this plan; `runs` is where its runs are kept if nothing else is said."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help=f"{len(plan.small_seeds)} seeds a row, one learning rate")
+    parser.add_argument(
+        "--small", action="store_true", help=f"{len(plan.small_rows)} rows, {len(plan.small_seeds)} seeds, one rate"
+    )
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in plan.rows], help="these (default: all)")
     parser.add_argument("--cores", nargs="+", type=int, default=[0, 1], help="each makes one run at a time")
     parser.add_argument("--runs", type=Path, default=runs, help="where they are kept")
@@ -214,7 +217,10 @@ def main(plan: Plan, description: str | None, runs: Path, arguments: Sequence[st
     parser.add_argument("--svg", type=Path, help=f"draw the curves of the first {plan.drawn} rows here")
     options = parser.parse_args(arguments)
     meter = Meter()
-    outcomes = measure(plan, [r for r in plan.rows if options.rows is None or r.name in options.rows], options)
+    rows_wanted = plan.small_rows if options.small else plan.rows
+    if options.rows is not None:
+        rows_wanted = tuple(row for row in plan.rows if row.name in options.rows)
+    outcomes = measure(plan, rows_wanted, options)
     rows = [row_of(plan, name, rate, made) for name, (rate, made) in outcomes.items()]
     print(render(plan, rows), "", meter.cost(), sep="\n")
     if options.json is not None:
