@@ -51,7 +51,8 @@ from common.config import (
 from learner.algorithm.experience import estimate
 from learner.algorithm.objective import count
 from learner.algorithm.packing import Batch, boundaries
-from learner.algorithm.trainer import Stopwatch, Totals, Trainer, Work
+from learner.algorithm.trainer import Totals, Trainer
+from learner.algorithm.work import Stopwatch, Work
 from learner.networks.logprobs import token_logprobs
 from learner.networks.model import Critic, Policy, load_critic, load_policy
 from learner.prepare import RECIPES, build_model, build_tokenizer

@@ -129,13 +129,14 @@ def _check_unused(algorithm: AlgorithmConfig, reward: RewardConfig) -> None:
         "dual_clip": (correction is not Correction.dis, "another algorithm.correction than dis, which has no clip"),
         "truncation": (
             correction in (Correction.decoupled, Correction.tis)
-            or (correction is Correction.behavior and algorithm.positive_lm_weight > 0.0),
-            "algorithm.correction=decoupled or tis, or behavior and a positive algorithm.positive_lm_weight",
+            or (correction in (Correction.behavior, Correction.m2) and algorithm.positive_lm_weight > 0.0),
+            "algorithm.correction=decoupled or tis, or behavior or m2 and a positive algorithm.positive_lm_weight",
         ),
         "mask_low": (correction is Correction.icepop, "algorithm.correction=icepop"),
         "mask_high": (correction is Correction.icepop, "algorithm.correction=icepop"),
         "dis_low": (correction is Correction.dis, "algorithm.correction=dis"),
         "dis_high": (correction is Correction.dis, "algorithm.correction=dis"),
+        "m2_threshold": (correction is Correction.m2, "algorithm.correction=m2"),
         "vtrace_rho_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
         "vtrace_c_bar": (algorithm.value_target is ValueTarget.vtrace, "algorithm.value_target=vtrace"),
         "max_uninformative": (algorithm.dynamic_sampling, "algorithm.dynamic_sampling=true"),

@@ -63,6 +63,7 @@ class Correction(StrEnum):
     tis = "tis"  # the same as decoupled
     icepop = "icepop"  # clip around pi_old, times pi_old / pi_behavior, tokens outside a band rejected
     dis = "dis"  # pi / pi_behavior times the advantage, tokens outside a band rejected; no clip
+    m2 = "m2"  # clip around pi_behavior, its edges set by the second moment of the mini-batch's log-ratios
 
 
 class Schedule(StrEnum):
@@ -255,11 +256,12 @@ class AlgorithmConfig:
     entropy_filter: float | None = None  # share of tokens, those on which critics agree least, without it (AsyPPO: 0.2)
     kl_weight: float = 0.0  # to the initial policy; a reference model is loaded only when > 0
     correction: Correction = Correction.decoupled  # AReaL (arXiv 2505.24298), weights truncated at truncation
-    truncation: float = 2.0  # C of decoupled and tis; with behavior, of the weights of the language-model loss
+    truncation: float = 2.0  # C of decoupled and tis; of behavior and m2, in the language-model loss
     mask_low: float = 0.5  # icepop: tokens of weight outside [mask_low, mask_high] leave the policy loss
     mask_high: float = 5.0
     dis_low: float = 0.3  # dis (arXiv 2607.07508): keep 1 - dis_low < ratio < 1 + dis_high
     dis_high: float = 5.0
+    m2_threshold: float = 0.04  # m2 (arXiv 2510.01161): nats^2, mean squared log-ratio that stays in the policy loss
     critic_warmup_steps: int = (
         50  # steps of value pretraining, with Monte-Carlo targets, before the first policy update
     )

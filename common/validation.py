@@ -70,6 +70,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "algorithm.mask_high": (1, INF, True),
     "algorithm.dis_low": (0, 1, False),
     "algorithm.dis_high": (0, INF, False),
+    "algorithm.m2_threshold": (0, INF, False),
     "algorithm.critic_warmup_steps": (0, INF, True),
     "algorithm.critic_warmup_epochs": (1, INF, True),
     "algorithm.critic_warmup_gate": (-INF, 1, False),

@@ -17,7 +17,7 @@ from benchmarks.learner import make_batch, make_config, make_networks
 from common.config import AlgorithmConfig
 from learner.algorithm import losses
 from learner.algorithm.experience import Experience, estimate
-from learner.algorithm.objective import Counts, count, policy_terms
+from learner.algorithm.objective import Counts, count, policy_terms, trust_region
 from learner.algorithm.packing import Batch
 from learner.algorithm.trainer import Trainer
 from learner.networks.model import Critic, Policy
@@ -86,7 +86,8 @@ def outcome(
     packed = (batch.token_ids_S, batch.cu_seqlens_B1, batch.prompt_lengths_B)
     logprobs_T, _ = policy(*packed, 1.0)
     e = replace(e, old_logprobs_T=logprobs_T.detach())
-    policy_loss = torch.stack(list(policy_terms(algorithm, batch, e, logprobs_T, None, counts).values())).sum()
+    terms = policy_terms(algorithm, batch, e, logprobs_T, None, counts, trust_region(algorithm))
+    policy_loss = torch.stack(list(terms.values())).sum()
     policy_loss.backward()
     values_T = critic(*packed)
     assert e.values_T is not None and e.value_targets_T is not None

@@ -191,6 +191,10 @@ POLICY = _rows(
     ("policy/clip_fraction_low", "fraction", "of tokens with A < 0 (dis: any) below the lower edge"),
     ("policy/clip_fraction_dual", "fraction", "of tokens with A < 0 beyond algorithm.dual_clip"),
     ("policy/clipped_high_prob", "probability", "mean probability of the tokens above the upper edge"),
+    ("policy/m2", "nats^2",
+     "with algorithm.correction=m2: mean (log u)^2 of the tokens that a clip can stop, those with A > 0 and u > 1 or "
+     "A < 0 and u < 1, mean over updates"),
+    ("policy/m2_kept", "nats^2", "the same of those that stayed, at most algorithm.m2_threshold"),
     ("policy/ratio_mean", "ratio",
      "mean of u = pi / pi_proximal, the ratio that is clipped, over the tokens of all updates"),
     ("policy/ratio_min", "ratio", "smallest u"),

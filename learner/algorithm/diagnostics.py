@@ -273,7 +273,7 @@ def _clip_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Met
     """Means over the tokens of all policy updates.
 
     The ratio is pi / pi_proximal, the one that is clipped: pi_proximal is pi_behavior under the corrections
-    `behavior` and `dis`, pi_old under the others. k1, k2, k3 estimate KL(pi_proximal || pi): with
+    `behavior`, `dis` and `m2`, pi_old under the others. k1, k2, k3 estimate KL(pi_proximal || pi): with
     x = log pi - log pi_proximal they are -x, x^2 / 2 and e^x - 1 - x. `clipped_high_prob` is the mean
     probability of the tokens beyond the upper edge.
     """

@@ -13,6 +13,7 @@ gradients. Tokens outside the mask have scale 0. Tokens that a correction reject
 the denominator.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,7 @@ def correction_weights(
     dis        rho where 1 - dis_low < rho < 1 + dis_high, else 0 (SAO, arXiv 2607.07508). Its policy loss is
                `dis_loss`, which has the ratio to pi_behavior inside and takes no weight; these are for the
                language-model loss
+    m2         those of behavior, from which it differs in the edges of the clip (`second_moment`)
 
     With behavior_logprobs = old_logprobs every weight is exactly 1.
     """
@@ -101,12 +103,47 @@ def correction_weights(
     match correction:
         case Correction.none:
             return torch.ones_like(rho_T)
-        case Correction.behavior | Correction.decoupled | Correction.tis:
+        case Correction.behavior | Correction.decoupled | Correction.tis | Correction.m2:
             return rho_T.clamp(max=truncation)
         case Correction.icepop:
             return torch.where((rho_T >= mask_low) & (rho_T <= mask_high), rho_T, 0.0)
         case Correction.dis:
             return _in_dis_band(rho_T, dis_low, dis_high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondMoment:
+    """M2 of a mini-batch: the mean of (log pi / pi_behavior)^2 over the tokens that a clip can stop, nats^2."""
+
+    before: float  # over all of them; 0 without any, like `after`
+    after: float  # over those that stay, at most the threshold
+    edge: float  # nats: a token stays when |log pi / pi_behavior| is below; inf when all do
+
+
+@torch.no_grad()
+def second_moment(log_ratio_T: Tensor, advantages_T: Tensor, mask_T: Tensor, threshold: float) -> SecondMoment:
+    """Where M2PO (arXiv 2510.01161, section 5.2) cuts: the most extreme tokens go until M2 of the others <= threshold.
+
+    Only tokens that PPO's clip can stop are counted and can go: A > 0 and ratio > 1, or A < 0 and ratio < 1.
+    Algorithm 1 takes out the largest square again and again, so it leaves a prefix of the squares in ascending order;
+    the means of prefixes ascend too, and the one it leaves is the longest with a mean of at most the threshold. Where
+    equal squares are on both sides of its end, all of them go. A clip of the ratio at e^-edge and e^edge has the
+    gradient of that mask: it stops the same signs, and those tokens alone. The edge is halfway between the last that
+    stays and the first that goes, where rounding moves neither.
+    """
+    is_pushed_T = mask_T & (log_ratio_T.sign() * advantages_T.sign() > 0.0)
+    size_N = log_ratio_T[is_pushed_T].double().abs().sort().values
+    num_tokens = size_N.numel()
+    size_N1 = torch.nn.functional.pad(size_N, (1, 0))  # a 0 in front: nothing stays
+    count_N1 = torch.arange(num_tokens + 1, device=size_N.device).clamp(min=1)
+    mean_N1 = size_N1.square().cumsum(0) / count_N1
+    last = int((mean_N1 <= threshold).sum()) - 1
+    if last == num_tokens:
+        return SecondMoment(before=mean_N1[-1].item(), after=mean_N1[-1].item(), edge=math.inf)
+    first_gone = size_N1[last + 1]
+    last = int((size_N1 < first_gone).sum()) - 1
+    edge = (size_N1[last] + first_gone) / 2.0
+    return SecondMoment(before=mean_N1[-1].item(), after=mean_N1[last].item(), edge=edge.item())
 
 
 def _in_dis_band(ratio_T: Tensor, dis_low: float, dis_high: float) -> Tensor:

@@ -1,5 +1,6 @@
 """The policy's objective on one micro-batch: the terms of learner/algorithm/losses.py that are configured."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from common.config import Aggregation, AlgorithmConfig, Correction
 from learner.algorithm import losses
 from learner.algorithm.experience import Experience
 from learner.algorithm.packing import Batch, MicroBatches, boundaries
+
+AROUND_BEHAVIOR = (Correction.behavior, Correction.dis, Correction.m2)  # their trust region is around pi_behavior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +43,19 @@ def policy_terms(
     logprobs_T: Tensor,
     entropy_T: Tensor | None,
     counts: Counts,
+    region: losses.TrustRegion,
 ) -> dict[str, Tensor]:
     """The weighted terms of the policy's loss by name; their sum is minimised (VAPO eq. 10 by default).
 
     `micro` and `e` hold the same responses; logprobs_T and entropy_T (T,) are the policy's on them, now;
-    the entropy is None where it is not in the loss.
+    the entropy is None where it is not in the loss. `region` is the mini-batch's `trust_region`.
     """
     if algorithm.aggregation is Aggregation.token:
         scale_T = losses.token_scale(e.mask_T, counts.tokens)
     else:
         cu_seqlens_B1 = micro.response_cu_seqlens_B1.to(e.mask_T.device)
         scale_T = losses.sequence_scale(e.mask_T, cu_seqlens_B1, counts.responses)
-    terms = {"pg_loss": _surrogate(algorithm, e, logprobs_T, scale_T)}
+    terms = {"pg_loss": _surrogate(algorithm, e, logprobs_T, scale_T, region)}
     if algorithm.positive_lm_weight != 0.0:
         lm_loss = losses.positive_lm_loss(logprobs_T, e.weights_T, e.lm_mask_T, counts.lm_tokens)
         terms["lm_loss"] = algorithm.positive_lm_weight * lm_loss
@@ -65,8 +69,10 @@ def policy_terms(
     return terms
 
 
-def trust_region(algorithm: AlgorithmConfig) -> losses.TrustRegion:
-    """Of the ratio to the policy of `proximal_logprobs`."""
+def trust_region(algorithm: AlgorithmConfig, m2_edge: float = math.inf) -> losses.TrustRegion:
+    """Of the ratio to the policy of `proximal_logprobs`. `m2_edge` is that of `losses.second_moment`, for m2 alone."""
+    if algorithm.correction is Correction.m2:
+        return losses.TrustRegion(low=-math.expm1(-m2_edge), high=math.expm1(m2_edge), dual=algorithm.dual_clip)
     if algorithm.correction is Correction.dis:
         return losses.TrustRegion(low=algorithm.dis_low, high=algorithm.dis_high, is_band=True)
     return losses.TrustRegion(low=algorithm.clip_low, high=algorithm.clip_high, dual=algorithm.dual_clip)
@@ -74,20 +80,22 @@ def trust_region(algorithm: AlgorithmConfig) -> losses.TrustRegion:
 
 def proximal_logprobs(algorithm: AlgorithmConfig, e: Experience) -> Tensor:
     """Log-probs of the policy that the trust region is around, (T,): pi_behavior or pi_old."""
-    if algorithm.correction in (Correction.behavior, Correction.dis):
+    if algorithm.correction in AROUND_BEHAVIOR:
         return e.behavior_logprobs_T
     assert e.old_logprobs_T is not None
     return e.old_logprobs_T
 
 
 @torch.no_grad()
-def lost_advantage(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor) -> dict[str, Tensor]:
+def lost_advantage(
+    algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, region: losses.TrustRegion
+) -> dict[str, Tensor]:
     """Which tokens the correction takes from the policy's loss, or a part of them, by kind; bool (T,), disjoint.
 
     masked: without any gradient, whatever the sign of A; clipped: without one, because the ratio is beyond the edge
     that stops this sign; truncated: with less weight than pi_old / pi_behavior. Only kinds that the correction has.
     """
-    u_T, region = losses.ratio(logprobs_T, proximal_logprobs(algorithm, e)), trust_region(algorithm)
+    u_T = losses.ratio(logprobs_T, proximal_logprobs(algorithm, e))
     above_T, below_T = u_T > 1.0 + region.high, u_T < 1.0 - region.low
     if region.is_band:
         return {"masked": (u_T >= 1.0 + region.high) | (u_T <= 1.0 - region.low)}
@@ -103,7 +111,9 @@ def lost_advantage(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor
     return {"clipped": clipped_T}
 
 
-def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, scale_T: Tensor) -> Tensor:
+def _surrogate(
+    algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, scale_T: Tensor, region: losses.TrustRegion
+) -> Tensor:
     """PPO's clipped loss, or that of DIS. Around pi_behavior the ratio is the whole correction: no weights."""
     proximal_T = proximal_logprobs(algorithm, e)
     if algorithm.correction is Correction.dis:
@@ -112,16 +122,16 @@ def _surrogate(algorithm: AlgorithmConfig, e: Experience, logprobs_T: Tensor, sc
             proximal_T,
             e.advantages_T,
             scale_T,
-            dis_low=algorithm.dis_low,
-            dis_high=algorithm.dis_high,
+            dis_low=region.low,
+            dis_high=region.high,
         )
     return losses.policy_loss(
         logprobs_T,
         proximal_T,
         e.advantages_T,
-        torch.ones_like(e.weights_T) if algorithm.correction is Correction.behavior else e.weights_T,
+        torch.ones_like(e.weights_T) if algorithm.correction in AROUND_BEHAVIOR else e.weights_T,
         scale_T,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
+        clip_low=region.low,
+        clip_high=region.high,
+        dual_clip=region.dual,
     )

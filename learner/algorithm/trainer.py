@@ -15,18 +15,14 @@ how a mini-batch is split.
 Axes: B responses, T response tokens of the batch, laid end to end.
 """
 
-import resource
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.config import AdvantageEstimator, Config, Device, Offload, OverAge
+from common.config import AdvantageEstimator, Config, Correction, Device, Offload, OverAge
 from learner.algorithm import diagnostics, disagreement, losses, views
 from learner.algorithm.diagnostics import Metrics, Totals
 from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
@@ -40,6 +36,7 @@ from learner.algorithm.objective import (
 )
 from learner.algorithm.optimised import Optimised, StateDict
 from learner.algorithm.packing import Batch, MicroBatches, partition, shard
+from learner.algorithm.work import Stopwatch, Work
 
 Plan = list[list[MicroBatches]]  # indices as [mini_batch][rank][micro_batch]
 
@@ -212,7 +209,7 @@ class Trainer:
         values_T: Tensor = network(micro.token_ids_S, micro.cu_seqlens_B1, micro.prompt_lengths_B)
         return values_T
 
-    def _update(self, work: "Work", mini: list[MicroBatches], updates_policy: bool) -> None:
+    def _update(self, work: Work, mini: list[MicroBatches], updates_policy: bool) -> None:
         """The optimizer steps of one mini-batch; none when all its tokens are masked."""
         counts = count(work.batch, work.experience, mini)
         if counts.tokens == 0:
@@ -224,7 +221,7 @@ class Trainer:
             with work.clock.stage("policy"):
                 self._update_policy(work, mini, counts)
 
-    def _update_critic(self, critic: Optimised, work: "Work", mini: list[MicroBatches]) -> None:
+    def _update_critic(self, critic: Optimised, work: Work, mini: list[MicroBatches]) -> None:
         """One optimizer step of the critic. No clipping in warm-up: it would hold on to wrong values.
 
         Of several critics each sees its shard of the mini-batch only: SUM_m mean over D_m of (V_m - G)^2 / 2 (AsyPPO,
@@ -247,16 +244,17 @@ class Trainer:
                     totals.add("critic/clip_fraction", (scale_T * is_clipped_T).sum())
         self._apply(critic, work, totals)
 
-    def _update_policy(self, work: "Work", mini: list[MicroBatches], counts: Counts) -> None:
+    def _update_policy(self, work: Work, mini: list[MicroBatches], counts: Counts) -> None:
         """One optimizer step of the policy."""
         algorithm, num_gaps = self.config.algorithm, work.num_gaps
         totals = Totals(self.device)
         updates_before = self.policy.num_updates - work.num_updates
         totals.add_shared("updates_before", torch.tensor(float(counts.tokens * updates_before)))
+        region = self._trust_region(work, mini, totals)
         for micro, e in work.share(mini[self.rank]):
             with_entropy = algorithm.entropy_weight != 0.0
             logprobs_T, entropy_T = self._run_policy(self.policy.network, micro, with_entropy)
-            terms = policy_terms(algorithm, micro, e, logprobs_T, entropy_T, counts)
+            terms = policy_terms(algorithm, micro, e, logprobs_T, entropy_T, counts, region)
             torch.stack(list(terms.values())).sum().backward()
             for name, term in terms.items():
                 totals.add(f"policy/{name}", term)
@@ -268,14 +266,47 @@ class Trainer:
                 e.gap_T,
                 e.mask_T,
                 num_gaps=num_gaps,
-                region=trust_region(algorithm),
+                region=region,
             )
             assert e.advantages_T is not None
-            lost = lost_advantage(algorithm, e, logprobs_T)
+            lost = lost_advantage(algorithm, e, logprobs_T, region)
             views.add_lost_totals(totals, e.advantages_T, e.gap_T, e.mask_T, lost, num_gaps)
         self._apply(self.policy, work, totals)
 
-    def _apply(self, network: Optimised, work: "Work", totals: Totals) -> None:
+    def _trust_region(self, work: Work, mini: list[MicroBatches], totals: Totals) -> losses.TrustRegion:
+        """Of one mini-batch. With correction=m2 it follows from all its tokens and the policy now: a collective."""
+        algorithm, e = self.config.algorithm, work.experience
+        if algorithm.correction is not Correction.m2:
+            return trust_region(algorithm)
+        assert e.advantages_T is not None
+        mask_T = torch.zeros_like(e.mask_T)
+        for indices in (indices for micros in mini for indices in micros):
+            mask_T[work.batch.select_tokens(indices).to(self.device)] = True
+        log_ratio_T = self._logprobs_now(work, mini) - e.behavior_logprobs_T
+        moment = losses.second_moment(log_ratio_T, e.advantages_T, mask_T & e.mask_T, algorithm.m2_threshold)
+        totals.add_shared("policy/m2", torch.tensor(moment.before))
+        totals.add_shared("policy/m2_kept", torch.tensor(moment.after))
+        return trust_region(algorithm, moment.edge)
+
+    @torch.no_grad()
+    def _logprobs_now(self, work: Work, mini: list[MicroBatches]) -> Tensor:
+        """The policy's log-probs at the tokens of a mini-batch, (T,); elsewhere they mean nothing. A collective.
+
+        Before the first update of a step they are old_logprobs; after it they cost a forward pass.
+        """
+        old_logprobs_T = work.experience.old_logprobs_T
+        assert old_logprobs_T is not None
+        if self.policy.num_updates == work.num_updates:
+            return old_logprobs_T
+        logprobs_T = torch.zeros_like(old_logprobs_T)
+        for indices in mini[self.rank]:
+            tokens = work.batch.select_tokens(indices).to(self.device)
+            logprobs_T[tokens] = self._run_policy(self.policy.network, work.batch.select(indices))[0]
+        if self.group is not None:
+            dist.all_reduce(logprobs_T, group=self.group)
+        return logprobs_T
+
+    def _apply(self, network: Optimised, work: Work, totals: Totals) -> None:
         """The optimizer step. `totals` of the mini-batch count when there was one."""
         norm = network.apply()
         work.totals.add_shared(f"{network.name}/skipped_updates", torch.tensor(float(norm is None)))
@@ -285,7 +316,7 @@ class Trainer:
         work.totals.add_shared(f"{network.name}/grad_norm", norm)
         work.totals.add_shared(f"{network.name}/updates", torch.ones(()))
 
-    def _describe(self, work: "Work") -> Metrics:
+    def _describe(self, work: Work) -> Metrics:
         """Everything that the step reports but its times. A collective."""
         batch, e = work.batch, work.experience
         sums, maxima = work.totals.reduce(self.group)
@@ -305,7 +336,7 @@ class Trainer:
             metrics["staleness/lr_gauge"] = metrics["staleness/token_max"] * self.policy.last_learning_rate
         return metrics
 
-    def _age_metrics(self, work: "Work") -> Metrics:
+    def _age_metrics(self, work: Work) -> Metrics:
         """How old the tokens are, and how far the policy has moved away from what sampled them."""
         e, cu_seqlens_B1 = work.experience, work.batch.response_cu_seqlens_B1.to(self.device)
         metrics = views.staleness_metrics(e.gap_T, e.mask_T, cu_seqlens_B1)
@@ -341,62 +372,3 @@ class Trainer:
         """Of the next optimizer steps."""
         networks = [self.policy] if self.critic is None else [self.policy, self.critic]
         return {f"{network.name}/learning_rate": network.learning_rate for network in networks}
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the updates of one step share. The batch and the experience hold the same responses in order."""
-
-    batch: Batch
-    experience: Experience
-    version: int
-    is_warmup: bool
-    is_published: bool
-    num_updates: int  # of the policy, before the step
-    totals: Totals
-    clock: "Stopwatch"
-
-    @cached_property
-    def num_gaps(self) -> int:
-        """One more than the largest version gap in the loss mask, 0 without a token there; the same on all ranks."""
-        e = self.experience
-        return int(torch.where(e.mask_T, e.gap_T, -1).max()) + 1
-
-    def share(self, micros: MicroBatches) -> Iterator[tuple[Batch, Experience]]:
-        """Batch and experience of each of these micro-batches, empty ones included."""
-        device = self.experience.mask_T.device
-        for indices in micros:
-            tokens = self.batch.select_tokens(indices).to(device)
-            yield self.batch.select(indices), self.experience.select(tokens)
-
-
-class Stopwatch:
-    """Adds up seconds by stage. On CUDA a stage ends when its kernels have."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._started = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def metrics(self, num_response_tokens: int) -> Metrics:
-        """Seconds per stage, tokens per second of the whole step so far, and the peak of memory."""
-        total = time.perf_counter() - self._started
-        times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
-        return times | {
-            "time/train_s": total,
-            "throughput/trained_tokens_per_s": num_response_tokens / total,
-            "memory/peak_gib": self._peak_gib(),
-        }
-
-    def _peak_gib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

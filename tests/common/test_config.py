@@ -328,6 +328,8 @@ def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str,
         ),
         (["algorithm.dual_clip=3", "algorithm.correction=dis"], ("dual_clip=3", "no effect")),
         (["algorithm.mask_low=0.1"], ("mask_low=0.1", "icepop")),
+        (["algorithm.m2_threshold=0.1"], ("m2_threshold=0.1", "correction=m2")),
+        (["algorithm.m2_threshold=0", "algorithm.correction=m2"], ("m2_threshold=0",)),
         (["algorithm.vtrace_c_bar=2"], ("vtrace_c_bar=2", "vtrace")),
         (
             ["algorithm.value_target=vtrace", "algorithm.vtrace_c_bar=2"],

@@ -66,7 +66,7 @@ def _ratio_band(run: Run) -> Panel:
 
 
 def _limits_of_ratio(run: Run) -> list[Limit]:
-    """Where the correction acts on the ratio."""
+    """Where the correction acts on the ratio. Those of m2 are others in every mini-batch."""
     settings = run.config.algorithm
     if settings.correction in (Correction.decoupled, Correction.tis):
         return [Limit(name=f"truncation={settings.truncation:g}", y=settings.truncation, style="c1")]

@@ -152,7 +152,7 @@ def test_the_limits_of_every_correction_are_drawn_at_the_ratio(correction: Corre
     run = replace(made, config=config(algorithm=AlgorithmConfig(correction=correction)))
     plot = views(run)[3].panels[0].plot
     assert plot is not None
-    num_limits = {"none": 0, "decoupled": 1, "tis": 1}.get(correction, 2)
+    num_limits = {"none": 0, "m2": 0, "decoupled": 1, "tis": 1}.get(correction, 2)
     assert sum(mark.name.startswith(("truncation", "mask", "1 ")) for mark in plot.marks) == num_limits
     assert problems(run) == []
 

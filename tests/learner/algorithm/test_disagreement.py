@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.config import AlgorithmConfig, Config, ModelConfig
 from learner.algorithm import disagreement
 from learner.algorithm.experience import Experience, Scores, estimate
-from learner.algorithm.objective import Counts, policy_terms
+from learner.algorithm.objective import Counts, policy_terms, trust_region
 from learner.algorithm.packing import partition, shard
 from learner.algorithm.trainer import Trainer
 from tests.learner.algorithm.test_trainer import LENGTHS, TableCritic, TablePolicy, config, make_batch, uneven_rewards
@@ -173,5 +173,6 @@ def test_the_entropy_bonus_leaves_out_where_critics_differ_most() -> None:
     entropy_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     algorithm = AlgorithmConfig(entropy_filter=0.4, entropy_weight=0.5, positive_lm_weight=0.0)
     counts = Counts(tokens=5, lm_tokens=0, responses=2)
-    terms = policy_terms(algorithm, make_batch([2, 3, 1]), e, torch.zeros(6), entropy_T, counts)
+    region = trust_region(algorithm)
+    terms = policy_terms(algorithm, make_batch([2, 3, 1]), e, torch.zeros(6), entropy_T, counts, region)
     assert terms["entropy_loss"].item() == pytest.approx(-0.5 * (2 + 3 + 4) / 5)  # the mean is still over all five

@@ -125,6 +125,7 @@ def test_huge_log_ratios_stay_finite() -> None:
         (Correction.tis, [0.25, 0.6, 1.0, 2.0, 2.0]),
         (Correction.icepop, [0.0, 0.6, 1.0, 3.0, 0.0]),
         (Correction.dis, [0.0, 0.0, 1.0, 3.0, 0.0]),
+        (Correction.m2, [0.25, 0.6, 1.0, 2.0, 2.0]),
     ],
 )
 def test_correction_weights_by_hand(correction: Correction, expected: list[float]) -> None:

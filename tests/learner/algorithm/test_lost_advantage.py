@@ -12,7 +12,7 @@ from learner.algorithm import losses
 from learner.algorithm.diagnostics import Totals
 from learner.algorithm.experience import Experience
 from learner.algorithm.losses import correction_weights
-from learner.algorithm.objective import Counts, lost_advantage, policy_terms
+from learner.algorithm.objective import Counts, lost_advantage, policy_terms, trust_region
 from learner.algorithm.views import add_lost_totals, update_views
 from tests.learner.algorithm.test_trainer import make_batch
 
@@ -52,6 +52,10 @@ def experience(algorithm: AlgorithmConfig, seed: int, num_tokens: int = 200) -> 
     )
 
 
+def region(algorithm: AlgorithmConfig) -> losses.TrustRegion:
+    return trust_region(algorithm, m2_edge=0.3)
+
+
 def moved(e: Experience, seed: int) -> Tensor:
     """The policy after some updates, of the experience's tokens."""
     assert e.old_logprobs_T is not None
@@ -70,8 +74,8 @@ def test_lost_are_the_tokens_without_gradient_and_those_whose_weight_is_cut(
     logprobs_T = moved(e, seed=3).requires_grad_()
     batch = make_batch([len(e.gap_T)], group_size=1)
     counts = Counts(tokens=1, lm_tokens=0, responses=1)
-    policy_terms(algorithm, batch, e, logprobs_T, None, counts)["pg_loss"].backward()
-    lost = lost_advantage(algorithm, e, logprobs_T)
+    policy_terms(algorithm, batch, e, logprobs_T, None, counts, region(algorithm))["pg_loss"].backward()
+    lost = lost_advantage(algorithm, e, logprobs_T, region(algorithm))
     assert logprobs_T.grad is not None
     kinds = {
         Correction.none: {"clipped"},
@@ -80,6 +84,7 @@ def test_lost_are_the_tokens_without_gradient_and_those_whose_weight_is_cut(
         Correction.tis: {"clipped", "truncated"},
         Correction.icepop: {"masked", "clipped"},
         Correction.dis: {"masked"},
+        Correction.m2: {"clipped"},
     }
     assert lost.keys() == kinds[correction] and all(bool(x.any()) for x in lost.values())
     assert torch.stack(list(lost.values())).sum(0).max() == 1, "a token is lost in one way"
@@ -99,7 +104,7 @@ def test_lost_shares_are_those_of_a_loop_however_the_tokens_are_split(correction
     algorithm = AlgorithmConfig(correction=correction)
     e = experience(algorithm, seed)
     assert e.advantages_T is not None
-    lost = lost_advantage(algorithm, e, moved(e, seed))
+    lost = lost_advantage(algorithm, e, moved(e, seed), region(algorithm))
     expected: dict[str, float] = {}
     for gap in range(4):
         for sign, factor in (("positive", 1.0), ("negative", -1.0)):

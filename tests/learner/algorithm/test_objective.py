@@ -3,6 +3,7 @@
 One token a response; u_b = pi / pi_behavior, u_o = pi / pi_old, rho = pi_old / pi_behavior = u_b / u_o.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from common.config import AlgorithmConfig, Correction
 from learner.algorithm.experience import Experience
 from learner.algorithm.losses import correction_weights
-from learner.algorithm.objective import Counts, policy_terms
+from learner.algorithm.objective import Counts, policy_terms, trust_region
 from learner.algorithm.packing import Batch
 from tests.learner.algorithm.test_trainer import (
     LENGTHS,
@@ -26,7 +27,7 @@ from tests.learner.algorithm.test_trainer import (
 
 
 def one_token_each(
-    u_b: list[float], u_o: list[float], advantages: list[float], **algorithm: object
+    u_b: list[float], u_o: list[float], advantages: list[float], *, m2_edge: float = math.inf, **algorithm: object
 ) -> tuple[dict[str, float], list[float]]:
     """(terms by name, d sum of the terms / d logprob) of responses of one token, all correct."""
     settings = AlgorithmConfig(**{"positive_lm_weight": 0.0, **algorithm})  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ def one_token_each(
         uses_values=None,
     )  # fmt: skip
     counts = Counts(tokens=n, lm_tokens=n, responses=n)
-    terms = policy_terms(settings, make_batch([1] * n), e, logprobs_T, zeros_T, counts)
+    terms = policy_terms(settings, make_batch([1] * n), e, logprobs_T, zeros_T, counts, trust_region(settings, m2_edge))
     torch.stack(list(terms.values())).sum().backward()
     assert logprobs_T.grad is not None
     return {name: term.item() for name, term in terms.items()}, (logprobs_T.grad * n).tolist()
@@ -88,7 +89,16 @@ def test_dual_clip_under_behavior_bounds_the_ratio_to_what_sampled() -> None:
     assert gradient == pytest.approx([2.9, 0.0])
 
 
-@pytest.mark.parametrize("correction", [Correction.behavior, Correction.decoupled])
+def test_m2_stops_what_is_pushed_beyond_its_edge_and_nothing_else() -> None:
+    """Edge log 2: gradient -u_b A, 0 where A > 0 and u_b > 2 or A < 0 and u_b < 1/2; without an edge it never ends."""
+    u_b, advantages = [1.9, 2.1, 0.55, 0.45, 9.0, 0.1], [1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
+    _, gradient = one_token_each(u_b, [5.0] * 6, advantages, correction=Correction.m2, m2_edge=math.log(2.0))
+    assert gradient == pytest.approx([-1.9, 0.0, 0.55, 0.0, 9.0, -0.1])
+    _, gradient = one_token_each(u_b, [5.0] * 6, advantages, correction=Correction.m2)
+    assert gradient == pytest.approx([-1.9, -2.1, 0.55, 0.45, 9.0, -0.1])
+
+
+@pytest.mark.parametrize("correction", [Correction.behavior, Correction.m2, Correction.decoupled])
 def test_the_lm_loss_has_truncated_weights_wherever_the_clip_is(correction: Correction) -> None:
     """No advantage: all gradient is of the LM loss, -mu min(rho, C) a token, with rho = 0.5, 1, 3 and C = 2."""
     algorithm = {"correction": correction, "positive_lm_weight": 0.1}
@@ -112,13 +122,13 @@ def shifted(batch: Batch, log_rho: float) -> Batch:
     return replace(batch, behavior_logprobs_T=batch.behavior_logprobs_T - log_rho)
 
 
-@pytest.mark.parametrize("correction", [Correction.none, Correction.behavior, Correction.dis])
+@pytest.mark.parametrize("correction", [Correction.none, Correction.behavior, Correction.dis, Correction.m2])
 def test_clip_fraction_and_kl_are_of_the_ratio_that_the_loss_holds_on_to(correction: Correction) -> None:
     """Nothing is learned (rate 0), so pi = pi_old, and pi / pi_behavior = e^2 = 7.4 everywhere: beyond every edge."""
     batch = shifted(on_policy(make_batch([1, 1, 1, 1]), TablePolicy()), 2.0)  # rewards +1, -1, -1, +1
     metrics = make_trainer(config(correction=correction, learning_rate=0.0)).step(batch, 0, is_warmup=False)
     ratio, kl = (1.0, 0.0) if correction is Correction.none else (torch.tensor(2.0).exp().item(), -2.0)
-    clipped = {Correction.none: 0.0, Correction.behavior: 0.5, Correction.dis: 1.0}[correction]  # A > 0: half of them
+    clipped = {Correction.none: 0.0, Correction.dis: 1.0}.get(correction, 0.5)  # A > 0: half of them
     assert metrics["policy/ratio_mean"] == pytest.approx(ratio, rel=1e-5)
     assert metrics["policy/kl_k1"] == pytest.approx(kl, abs=1e-5)
     assert metrics["policy/clip_fraction_high"] == metrics["offpolicy/gap_0/clip_fraction"] == clipped

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from common.config import (
     AlgorithmConfig,
     Config,
+    Correction,
     CriticFrozen,
     Device,
     LearnerConfig,
@@ -42,6 +43,7 @@ BATCHES = {
 }
 STEPS = (True, False, False)  # is_warmup
 ASYPPO = {"agreement_mask": 0.3, "entropy_filter": 0.2, "value_clip": None}
+SWITCHES = {"correction": Correction.m2, "m2_threshold": 1.0}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ CASES = {name: Case(name) for name in BATCHES} | {
     "frozen attention": Case("mixed", {"critic_frozen": CriticFrozen.attention}),
     "two critics": Case("mixed", {"num_critics": 2}, ASYPPO),
     "two critics, one rank has no tokens": Case("one rank has no tokens", {"num_critics": 2}, ASYPPO),
+    "switches": Case("mixed", algorithm=SWITCHES),
+    "switches, one rank has no tokens": Case("one rank has no tokens", algorithm=SWITCHES),
 }
 
 
@@ -189,6 +193,12 @@ def test_seven_micro_batches_equal_one(tmp_path: Path, target: ValueTarget) -> N
     plan = partition(make_batch(*BATCHES["mixed"]), 2, 1, 1, seed=0)
     assert [len(mini[0]) for mini in plan] == [7, 7]  # a budget of one token: each response alone
     assert_same(one_rank(path, "mixed", 1, target), one_rank(path, "mixed", 10_000, target))
+
+
+def test_micro_batches_change_nothing_with_every_switch(tmp_path: Path) -> None:
+    path, case = write_tiny_model(tmp_path), CASES["switches"]
+    pieces, whole = (run_steps(case.config(path, n), make_batch(*BATCHES[case.batch]), 0, 1) for n in (1, 10_000))
+    assert_same(pieces, whole)
 
 
 def _two_ranks(rank: int, path: str, folder: Path) -> None:
