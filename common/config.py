@@ -262,6 +262,7 @@ class AlgorithmConfig:
     dis_low: float = 0.3  # dis (arXiv 2607.07508): keep 1 - dis_low < ratio < 1 + dis_high
     dis_high: float = 5.0
     m2_threshold: float = 0.04  # m2 (arXiv 2510.01161): nats^2, mean squared log-ratio that stays in the policy loss
+    ess_scaled_step: bool = False  # the policy's learning rate times sqrt(ESS / n) of a mini-batch (VCPO, 2602.17616)
     critic_warmup_steps: int = (
         50  # steps of value pretraining, with Monte-Carlo targets, before the first policy update
     )

@@ -195,6 +195,9 @@ POLICY = _rows(
      "with algorithm.correction=m2: mean (log u)^2 of the tokens that a clip can stop, those with A > 0 and u > 1 or "
      "A < 0 and u < 1, mean over updates"),
     ("policy/m2_kept", "nats^2", "the same of those that stayed, at most algorithm.m2_threshold"),
+    ("policy/ess_factor", "fraction",
+     "with algorithm.ess_scaled_step: sqrt(ESS / n) over the responses of a mini-batch, which multiplied the learning "
+     "rate; mean over updates"),
     ("policy/ratio_mean", "ratio",
      "mean of u = pi / pi_proximal, the ratio that is clipped, over the tokens of all updates"),
     ("policy/ratio_min", "ratio", "smallest u"),

@@ -111,6 +111,20 @@ def correction_weights(
             return _in_dis_band(rho_T, dis_low, dis_high)
 
 
+@torch.no_grad()
+def sequence_ess(log_ratio_T: Tensor, mask_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
+    """Effective sample size of the responses as a share of their number n: (SUM w)^2 / (n SUM w^2), float64 scalar.
+
+    w is the product of e^log_ratio over a response's tokens in the mask, untruncated. Between 1/n and 1, and 1 where
+    all weights are equal. n counts the responses with a token in the mask; there must be one.
+    """
+    kept_T = torch.where(mask_T, log_ratio_T.double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), 0.0)
+    log_weight_B = torch.segment_reduce(kept_T, "sum", lengths=cu_seqlens_B1.diff())
+    counted_B = tokens_per_response(mask_T, cu_seqlens_B1) > 0
+    share_B = log_weight_B[counted_B].softmax(0)  # w / SUM w
+    return 1.0 / (share_B.square().sum() * counted_B.sum())
+
+
 @dataclass(frozen=True, kw_only=True)
 class SecondMoment:
     """M2 of a mini-batch: the mean of (log pi / pi_behavior)^2 over the tokens that a clip can stop, nats^2."""

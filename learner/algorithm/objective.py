@@ -36,6 +36,21 @@ def count(batch: Batch, experience: Experience, mini: list[MicroBatches]) -> Cou
     )
 
 
+def ess_factor(batch: Batch, experience: Experience, mini: list[MicroBatches]) -> float:
+    """sqrt(ESS / n) of a mini-batch [rank][micro_batch], like `count` from the whole batch.
+
+    What VCPO (arXiv 2602.17616, section 3.2) multiplies the policy's learning rate with: AdamW's step is scaled like
+    the square root of the batch, and stale samples with a few heavy weights are worth a smaller batch. The weights are
+    those of whole responses, pi_old / pi_behavior untruncated, whatever the correction. The paper divides by the ratio
+    of on-policy samples, which is 1 here.
+    """
+    indices = torch.cat([indices for micros in mini for indices in micros])
+    e = experience.select(batch.select_tokens(indices).to(experience.mask_T.device))
+    assert e.old_logprobs_T is not None
+    cu_seqlens_B1 = boundaries(batch.response_lengths_B[indices]).to(e.mask_T.device)
+    return math.sqrt(losses.sequence_ess(e.old_logprobs_T - e.behavior_logprobs_T, e.mask_T, cu_seqlens_B1))
+
+
 def policy_terms(
     algorithm: AlgorithmConfig,
     micro: Batch,

@@ -23,8 +23,8 @@ class Optimised:
     """AdamW over a network's parameters that are not frozen, gradients clipped over all shards.
 
     The learning rate of update k = 0, 1, ... is learning_rate * min(1, (k + 1) / warmup_steps), and with
-    schedule=linear that times 1 - k / total_updates, which is 0 from there on. An update whose gradients are not
-    finite is skipped, and does not count as one.
+    schedule=linear that times 1 - k / total_updates, which is 0 from there on; and whoever asks for an update may
+    multiply the rate of this one. An update whose gradients are not finite is skipped, and does not count as one.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Optimised:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Of the next update, unless that one is told to take another step."""
         rate = self.config.learning_rate * min(1.0, (self.num_updates + 1) / max(self.config.warmup_steps, 1))
         if self.config.schedule is Schedule.linear:
             rate *= max(0.0, 1.0 - self.num_updates / max(self.total_updates, 1))
@@ -58,9 +58,10 @@ class Optimised:
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
-    def apply(self) -> Tensor | None:
+    def apply(self, rate_factor: float = 1.0) -> Tensor | None:
         """One update with the gradients that are there, which are then gone; their norm before clipping.
 
+        `rate_factor` multiplies the learning rate of this update alone.
         None when the norm is not finite: weights and optimizer are left as they are, on all ranks, which have the
         same norm. A collective when sharded. Raises FloatingPointError at the last of MAX_SKIPPED_IN_A_ROW.
         """
@@ -69,7 +70,7 @@ class Optimised:
             norm = norm.full_tensor()
         if is_finite := bool(torch.isfinite(norm)):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate
+                group["lr"] = self.learning_rate * rate_factor
             self.optimizer.step()
             self.num_updates += 1
             self.skipped_in_a_row = 0

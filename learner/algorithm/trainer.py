@@ -29,6 +29,7 @@ from learner.algorithm.experience import Experience, Scores, estimate, policy_la
 from learner.algorithm.objective import (
     Counts,
     count,
+    ess_factor,
     lost_advantage,
     policy_terms,
     proximal_logprobs,
@@ -271,7 +272,11 @@ class Trainer:
             assert e.advantages_T is not None
             lost = lost_advantage(algorithm, e, logprobs_T, region)
             views.add_lost_totals(totals, e.advantages_T, e.gap_T, e.mask_T, lost, num_gaps)
-        self._apply(self.policy, work, totals)
+        factor = 1.0
+        if algorithm.ess_scaled_step:
+            factor = ess_factor(work.batch, work.experience, mini)
+            totals.add_shared("policy/ess_factor", torch.tensor(factor))
+        self._apply(self.policy, work, totals, factor)
 
     def _trust_region(self, work: Work, mini: list[MicroBatches], totals: Totals) -> losses.TrustRegion:
         """Of one mini-batch. With correction=m2 it follows from all its tokens and the policy now: a collective."""
@@ -306,9 +311,9 @@ class Trainer:
             dist.all_reduce(logprobs_T, group=self.group)
         return logprobs_T
 
-    def _apply(self, network: Optimised, work: Work, totals: Totals) -> None:
+    def _apply(self, network: Optimised, work: Work, totals: Totals, rate_factor: float = 1.0) -> None:
         """The optimizer step. `totals` of the mini-batch count when there was one."""
-        norm = network.apply()
+        norm = network.apply(rate_factor)
         work.totals.add_shared(f"{network.name}/skipped_updates", torch.tensor(float(norm is None)))
         if norm is None:
             return

@@ -109,7 +109,7 @@ def test_gradients_that_stay_infinite_end_in_one_sentence(
 
 
 def test_a_step_is_adamw_of_the_paper_with_a_warm_up_of_the_rate() -> None:
-    """One parameter by hand: decoupled weight decay and corrected moments (arXiv 1711.05101), rate 0.005, then 0.01."""
+    """One parameter by hand: decoupled weight decay, corrected moments (arXiv 1711.05101), rate 0.0025, then 0.01."""
     network = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(2.0)
@@ -117,9 +117,9 @@ def test_a_step_is_adamw_of_the_paper_with_a_warm_up_of_the_rate() -> None:
     weight, first, second = 2.0, 0.0, 0.0
     for step, gradient in enumerate((0.5, -0.25), start=1):
         network.weight.grad = torch.full((1, 1), gradient)
-        norm = optimised.apply()
+        norm = optimised.apply(rate_factor=0.5 if step == 1 else 1.0)
         assert norm is not None and norm.item() == pytest.approx(abs(gradient))
-        rate = 0.01 * min(1.0, step / 2)
+        rate = 0.01 * min(1.0, step / 2) * (0.5 if step == 1 else 1.0)
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         weight -= rate * 0.1 * weight
         weight -= rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)) ** 0.5 + 1e-8)

@@ -145,6 +145,7 @@ EVERYTHING = {
     "kl_weight": 0.05,
     "value_clip": 0.2,
     "critic_updates_per_step": 2,
+    "ess_scaled_step": True,
 }
 
 
