@@ -109,6 +109,7 @@ def _check_critic(algorithm: AlgorithmConfig) -> None:
         "critic_warmup_steps": algorithm.critic_warmup_steps > 0,
         "value_target": algorithm.value_target is ValueTarget.vtrace,
         "value_clip": algorithm.value_clip is not None,
+        "segment_probability": algorithm.segment_probability is not None,
         "value_gate": algorithm.value_gate,
         "critic_warmup_gate": algorithm.critic_warmup_gate is not None,
         "critic_updates_per_step": algorithm.critic_updates_per_step != 1,

@@ -239,6 +239,8 @@ class AlgorithmConfig:
     gamma: float = 1.0
     length_adaptive_alpha: float | None = 0.05  # policy lambda = 1 - 1/(alpha l), eq. 5; None: policy_lambda
     policy_lambda: float = 0.95  # used when length_adaptive_alpha is None
+    segment_probability: float | None = None  # SAE (arXiv 2601.07320: 0.2): a token drawn with less starts a segment of
+    # the response; the policy's lambda counts at starts of segments alone and is 1 between them. None: at every token
     critic_lambda: float = 1.0  # decoupled GAE; in critic warm-up always 1
     value_target: ValueTarget = ValueTarget.gae
     vtrace_rho_bar: float = 1.0

@@ -54,6 +54,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "algorithm.gamma": (0, 1, True),
     "algorithm.length_adaptive_alpha": (0, INF, False),
     "algorithm.policy_lambda": (0, 1, True),
+    "algorithm.segment_probability": (0, 1, True),
     "algorithm.critic_lambda": (0, 1, True),
     "algorithm.vtrace_rho_bar": (0, INF, False),
     "algorithm.vtrace_c_bar": (0, INF, False),

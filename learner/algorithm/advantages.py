@@ -87,21 +87,29 @@ def td_errors(values_T: Tensor, rewards_B: Tensor, cu_seqlens_B1: Tensor, gamma:
     return delta_T.sub_(values_T)
 
 
-def _decay(factor_B: Tensor, cu_seqlens_B1: Tensor, like_T: Tensor) -> Tensor:
-    """factor_B at every token of its response, 0 at the last one: the trace ends there."""
-    decay_T = expand(factor_B.to(like_T.dtype), cu_seqlens_B1, like_T.numel())
-    decay_T[cu_seqlens_B1[1:] - 1] = 0.0
-    return decay_T
-
-
 @torch.no_grad()
-def gae(values_T: Tensor, rewards_B: Tensor, cu_seqlens_B1: Tensor, gae_lambda_B: Tensor, gamma: float = 1.0) -> Tensor:
+def gae(
+    values_T: Tensor,
+    rewards_B: Tensor,
+    cu_seqlens_B1: Tensor,
+    gae_lambda_B: Tensor,
+    gamma: float = 1.0,
+    starts_T: Tensor | None = None,
+) -> Tensor:
     """Generalised advantage estimates with a lambda per response, (T,).
 
     A_t = SUM_{k=0}^{l-1-t} (gamma lambda)^k delta_{t+k},  t = 0 .. l-1   (VAPO eq. 3, arXiv 1506.02438)
+
+    `starts_T`, bool, marks the tokens that start a segment of their response (SAE, arXiv 2601.07320):
+    A_t = delta_t + gamma lambda_t A_{t+1}, where lambda_t is lambda when t + 1 is a start, and 1 within a segment.
+    So only the values at starts are bootstrapped from, those before the token there is drawn; with none, that is of
+    lambda 1. A response's first token starts one, marked or not. None means all tokens.
     """
-    delta_T = td_errors(values_T, rewards_B, cu_seqlens_B1, gamma)
-    return discounted_scan(delta_T, _decay(gamma * gae_lambda_B, cu_seqlens_B1, values_T))
+    decay_T = expand((gamma * gae_lambda_B).to(values_T.dtype), cu_seqlens_B1, values_T.numel())
+    if starts_T is not None:
+        decay_T[:-1].masked_fill_(~starts_T[1:], gamma)
+    decay_T[cu_seqlens_B1[1:] - 1] = 0.0  # the trace ends with the response
+    return discounted_scan(td_errors(values_T, rewards_B, cu_seqlens_B1, gamma), decay_T)
 
 
 @torch.no_grad()

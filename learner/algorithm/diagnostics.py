@@ -142,6 +142,13 @@ def gae_metrics(gae_lambda_B: Tensor) -> Metrics:
     }
 
 
+def segment_metrics(starts_T: Tensor, cu_seqlens_B1: Tensor) -> Metrics:
+    """Tokens of a segment (experience.segment_starts) on average, over all segments of all responses."""
+    is_first_T = starts_T.clone()
+    is_first_T[cu_seqlens_B1[:-1]] = True
+    return {"gae/segment_length": starts_T.numel() / int(is_first_T.sum())}
+
+
 def token_metrics(name: str, x_T: Tensor, mask_T: Tensor) -> Metrics:
     """Mean, standard deviation and largest magnitude of a stream, as name_mean, name_std, name_abs_max."""
     if not mask_T.any():

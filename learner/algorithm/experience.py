@@ -146,6 +146,17 @@ def policy_lambda(algorithm: AlgorithmConfig, lengths_B: Tensor, uses_values: bo
     return adv.length_adaptive_lambda(lengths_B, algorithm.length_adaptive_alpha)
 
 
+def segment_starts(algorithm: AlgorithmConfig, behavior_logprobs_T: Tensor) -> Tensor | None:
+    """Tokens that algorithm.segment_probability makes the first of a segment, bool (T,); None without it.
+
+    Those that were drawn with less than that probability, by the policy that drew them: where it did not know how to
+    go on, a value is worth more than within a phrase that goes on by itself. Their response's first token is one too.
+    """
+    if algorithm.segment_probability is None:
+        return None
+    return behavior_logprobs_T.exp() < algorithm.segment_probability
+
+
 def value_gate(
     algorithm: AlgorithmConfig, share: Batch, values_T: Tensor | None, process_group: dist.ProcessGroup | None
 ) -> bool | None:
@@ -185,7 +196,9 @@ def policy_advantages(
         lambda_B = policy_lambda(algorithm, cu_seqlens_B1.diff(), uses_values)
         if not uses_values:
             values_T = torch.full_like(values_T, batch.rewards_B.mean().item())
-        return adv.gae(values_T, share.rewards_B.to(values_T.device), cu_seqlens_B1, lambda_B, algorithm.gamma)
+        starts_T = segment_starts(algorithm, share.behavior_logprobs_T.to(values_T.device))
+        rewards_B = share.rewards_B.to(values_T.device)
+        return adv.gae(values_T, rewards_B, cu_seqlens_B1, lambda_B, algorithm.gamma, starts_T)
     is_grpo = algorithm.advantage is AdvantageEstimator.grpo
     estimator = adv.group_normalised_advantages if is_grpo else adv.leave_one_out_advantages
     advantages_B = estimator(batch.rewards_B, batch.group_index_B)[mine]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.config import AdvantageEstimator, Config, Correction, Device, Offload, OverAge
 from learner.algorithm import diagnostics, disagreement, losses, views
 from learner.algorithm.diagnostics import Metrics, Totals
-from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda
+from learner.algorithm.experience import Experience, Scores, estimate, policy_lambda, segment_starts
 from learner.algorithm.objective import (
     Counts,
     count,
@@ -364,8 +364,10 @@ class Trainer:
         cu_seqlens_B1, rewards_B = batch.response_cu_seqlens_B1.to(self.device), batch.rewards_B.to(self.device)
         is_correct_B, reward = batch.is_correct_B.to(self.device), self.config.reward
         lambda_B = policy_lambda(self.config.algorithm, batch.response_lengths_B, e.uses_values is not False)
+        starts_T = segment_starts(self.config.algorithm, e.behavior_logprobs_T)
         return (
             diagnostics.gae_metrics(lambda_B)
+            | ({} if starts_T is None else diagnostics.segment_metrics(starts_T, cu_seqlens_B1))
             | diagnostics.critic_metrics(
                 values_T, rewards_B, is_correct_B, e.mask_T, cu_seqlens_B1, (reward.wrong, reward.correct)
             )

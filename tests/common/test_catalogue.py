@@ -54,7 +54,7 @@ def test_variable_parts_take_what_they_may_be_and_nothing_else() -> None:
 @pytest.mark.parametrize("correction", list(Correction))
 @pytest.mark.parametrize("advantage", [AdvantageEstimator.gae, AdvantageEstimator.rloo])
 def test_the_names_of_a_step_are_there(correction: Correction, advantage: AdvantageEstimator) -> None:
-    with_critic = {**EVERYTHING, "value_gate": True, "critic_warmup_epochs": 2}
+    with_critic = {**EVERYTHING, "value_gate": True, "critic_warmup_epochs": 2, "segment_probability": 0.2}
     without = {name: EVERYTHING[name] for name in ("whiten_advantages", "dual_clip", "entropy_weight", "kl_weight")}
     has_critic = advantage is AdvantageEstimator.gae
     options: dict[str, Any] = with_critic if has_critic else without

@@ -43,7 +43,7 @@ BATCHES = {
 }
 STEPS = (True, False, False)  # is_warmup
 ASYPPO = {"agreement_mask": 0.3, "entropy_filter": 0.2, "value_clip": None}
-SWITCHES = {"correction": Correction.m2, "m2_threshold": 1.0, "ess_scaled_step": True}
+SWITCHES = {"correction": Correction.m2, "m2_threshold": 1.0, "ess_scaled_step": True, "segment_probability": 0.2}
 
 
 @dataclass(frozen=True)
