@@ -9,6 +9,8 @@ the median over the rounds of a variant's time against the first variant's in th
     warm-up        value pretraining that scores the policy, as the first step of a run does, and that does not
     entropy        log-probs and their backward with an entropy term, and without: 64,000 tokens, width 256
     checkpointing  learner.activation_checkpointing 0, 1, 2, 3
+    prefixes       learner.share_prefixes off and on: groups of 16 whose prompts are of 4..8 tokens, and of 40 of which
+                   they share the first 20, as with a chat template; responses of 8 tokens on average
     compile        learner.compile off and on (needs a C++ compiler on CPUs; compiling is not timed)
 """
 
@@ -26,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or this file wou
 import torch
 from transformers.utils import logging as hf_logging
 
-from benchmarks.learner import MIB, make_batch, make_config, make_networks, recorded_peak, save_model, show
+from benchmarks.learner import MIB, batch_of, make_batch, make_config, make_networks, recorded_peak, save_model, show
 from benchmarks.opponents import plain_model
 from common.config import AlgorithmConfig, Correction
 from learner.algorithm.packing import Batch
 from learner.algorithm.trainer import Trainer
 from learner.networks.logprobs import token_logprobs
+
+MEMBERS = 16  # of a group whose prompt is shared
 
 Variants = dict[str, Callable[[], float]]
 
@@ -79,12 +83,44 @@ def checkpointing(folder: Path, batch: Batch) -> Variants:
     return {name: lambda side=side: step(side, batch) for name, side in sides.items()}
 
 
+def prefixes(folder: Path, batch: Batch) -> Variants:
+    variants: Variants = {}
+    for name, prompts in (("short", range(4, 9)), ("long", range(40, 41))):
+        one = grouped(prompts, batch.num_sequences, int(batch.token_ids_S.max()) + 1)
+        for is_on in (False, True):
+            side = trainer(folder, share_prefixes=is_on)
+            variants[f"{name} prompts{', shared' * is_on}"] = lambda side=side, one=one: step(side, one)
+    return variants
+
+
+def grouped(prompt_lengths: range, num_sequences: int, vocabulary: int) -> Batch:
+    """Groups of MEMBERS random responses, one prompt each; prompts of 40 tokens begin alike."""
+    generator = torch.Generator().manual_seed(0)
+    length_of = lambda k: prompt_lengths[k % len(prompt_lengths)]  # noqa: E731
+    common_20 = torch.randint(2, vocabulary, (20,), generator=generator)
+    num_groups = num_sequences // MEMBERS
+    prompts = [torch.randint(2, vocabulary, (length_of(k),), generator=generator) for k in range(num_groups)]
+    prompts = [torch.cat([common_20, prompt[20:]]) if len(prompt) > 20 else prompt for prompt in prompts]
+    response_lengths_B = torch.randint(1, 16, (num_groups * MEMBERS,), generator=generator)
+    responses = [torch.randint(2, vocabulary, (n,), generator=generator) for n in response_lengths_B.tolist()]
+    pieces = [piece for k, response in enumerate(responses) for piece in (prompts[k // MEMBERS], response)]
+    prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(MEMBERS)
+    batch = batch_of(torch.cat(pieces), prompt_lengths_B, response_lengths_B, generator)
+    return replace(batch, group_index_B=torch.arange(num_groups).repeat_interleave(MEMBERS))
+
+
 def compiled(folder: Path, batch: Batch) -> Variants:
     sides = {name: trainer(folder, compile=is_on) for name, is_on in (("eager", False), ("compiled", True))}
     return {name: lambda side=side: step(side, batch) for name, side in sides.items()}
 
 
-SWITCHES = {"warm-up": warmup, "entropy": entropy, "checkpointing": checkpointing, "compile": compiled}
+SWITCHES = {
+    "warm-up": warmup,
+    "entropy": entropy,
+    "checkpointing": checkpointing,
+    "prefixes": prefixes,
+    "compile": compiled,
+}
 
 
 def measure(variants: Variants, repeats: int) -> list[dict[str, object]]:

@@ -294,6 +294,7 @@ class LearnerConfig:
     steps: int = 30  # policy steps, after critic warm-up
     mini_batches: int = 4  # optimizer steps per step
     tokens_per_micro_batch: int = 16384  # packed prompt + response tokens of one forward pass on one rank
+    share_prefixes: bool = False  # what sequences of a micro-batch have in common at their start is computed once
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
     activation_checkpointing: int = 0  # every n-th layer keeps its input only: 1 all layers, 2 every other; 0 none
     compile: bool = False  # torch.compile of each decoder layer; on CPUs needs a C++ compiler. Not run on a GPU by us

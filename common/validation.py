@@ -366,6 +366,11 @@ def _check_sizes(config: Config) -> None:
         f"(rollout.prompts_per_step={rollout.prompts_per_step} x rollout.group_size={rollout.group_size})",
     )
     refuse_if(
+        learner.share_prefixes and rollout.prompts_per_step < learner.mini_batches,
+        f"learner.mini_batches={learner.mini_batches} is more than the rollout.prompts_per_step="
+        f"{rollout.prompts_per_step} groups of a step: with learner.share_prefixes=true each stays whole",
+    )
+    refuse_if(
         length <= rollout.max_tokens,
         f"model.max_model_len={length} leaves no room for a prompt: it must exceed "
         f"rollout.max_tokens={rollout.max_tokens}",

@@ -182,33 +182,39 @@ def broadcast_batch(batch: Batch | None, src: int = 0) -> Batch:
 
 
 def partition(
-    batch: Batch, num_mini_batches: int, num_ranks: int, token_budget: int, seed: int
+    batch: Batch, num_mini_batches: int, num_ranks: int, token_budget: int, seed: int, keeps_groups: bool = False
 ) -> list[list[MicroBatches]]:
     """Sequence indices as result[mini_batch][rank][micro_batch]; each sequence appears exactly once.
 
-    Mini-batches are a random split (by `seed`) into equal numbers of sequences, plus or minus one.
-    Inside one, ranks are balanced by estimated compute, and every rank gets the same number of
+    Mini-batches are a random split (by `seed`) into equal numbers of sequences, plus or minus one; with
+    `keeps_groups` of groups, so that what a group has in common can be computed once. Then a group stays in one
+    micro-batch, unless it is larger than one: its parts are split as if they were groups.
+
+    Inside a mini-batch, ranks are balanced by estimated compute, and every rank gets the same number of
     micro-batches, because the collectives of a sharded model must match: some may be empty. A
     micro-batch holds at most `token_budget` tokens, except that a longer sequence travels alone. Its
-    sequences are sorted by decreasing length, and the k-th micro-batches of all ranks are of similar
+    sequences, or groups, are sorted by decreasing length, and the k-th micro-batches of all ranks are of similar
     cost. Deterministic in its arguments.
 
-    Raises ValueError when there are fewer sequences than mini-batches.
+    Raises ValueError when there are fewer sequences, or groups, than mini-batches.
     """
-    if batch.num_sequences < num_mini_batches:
-        raise ValueError(
-            f"{batch.num_sequences} sequences cannot be split into learner.mini_batches={num_mini_batches}, "
-            "lower it or raise rollout.prompts_per_step"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(batch.num_sequences, generator=generator)
     lengths = batch.lengths_B.tolist()
+    units = _group_parts(batch, lengths, token_budget) if keeps_groups else [[i] for i in range(batch.num_sequences)]
+    if len(units) < num_mini_batches:
+        raise ValueError(
+            f"{len(units)} {'groups' if keeps_groups else 'sequences'} cannot be split into "
+            f"learner.mini_batches={num_mini_batches}, lower it or raise rollout.prompts_per_step"
+        )
+    sizes = [sum(lengths[i] for i in unit) for unit in units]
+    costs = [sum(_cost(lengths[i]) for i in unit) for unit in units]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(units), generator=generator)
     minis = []
     for mini in order.tensor_split(num_mini_batches):
-        shares = _balance(mini.tolist(), lengths, num_ranks)
-        micros = [_fill(share, lengths, token_budget) for share in shares]
+        shares = _balance(mini.tolist(), costs, num_ranks)
+        micros = [_fill(share, sizes, costs, token_budget) for share in shares]
         num_micros = max(1, max(len(rank_micros) for rank_micros in micros))
-        minis.append([_as_tensors(rank_micros, num_micros) for rank_micros in micros])
+        minis.append([_as_tensors(rank_micros, units, num_micros) for rank_micros in micros])
     return minis
 
 
@@ -219,6 +225,19 @@ def shard(mini: list[MicroBatches], index: int, num_shards: int) -> list[MicroBa
     it evenly, a member more or less. As many micro-batches on every rank as before: some may be empty.
     """
     return [[indices[indices % num_shards == index] for indices in micros] for micros in mini]
+
+
+def _group_parts(batch: Batch, lengths: list[int], token_budget: int) -> list[list[int]]:
+    """The sequences of each group, in parts of at most `token_budget` tokens (or one sequence)."""
+    parts: list[list[int]] = []
+    last: dict[int, list[int]] = {}  # by group
+    for index, group in enumerate(batch.group_index_B.tolist()):
+        part = last.get(group)
+        if part is None or sum(lengths[i] for i in part) + lengths[index] > token_budget:
+            part = last[group] = []
+            parts.append(part)
+        part.append(index)
+    return parts
 
 
 def _concatenate(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
@@ -246,32 +265,32 @@ def _cost(length: int) -> float:
     return length * (1 + length / ATTENTION_EQUALS_LINEAR_TOKENS)
 
 
-def _balance(indices: list[int], lengths: list[int], num_ranks: int) -> list[list[int]]:
-    """Shares of about equal cost: the most expensive sequence left goes to the cheapest share."""
+def _balance(units: list[int], costs: list[float], num_ranks: int) -> list[list[int]]:
+    """Shares of about equal cost: the most expensive unit left goes to the cheapest share."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    costs = [0.0] * num_ranks
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        rank = costs.index(min(costs))
-        shares[rank].append(index)
-        costs[rank] += _cost(lengths[index])
+    totals = [0.0] * num_ranks
+    for unit in sorted(units, key=lambda u: (-costs[u], u)):
+        rank = totals.index(min(totals))
+        shares[rank].append(unit)
+        totals[rank] += costs[unit]
     return shares
 
 
-def _fill(share: list[int], lengths: list[int], token_budget: int) -> list[list[int]]:
+def _fill(share: list[int], sizes: list[int], costs: list[float], token_budget: int) -> list[list[int]]:
     """First-fit decreasing: micro-batches of at most `token_budget` tokens, most expensive first."""
     micros: list[list[int]] = []
     room: list[int] = []
-    for index in share:  # already sorted by decreasing length
-        place = next((k for k, free in enumerate(room) if free >= lengths[index]), None)
+    for unit in share:  # already sorted by decreasing cost
+        place = next((k for k, free in enumerate(room) if free >= sizes[unit]), None)
         if place is None:
             micros.append([])
             room.append(token_budget)
             place = len(micros) - 1
-        micros[place].append(index)
-        room[place] -= lengths[index]
-    return sorted(micros, key=lambda micro: -sum(_cost(lengths[i]) for i in micro))
+        micros[place].append(unit)
+        room[place] -= sizes[unit]
+    return sorted(micros, key=lambda micro: -sum(costs[unit] for unit in micro))
 
 
-def _as_tensors(micros: list[list[int]], num_micros: int) -> MicroBatches:
+def _as_tensors(micros: list[list[int]], units: list[list[int]], num_micros: int) -> MicroBatches:
     padded = micros + [[] for _ in range(num_micros - len(micros))]
-    return [torch.tensor(micro, dtype=torch.int64) for micro in padded]
+    return [torch.tensor([i for unit in micro for i in units[unit]], dtype=torch.int64) for micro in padded]

@@ -164,10 +164,8 @@ class Trainer:
         passes = algorithm.critic_warmup_epochs if is_warmup else algorithm.critic_updates_per_step
         passes = 1 if self.critic is None else passes
         seed = (self.config.seed * 1_000_003 + self.num_steps) * 1_009
-        return [
-            partition(batch, learner.mini_batches, self.world, learner.tokens_per_micro_batch, seed + k)
-            for k in range(passes)
-        ]
+        sizes = (learner.mini_batches, self.world, learner.tokens_per_micro_batch)
+        return [partition(batch, *sizes, seed + k, learner.share_prefixes) for k in range(passes)]
 
     @torch.no_grad()
     def _score(self, batch: Batch, plan: Plan, is_warmup: bool) -> tuple[Tensor, Scores]:

@@ -30,6 +30,7 @@ from transformers import AttentionInterface
 
 from common.config import ConfigError
 from learner.algorithm.packing import boundaries, spans
+from learner.networks.prefixes import Prefixes
 
 IMPLEMENTATION = "packed"
 
@@ -45,12 +46,22 @@ MULTIPLY_ADDS_PER_CALL = 150_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keys:
+    """What each sequence attends to, where it is more than the sequence itself: learner/networks/prefixes.py."""
+
+    lengths: tuple[int, ...]  # tokens before the sequence's first one in the stream, and its own there
+    places_K: Tensor  # int64, the stream position of each of these
+    cu_seqlens_B1: Tensor  # int32, on the device
+
+
+@dataclass(frozen=True, kw_only=True)
 class Packing:
     """Where the sequences of a packed stream lie. Computed once per forward pass, used by every layer."""
 
     lengths: tuple[int, ...]  # tokens of each sequence, in stream order
-    position_ids_S: Tensor  # int64, restarts at 0 with each sequence
+    position_ids_S: Tensor  # int64, restarts with each sequence, at 0 unless the stream lacks its first tokens
     cu_seqlens_B1: Tensor  # int32, on the device
+    keys: Keys | None = None  # None: those of the sequence itself
     buckets: dict[int, "Buckets"] = field(default_factory=dict)  # by multiply-adds of one pair of tokens
 
     @classmethod
@@ -62,55 +73,132 @@ class Packing:
             cu_seqlens_B1=boundaries(lengths_B).to(device, torch.int32),
         )
 
+    @classmethod
+    def from_prefixes(cls, prefixes: Prefixes, device: torch.device) -> "Packing":
+        """Of the stream of tokens that are computed."""
+        lengths_B, key_lengths_B = torch.tensor(prefixes.lengths), torch.tensor(prefixes.key_lengths)
+        keys = Keys(
+            lengths=prefixes.key_lengths,
+            places_K=prefixes.keys_K.to(device),
+            cu_seqlens_B1=boundaries(key_lengths_B).to(device, torch.int32),
+        )
+        return cls(
+            lengths=prefixes.lengths,
+            position_ids_S=spans(key_lengths_B - lengths_B, lengths_B).to(device),
+            cu_seqlens_B1=boundaries(lengths_B).to(device, torch.int32),
+            keys=keys,
+        )
+
     def buckets_for(self, pair_cost: int) -> "Buckets":
         if pair_cost not in self.buckets:
-            self.buckets[pair_cost] = Buckets.from_lengths(self.lengths, pair_cost, self.cu_seqlens_B1.device)
+            self.buckets[pair_cost] = Buckets.of(self, pair_cost)
         return self.buckets[pair_cost]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One bucket: as many sequences, padded to as many queries and keys."""
+
+    count: int
+    queries: int
+    keys: int
+    num_before_B: Tensor | None  # int64 (count,) or (1,): keys before each sequence's first query; None: none
+
+
+@dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """Batches of sequences of near-equal length. N tokens in all, padding included.
+    """Batches of sequences of near-equal length. N queries and M keys in all, padding included.
 
     Invariant: stream[to_padded_N][to_stream_S] is stream.
     """
 
-    shapes: tuple[tuple[int, int], ...]  # (sequences, tokens of the longest) of each bucket
+    shapes: tuple[Shape, ...]
     to_padded_N: Tensor  # int64, the stream position that each place of the buckets holds
     to_stream_S: Tensor  # int64, the place of each stream position
     is_identity: bool  # the stream already is the buckets: nothing to move
+    keys_M: Tensor | None  # int64, the stream position of each key; None: as queries
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], pair_cost: int, device: torch.device) -> "Buckets":
-        groups = _group(lengths, MULTIPLY_ADDS_PER_CALL / pair_cost)
+    def of(cls, packing: Packing, pair_cost: int) -> "Buckets":
+        device, lengths = packing.cu_seqlens_B1.device, packing.lengths
+        key_lengths = lengths if packing.keys is None else packing.keys.lengths
+        groups = _group(lengths, key_lengths, MULTIPLY_ADDS_PER_CALL / pair_cost)
+        shapes = tuple(_shape(group, lengths, key_lengths, device) for group in groups)
         order = torch.tensor([index for group in groups for index in group], dtype=torch.int64)
-        widths = torch.tensor([lengths[group[0]] for group in groups for _ in group], dtype=torch.int64)
-        lengths_B = torch.tensor(lengths, dtype=torch.int64)
-        starts = boundaries(lengths_B)[:-1]
-        last_N = (starts + lengths_B - 1)[order].repeat_interleave(widths)
-        to_padded_N = torch.minimum(spans(starts[order], widths), last_N)
+        counts = torch.tensor([shape.count for shape in shapes])
+        widths = torch.tensor([shape.queries for shape in shapes]).repeat_interleave(counts)
+        to_padded_N, starts, lengths_B = _padded(lengths, order, widths)
+        keys_M = None
+        if packing.keys is not None:
+            key_widths = torch.tensor([shape.keys for shape in shapes]).repeat_interleave(counts)
+            keys_M = packing.keys.places_K[_padded(key_lengths, order, key_widths)[0].to(device)]
         places = torch.empty_like(starts)
         places[order] = boundaries(widths)[:-1]
         to_stream_S = spans(places, lengths_B)
         identity = len(to_padded_N) == len(to_stream_S) and bool((to_padded_N.diff() == 1).all())
         return cls(
-            shapes=tuple((len(group), lengths[group[0]]) for group in groups),
+            shapes=shapes,
             to_padded_N=to_padded_N.to(device),
             to_stream_S=to_stream_S.to(device),
             is_identity=identity,
+            keys_M=keys_M,
         )
 
+    def queries(self, heads: Tensor) -> tuple[Tensor, ...]:
+        """[1, heads, S, width] as the rows of each bucket."""
+        rows_SW = _rows(heads)
+        rows_NW = rows_SW if self.is_identity else _ToPadded.apply(rows_SW, self)
+        return rows_NW.split([shape.count * shape.queries for shape in self.shapes])
 
-def _group(lengths: Sequence[int], padding_allowance: float) -> list[list[int]]:
+    def keys(self, heads: Tensor) -> tuple[Tensor, ...]:
+        """The same for keys or values."""
+        if self.keys_M is None:
+            return self.queries(heads)
+        rows_MW = _Gather.apply(_rows(heads), self.keys_M)
+        return rows_MW.split([shape.count * shape.keys for shape in self.shapes])
+
+
+def _group(lengths: Sequence[int], key_lengths: Sequence[int], padding_allowance: float) -> list[list[int]]:
     """Indices by decreasing length; a sequence joins while its padding costs less than a call of its own."""
     groups: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or longest**2 - lengths[index] ** 2 > padding_allowance:
+    queries = keys = 0  # of the last group
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -key_lengths[i])):
+        length, key_length = lengths[index], key_lengths[index]
+        widest = max(keys, key_length)
+        padding = queries * widest - length * key_length
+        if groups:
+            padding += len(groups[-1]) * queries * (widest - keys)  # for those that are there
+        if not groups or padding > padding_allowance:
             groups.append([])
-            longest = lengths[index]
+            queries, widest = length, key_length
         groups[-1].append(index)
+        keys = widest
     return groups
+
+
+def _shape(group: Sequence[int], lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> Shape:
+    before = [key_lengths[i] - lengths[i] for i in group]
+    distinct = before[:1] if len(set(before)) == 1 else before
+    return Shape(
+        count=len(group),
+        queries=lengths[group[0]],
+        keys=max(key_lengths[i] for i in group),
+        num_before_B=torch.tensor(distinct, device=device) if any(before) else None,
+    )
+
+
+def _padded(lengths: Sequence[int], order: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions of sequences in this order, each padded to its width by its last one; also where each sequence
+    starts, and its length."""
+    lengths_B = torch.tensor(lengths, dtype=torch.int64)
+    starts = boundaries(lengths_B)[:-1]
+    last_N = (starts + lengths_B - 1)[order].repeat_interleave(widths)
+    return torch.minimum(spans(starts[order], widths), last_N), starts, lengths_B
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[1, heads, S, width] to [S, heads x width]: a view, because projections lay tokens outermost."""
+    return heads[0].transpose(0, 1).flatten(1)
 
 
 class _ToPadded(torch.autograd.Function):
@@ -139,6 +227,22 @@ class _ToStream(torch.autograd.Function):
         num_rows = len(ctx.buckets.to_padded_N)
         grad_NW = grad_SW.new_zeros(num_rows, grad_SW.shape[1])
         return grad_NW.index_copy_(0, ctx.buckets.to_stream_S, grad_SW), None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows at places that may be named more than once. Gradients of what is shared are summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SW: Tensor, places_K: Tensor) -> Tensor:
+        ctx.save_for_backward(places_K)
+        ctx.num_rows = len(rows_SW)
+        return rows_SW.index_select(0, places_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KW: Tensor) -> tuple[Tensor, None]:
+        (places_K,) = ctx.saved_tensors
+        grad_SW = grad_KW.new_zeros(ctx.num_rows, grad_KW.shape[1], dtype=torch.float32)
+        return grad_SW.index_add_(0, places_K, grad_KW.float()).to(grad_KW.dtype), None
 
 
 def packed_attention(
@@ -192,40 +296,44 @@ def _attend_batched(
 ) -> Tensor:
     num_heads, width, value_width = query.shape[1], query.shape[3], value.shape[3]
     buckets = packing.buckets_for(num_heads * width)
-    sizes = [count * length for count, length in buckets.shapes]
-    parts = []
-    for heads in (query, key, value):
-        rows_SW = heads[0].transpose(0, 1).flatten(1)  # a view: projections lay tokens outermost
-        rows_NW = rows_SW if buckets.is_identity else _ToPadded.apply(rows_SW, buckets)
-        parts.append(rows_NW.split(sizes))
+    parts = buckets.queries(query), buckets.keys(key), buckets.keys(value)
     outputs = []
-    for (count, length), *rows in zip(buckets.shapes, *parts, strict=True):
-        widths = (width, width, value_width)
-        q, k, v = (part.view(count, length, -1, w).transpose(1, 2) for part, w in zip(rows, widths, strict=True))
-        is_causal = window is None or length <= window
-        mask = None if is_causal else _banded_mask(length, window, query.device)
+    for shape, *rows in zip(buckets.shapes, *parts, strict=True):
+        sizes = (shape.queries, width), (shape.keys, width), (shape.keys, value_width)
+        q, k, v = (part.view(shape.count, n, -1, w).transpose(1, 2) for part, (n, w) in zip(rows, sizes, strict=True))
+        is_causal = shape.num_before_B is None and (window is None or shape.keys <= window)
+        mask = None if is_causal else _mask(shape, window, query.device)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=k.shape[1] != num_heads
         )
-        outputs.append(out.transpose(1, 2).reshape(count * length, num_heads * value_width))
+        outputs.append(out.transpose(1, 2).reshape(shape.count * shape.queries, num_heads * value_width))
     rows_NW = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     rows_SW = rows_NW if buckets.is_identity else _ToStream.apply(rows_NW, buckets)
     return rows_SW.view(1, -1, num_heads, value_width)
 
 
-def _banded_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a row may look: itself and the window - 1 tokens before it."""
-    assert window is not None
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() & ones.triu(1 - window)
+def _mask(shape: Shape, window: int | None, device: torch.device) -> Tensor:
+    """True where a query may look: at itself and all before it, or the window - 1 before it. [1 or count, 1, queries,
+    keys]."""
+    first_B = torch.zeros(1, dtype=torch.int64, device=device) if shape.num_before_B is None else shape.num_before_B
+    queries, keys = (torch.arange(n, device=device) for n in (shape.queries, shape.keys))
+    distance = (first_B[:, None, None, None] + queries[:, None]) - keys
+    is_seen = distance >= 0
+    return is_seen if window is None else is_seen & (distance < window)
 
 
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
+    """Where a sequence has more keys than queries, the kernel aligns the last of both, as flash-attention does since
+    2.1."""
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    longest = max(packing.lengths)
-    boundaries_B1 = packing.cu_seqlens_B1
+    boundaries_B1, longest = packing.cu_seqlens_B1, max(packing.lengths)
+    key_boundaries_B1, longest_key = boundaries_B1, longest
+    if packing.keys is not None:
+        places_K = packing.keys.places_K
+        k, v = (_Gather.apply(heads.flatten(1), places_K).unflatten(1, heads.shape[1:]) for heads in (k, v))
+        key_boundaries_B1, longest_key = packing.keys.cu_seqlens_B1, max(packing.keys.lengths)
     grouped: dict[str, bool] = {}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in _keywords(varlen_attn):
@@ -237,9 +345,9 @@ def _attend_varlen(
         k,
         v,
         boundaries_B1,
-        boundaries_B1,
+        key_boundaries_B1,
         longest,
-        longest,
+        longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # (-1, 0): everything before, nothing after
         **grouped,

@@ -71,6 +71,7 @@ class Network(nn.Module):
     with LoRA its adapter's and its head's, which are those that it trains."""
 
     adapter: Adapter | None = None
+    shares_prefixes = False  # what sequences of a stream have in common at their start is computed once
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

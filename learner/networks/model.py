@@ -30,6 +30,7 @@ from learner.networks import lora
 from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
 from learner.networks.parallel import full_tensor, like, refusals_of_any_rank
+from learner.networks.prefixes import shared_prefixes
 from learner.networks.pretrained import as_stored, load_causal_lm, load_value_model, read_config, stored_names
 from learner.networks.reference import check_hidden_states, check_logprobs
 from learner.networks.sharding import compute_type, place
@@ -84,16 +85,18 @@ class Policy(lora.Network):
         temperature: float,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        token_ids_S, hidden_TD, positions_T = _run(self.model.base_model, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
-        logprobs_T, entropy_T = self.model.get_output_embeddings().token_logprobs(
-            hidden_TD,
-            token_ids_S[positions_T + 1],
+        inputs = (token_ids_S, cu_seqlens_B1, prompt_lengths_B, self.shares_prefixes)
+        reading = _run(self.model.base_model, *inputs)
+        logprobs_U, entropy_U = self.model.get_output_embeddings().token_logprobs(
+            reading.hidden_UD,
+            reading.targets_U,
             temperature=temperature,
             chunk_tokens=self.chunk_tokens,
             with_entropy=with_entropy,
         )
         outputs = _outputs if len(prompt_lengths_B) else _emptied
-        return outputs(logprobs_T), None if entropy_T is None else outputs(entropy_T)
+        entropy_T = None if entropy_U is None else outputs(reading.per_token(entropy_U))
+        return outputs(reading.per_token(logprobs_U)), entropy_T
 
     def hf_specs(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """Names, types and shapes of what `named_hf_parameters` yields, in its order, without a gather."""
@@ -177,8 +180,8 @@ class Critic(lora.Network):
         return self._through_root(self._values, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
 
     def _values(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-        _, hidden_TD, _ = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
-        values_T = self.head(hidden_TD)
+        reading = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B, self.shares_prefixes)
+        values_T = reading.per_token(self.head(reading.hidden_UD))
         return _outputs(values_T) if len(prompt_lengths_B) else _emptied(values_T)
 
     def named_shards(self) -> Iterator[tuple[str, Tensor]]:
@@ -248,6 +251,7 @@ def _load_on_one_backbone(config: Config, device: torch.device, mesh: DeviceMesh
         policy = _read_policy(config, mesh)
         assert policy.adapter is not None
         critic = Critic(policy.model.base_model)
+        critic.shares_prefixes = policy.shares_prefixes
         critic.adapter = lora.add_adapter(policy.adapter.root, lora.CRITIC, config.lora)
         critic.adapter.root.heads.append(critic.head)
     place(policy.root, policy.model, (critic.head,), config, device, mesh)
@@ -286,7 +290,9 @@ def _read_critic(config: Config, mesh: DeviceMesh | None) -> Critic:
     if config.model.critic_frozen is CriticFrozen.attention:
         _freeze_attention(backbone)
     if reads:
-        check_hidden_states(backbone, lambda *packed: _run(backbone, *packed)[1], config.model.max_model_len, path)
+        check_hidden_states(
+            backbone, lambda *packed: _run(backbone, *packed).hidden_UD, config.model.max_model_len, path
+        )
     if config.lora.rank > 0:
         critic.adapter = lora.add_adapter(lora.freeze(backbone, compute_type(config)), lora.CRITIC, config.lora)
         critic.adapter.root.heads.append(critic.head)
@@ -318,25 +324,58 @@ def _emptied(dummy_T: Tensor) -> Tensor:
     return dummy_T[:0].clone()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What a backbone makes of a packed stream, on its device. U: distinct response tokens, T without shared prefixes:
+    one has the same tokens before it, and the same log-prob and value, wherever it stands."""
+
+    hidden_UD: Tensor  # at the position that predicts each
+    targets_U: Tensor
+    to_T: Tensor | None  # int64, which of them each response token is; None: U is T
+
+    def per_token(self, outputs_U: Tensor) -> Tensor:
+        return outputs_U if self.to_T is None else outputs_U.index_select(0, self.to_T)
+
+
 def _run(
-    backbone: nn.Module, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(token ids, hidden states [T, D], positions_T) on the device; of a dummy sequence when empty."""
+    backbone: nn.Module,
+    token_ids_S: Tensor,
+    cu_seqlens_B1: Tensor,
+    prompt_lengths_B: Tensor,
+    shares_prefixes: bool = False,
+) -> _Reading:
+    """The stream's reading; a dummy sequence's when it is empty."""
     device = _device_of(backbone)
     if len(prompt_lengths_B) == 0:
         token_ids_S = token_ids_S.new_zeros(DUMMY_LENGTH)
         cu_seqlens_B1 = cu_seqlens_B1.new_tensor([0, DUMMY_LENGTH])
         prompt_lengths_B = cu_seqlens_B1.new_tensor([DUMMY_LENGTH - 1])
-    token_ids_S = token_ids_S.to(device)
-    packing = Packing.from_lengths(cu_seqlens_B1.diff().tolist(), device)
-    positions_T = prediction_positions(cu_seqlens_B1.cpu(), prompt_lengths_B.cpu()).to(device)
+    token_ids_S, cu_seqlens_B1, prompt_lengths_B = (x.cpu() for x in (token_ids_S, cu_seqlens_B1, prompt_lengths_B))
+    positions_U = prediction_positions(cu_seqlens_B1, prompt_lengths_B)
+    targets_U, to_T = token_ids_S[positions_U + 1], None
+    if shares_prefixes:
+        prefixes = shared_prefixes(token_ids_S, cu_seqlens_B1)
+        packing = Packing.from_prefixes(prefixes, device)
+        token_ids_S = token_ids_S[prefixes.kept_C]
+        positions_U, targets_U, to_T = _distinct(prefixes.places_S[positions_U], targets_U)
+        to_T = to_T.to(device)
+    else:
+        packing = Packing.from_lengths(cu_seqlens_B1.diff().tolist(), device)
     output = backbone(
-        input_ids=token_ids_S[None],
+        input_ids=token_ids_S.to(device)[None],
         position_ids=packing.position_ids_S[None],
         use_cache=False,
         packing=packing,
     )
-    return token_ids_S, output.last_hidden_state[0].index_select(0, positions_T), positions_T
+    hidden_UD = output.last_hidden_state[0].index_select(0, positions_U.to(device))
+    return _Reading(hidden_UD=hidden_UD, targets_U=targets_U.to(device), to_T=to_T)
+
+
+def _distinct(places_T: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(place that predicts it, token) of each distinct response token, and which of them each response token is."""
+    num_tokens = int(targets_T.max()) + 1
+    distinct_U, to_T = (places_T * num_tokens + targets_T).unique(return_inverse=True)
+    return distinct_U // num_tokens, distinct_U % num_tokens, to_T
 
 
 def _device_of(network: nn.Module) -> torch.device:
@@ -369,8 +408,9 @@ def _check_names(policy: Policy, path: str) -> None:
         )
 
 
-def _set_to_train(network: nn.Module, hf_model: PreTrainedModel, config: Config) -> None:
-    """Dropout off, activation checkpointing as configured."""
+def _set_to_train(network: lora.Network, hf_model: PreTrainedModel, config: Config) -> None:
+    """Dropout off, activation checkpointing and shared prefixes as configured."""
+    network.shares_prefixes = config.learner.share_prefixes
     for module in hf_model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -143,6 +143,30 @@ def test_more_mini_batches_than_sequences_is_refused() -> None:
         partition(batch_of_lengths([5, 6]), 3, 1, 100, seed=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=4, max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(31, 100),
+)
+def test_groups_stay_in_one_micro_batch_as_far_as_they_fit(lengths, minis, ranks, budget) -> None:
+    batch = Batch.from_groups([make_group([7], [[1] * n for n in group], i) for i, group in enumerate(lengths)])
+    sizes = [sum(1 + n for n in group) for group in lengths]
+    parts = partition(batch, minis, ranks, budget, seed=3, keeps_groups=True)
+    micros = [micro for mini in parts for rank in mini for micro in rank]
+    assert sorted(int(i) for micro in micros for i in micro) == list(range(batch.num_sequences))
+    assert all(len(micro) <= 1 or int(batch.lengths_B[micro].sum()) <= budget for micro in micros)
+    places = [{k for k, micro in enumerate(micros) if g in batch.group_index_B[micro]} for g in range(len(lengths))]
+    assert all(len(where) == 1 for where, size in zip(places, sizes, strict=True) if size <= budget)
+
+
+def test_more_mini_batches_than_groups_is_refused() -> None:
+    batch = Batch.from_groups([make_group([7], [[1], [2]], i) for i in range(2)])
+    with pytest.raises(ValueError, match=r"2 groups cannot be split into learner\.mini_batches=3"):
+        partition(batch, 3, 1, 100, seed=0, keeps_groups=True)
+
+
 def _broadcast(rank: int, store: str, batch: Batch) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     received = broadcast_batch(batch if rank == 0 else None)

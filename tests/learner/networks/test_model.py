@@ -30,6 +30,7 @@ from learner.networks.export import export_policy
 from learner.networks.logprobs import token_logprobs
 from learner.networks.model import Policy, load_critic, load_policy
 from learner.networks.parallel import make_mesh, process_group
+from learner.networks.prefixes import shared_prefixes
 from tests.support.ranks import run_two_ranks
 from tests.support.tiny_models import (
     VOCAB,
@@ -249,10 +250,12 @@ def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("takes_groups", [True, False])
 @pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shares_prefixes", [False, True])
 def test_the_cuda_path_hands_the_kernel_what_it_expects(
-    monkeypatch: pytest.MonkeyPatch, window: int | None, takes_groups: bool
+    monkeypatch: pytest.MonkeyPatch, window: int | None, takes_groups: bool, shares_prefixes: bool
 ) -> None:
-    """A stand-in for the kernel, by its documentation: there may be no GPU here. torch 2.11 knows no enable_gqa."""
+    """A stand-in for the kernel, by its documentation, and flash-attention's for more keys than queries: there may be
+    no GPU here. torch 2.11 knows no enable_gqa."""
     signature = inspect.signature(varlen_attn)
     if not takes_groups:
         known = [one for name, one in signature.parameters.items() if name != "enable_gqa"]
@@ -265,12 +268,13 @@ def test_the_cuda_path_hands_the_kernel_what_it_expects(
         is_grouped = call.get("enable_gqa", False)
         assert is_grouped or k.shape[1] == v.shape[1] == q.shape[1]
         assert call["cu_seq_q"].dtype is call["cu_seq_k"].dtype is torch.int32
-        assert call["max_q"] == call["max_k"] == 30
+        query_lengths, key_lengths = (call[f"cu_seq_{name}"].diff().tolist() for name in "qk")
+        assert (call["max_q"], call["max_k"]) == (max(query_lengths), max(key_lengths))
         left, right = call["window_size"]
         outputs = []
-        for one in zip(*(x.split(call["cu_seq_q"].diff().tolist()) for x in (q, k, v)), strict=True):
-            length = len(one[0])
-            distance = torch.arange(length)[:, None] - torch.arange(length)
+        for one in zip(q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
+            num_queries, num_keys = len(one[0]), len(one[1])
+            distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
             mask = (distance >= -right) & ((distance <= left) | (left == -1))
             heads = [x.transpose(0, 1)[None] for x in one]
             out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=call["scale"], enable_gqa=is_grouped)
@@ -280,8 +284,13 @@ def test_the_cuda_path_hands_the_kernel_what_it_expects(
     kernel.__signature__ = signature  # type: ignore[attr-defined]
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
     packing = attention.Packing.from_lengths(LENGTHS, CPU)
+    if shares_prefixes:
+        tokens, ends, _ = packed(LENGTHS)
+        tokens[13:17] = tokens[:4]  # two sequences of which one begins as the other
+        packing = attention.Packing.from_prefixes(shared_prefixes(tokens, ends), CPU)
+        assert packing.lengths != packing.keys.lengths
+    q, k, v = (torch.randn(1, heads, sum(packing.lengths), 8) for heads in (4, 2, 2))
     expected = attention._attend_batched(q, k, v, packing, 0.3, window)
     found = attention._attend_varlen(q, k, v, packing, 0.3, window)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
