@@ -65,13 +65,15 @@ def process_group(device: Device, timeout_s: float = 1800.0) -> Iterator[World]:
 def make_mesh(config: Config) -> DeviceMesh | None:
     """The mesh to shard over, or None for plain modules.
 
-    None exactly for one process with float32 on a CPU (the demo), where sharding would only cost time: with
-    bfloat16, FSDP2 keeps the float32 master weights; on CUDA it offloads. With replicas > 1 the mesh is
+    None exactly for one process on a CPU that needs no master weights beside those that it computes with, because it
+    computes in float32 (the demo) or trains adapters, which are float32 in any case: sharding would only cost time. On
+    CUDA FSDP2 offloads too. With replicas > 1 the mesh is
     (replicate, shard). Raises ConfigError when replicas do not divide the ranks or a needed process group
     is missing.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
-    if size == 1 and config.model.dtype is DType.float32 and config.device is Device.cpu:
+    needs_masters = config.model.dtype is not DType.float32 and config.lora.rank == 0
+    if size == 1 and config.device is Device.cpu and not needs_masters:
         return None
     if not dist.is_initialized():
         raise ConfigError(
