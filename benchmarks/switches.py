@@ -9,8 +9,9 @@ the median over the rounds of a variant's time against the first variant's in th
     warm-up        value pretraining that scores the policy, as the first step of a run does, and that does not
     entropy        log-probs and their backward with an entropy term, and without: 64,000 tokens, width 256
     checkpointing  learner.activation_checkpointing 0, 1, 2, 3
-    prefixes       learner.share_prefixes off and on: groups of 16 whose prompts are of 4..8 tokens, and of 40 of which
-                   they share the first 20, as with a chat template; responses of 8 tokens on average
+    prefixes       learner.share_prefixes off and on: sequences that differ from the first token or two; groups of 16
+                   with prompts of 4..8 tokens; and of 40, the first 20 of which all prompts have in common, as with a
+                   chat template. Responses of the groups have 8 tokens on average
     compile        learner.compile off and on (needs a C++ compiler on CPUs; compiling is not timed)
 """
 
@@ -84,28 +85,36 @@ def checkpointing(folder: Path, batch: Batch) -> Variants:
 
 
 def prefixes(folder: Path, batch: Batch) -> Variants:
+    sizes = batch.num_sequences, int(batch.token_ids_S.max()) + 1
+    batches = {
+        "no groups": batch,
+        "short prompts": grouped(range(4, 9), 0, *sizes),
+        "long prompts": grouped(range(40, 41), 20, *sizes),
+    }
     variants: Variants = {}
-    for name, prompts in (("short", range(4, 9)), ("long", range(40, 41))):
-        one = grouped(prompts, batch.num_sequences, int(batch.token_ids_S.max()) + 1)
+    for name, one in batches.items():
         for is_on in (False, True):
             side = trainer(folder, share_prefixes=is_on)
-            variants[f"{name} prompts{', shared' * is_on}"] = lambda side=side, one=one: step(side, one)
+            variants[f"{name}{', shared' * is_on}"] = lambda side=side, one=one: step(side, one)
     return variants
 
 
-def grouped(prompt_lengths: range, num_sequences: int, vocabulary: int) -> Batch:
-    """Groups of MEMBERS random responses, one prompt each; prompts of 40 tokens begin alike."""
+def grouped(prompt_lengths: range, num_common: int, num_sequences: int, vocabulary: int) -> Batch:
+    """Groups of random responses to random prompts, which have their first `num_common` tokens in common."""
     generator = torch.Generator().manual_seed(0)
-    length_of = lambda k: prompt_lengths[k % len(prompt_lengths)]  # noqa: E731
-    common_20 = torch.randint(2, vocabulary, (20,), generator=generator)
+
+    def random_tokens(length: int) -> torch.Tensor:
+        return torch.randint(2, vocabulary, (length,), generator=generator)
+
     num_groups = num_sequences // MEMBERS
-    prompts = [torch.randint(2, vocabulary, (length_of(k),), generator=generator) for k in range(num_groups)]
-    prompts = [torch.cat([common_20, prompt[20:]]) if len(prompt) > 20 else prompt for prompt in prompts]
+    common = random_tokens(num_common)
+    lengths = [prompt_lengths[k % len(prompt_lengths)] for k in range(num_groups)]
+    prompts = [torch.cat([common, random_tokens(length - num_common)]) for length in lengths]
     response_lengths_B = torch.randint(1, 16, (num_groups * MEMBERS,), generator=generator)
-    responses = [torch.randint(2, vocabulary, (n,), generator=generator) for n in response_lengths_B.tolist()]
-    pieces = [piece for k, response in enumerate(responses) for piece in (prompts[k // MEMBERS], response)]
-    prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(MEMBERS)
-    batch = batch_of(torch.cat(pieces), prompt_lengths_B, response_lengths_B, generator)
+    responses = [random_tokens(length) for length in response_lengths_B.tolist()]
+    tokens = [part for k, response in enumerate(responses) for part in (prompts[k // MEMBERS], response)]
+    prompt_lengths_B = torch.tensor(lengths).repeat_interleave(MEMBERS)
+    batch = batch_of(torch.cat(tokens), prompt_lengths_B, response_lengths_B, generator)
     return replace(batch, group_index_B=torch.arange(num_groups).repeat_interleave(MEMBERS))
 
 

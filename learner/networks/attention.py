@@ -294,7 +294,7 @@ def _refuse_unknown(
 def _attend_batched(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    """In float32: on CPUs the backward pass of attention in bfloat16 takes 10 to 40 times as long on short sequences."""
+    """In float32: in bfloat16 a CPU's backward pass takes up to 40 times as long, on short sequences."""
     dtype, num_heads, width, value_width = query.dtype, query.shape[1], query.shape[3], value.shape[3]
     query, key, value = query.float(), key.float(), value.float()
     buckets = packing.buckets_for(num_heads * width)
