@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -248,14 +249,15 @@ def _compare_with_one_rank(rank: int, config: Config, port: int) -> None:
 def test_two_ranks_equal_one_rank_also_with_nothing_to_do(tmp_path: Path, is_shared: bool) -> None:
     rests = Offload.all if is_shared else Offload.none
     path, every = write_tiny_model(tmp_path), int(is_shared)
-    config = lora_run(path, is_shared, ranks=2, activation_checkpointing=every, offload=rests)
+    config = lora_run(path, is_shared, ranks=2, activation_checkpointing=every, offload=rests, share_prefixes=is_shared)
     config = replace(config, algorithm=AlgorithmConfig(kl_weight=0.1))
     with reserve_port() as port:
         run_two_ranks(_compare_with_one_rank, config, port)
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
 def test_in_bfloat16_the_frozen_model_is_stored_so_and_adapters_in_float32(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_sharded: bool
 ) -> None:
     config = lora_run(write_tiny_model(tmp_path), is_shared=True)
     plain, _ = networks_of(config)
@@ -264,7 +266,9 @@ def test_in_bfloat16_the_frozen_model_is_stored_so_and_adapters_in_float32(
         for name, value in rank_environment(0, 1, port).items():
             monkeypatch.setenv(name, value)
         with process_group(Device.cpu, timeout_s=60):
-            networks = load_networks(low, CPU, make_mesh(low))
+            mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)) if is_sharded else make_mesh(low)
+            assert is_sharded or mesh is None  # nothing that one process would gain by it
+            networks = load_networks(low, CPU, mesh)
             policy, critic = networks.policy, networks.critic
             assert critic is not None
             frozen = [p for p in policy.root.parameters() if not p.requires_grad]
