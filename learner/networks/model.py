@@ -25,17 +25,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config import AdvantageEstimator, Config, ConfigError, CriticFrozen, CriticNetwork
-from learner.algorithm.packing import prediction_positions
 from learner.networks import lora
-from learner.networks.attention import Packing
 from learner.networks.logprobs import token_logprobs
 from learner.networks.parallel import full_tensor, like, refusals_of_any_rank
-from learner.networks.prefixes import shared_prefixes
 from learner.networks.pretrained import as_stored, load_causal_lm, load_value_model, read_config, stored_names
+from learner.networks.reading import read
 from learner.networks.reference import check_hidden_states, check_logprobs
 from learner.networks.sharding import compute_type, place
-
-DUMMY_LENGTH = 2  # one prompt token and one response token stand in for an empty micro-batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +82,7 @@ class Policy(lora.Network):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         inputs = (token_ids_S, cu_seqlens_B1, prompt_lengths_B, self.shares_prefixes)
-        reading = _run(self.model.base_model, *inputs)
+        reading = read(self.model.base_model, *inputs)
         logprobs_U, entropy_U = self.model.get_output_embeddings().token_logprobs(
             reading.hidden_UD,
             reading.targets_U,
@@ -180,7 +176,7 @@ class Critic(lora.Network):
         return self._through_root(self._values, token_ids_S, cu_seqlens_B1, prompt_lengths_B)
 
     def _values(self, token_ids_S: Tensor, cu_seqlens_B1: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-        reading = _run(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B, self.shares_prefixes)
+        reading = read(self.backbone, token_ids_S, cu_seqlens_B1, prompt_lengths_B, self.shares_prefixes)
         values_T = reading.per_token(self.head(reading.hidden_UD))
         return _outputs(values_T) if len(prompt_lengths_B) else _emptied(values_T)
 
@@ -291,7 +287,7 @@ def _read_critic(config: Config, mesh: DeviceMesh | None) -> Critic:
         _freeze_attention(backbone)
     if reads:
         check_hidden_states(
-            backbone, lambda *packed: _run(backbone, *packed).hidden_UD, config.model.max_model_len, path
+            backbone, lambda *packed: read(backbone, *packed).hidden_UD, config.model.max_model_len, path
         )
     if config.lora.rank > 0:
         critic.adapter = lora.add_adapter(lora.freeze(backbone, compute_type(config)), lora.CRITIC, config.lora)
@@ -322,66 +318,6 @@ def _outputs(head_T: Tensor) -> Tensor:
 def _emptied(dummy_T: Tensor) -> Tensor:
     """No elements, but still a function of every parameter. A copy: FSDP2 mistrusts views as outputs."""
     return dummy_T[:0].clone()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    """What a backbone makes of a packed stream, on its device. U: distinct response tokens, T without shared prefixes:
-    one has the same tokens before it, and the same log-prob and value, wherever it stands."""
-
-    hidden_UD: Tensor  # at the position that predicts each
-    targets_U: Tensor
-    to_T: Tensor | None  # int64, which of them each response token is; None: U is T
-
-    def per_token(self, outputs_U: Tensor) -> Tensor:
-        return outputs_U if self.to_T is None else outputs_U.index_select(0, self.to_T)
-
-
-def _run(
-    backbone: nn.Module,
-    token_ids_S: Tensor,
-    cu_seqlens_B1: Tensor,
-    prompt_lengths_B: Tensor,
-    shares_prefixes: bool = False,
-) -> _Reading:
-    """The stream's reading; a dummy sequence's when it is empty."""
-    device = _device_of(backbone)
-    if len(prompt_lengths_B) == 0:
-        token_ids_S = token_ids_S.new_zeros(DUMMY_LENGTH)
-        cu_seqlens_B1 = cu_seqlens_B1.new_tensor([0, DUMMY_LENGTH])
-        prompt_lengths_B = cu_seqlens_B1.new_tensor([DUMMY_LENGTH - 1])
-    token_ids_S, cu_seqlens_B1, prompt_lengths_B = (x.cpu() for x in (token_ids_S, cu_seqlens_B1, prompt_lengths_B))
-    positions_U = prediction_positions(cu_seqlens_B1, prompt_lengths_B)
-    targets_U, to_T = token_ids_S[positions_U + 1], None
-    if shares_prefixes:
-        prefixes = shared_prefixes(token_ids_S, cu_seqlens_B1)
-        packing = Packing.from_prefixes(prefixes, device)
-        token_ids_S = token_ids_S[prefixes.kept_C]
-        positions_U, targets_U, to_T = _distinct(prefixes.places_S[positions_U], targets_U)
-        to_T = to_T.to(device)
-    else:
-        packing = Packing.from_lengths(cu_seqlens_B1.diff().tolist(), device)
-    output = backbone(
-        input_ids=token_ids_S.to(device)[None],
-        position_ids=packing.position_ids_S[None],
-        use_cache=False,
-        packing=packing,
-    )
-    hidden_UD = output.last_hidden_state[0].index_select(0, positions_U.to(device))
-    return _Reading(hidden_UD=hidden_UD, targets_U=targets_U.to(device), to_T=to_T)
-
-
-def _distinct(places_T: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(place that predicts it, token) of each distinct response token, and which of them each response token is."""
-    num_tokens = int(targets_T.max()) + 1
-    distinct_U, to_T = (places_T * num_tokens + targets_T).unique(return_inverse=True)
-    return distinct_U // num_tokens, distinct_U % num_tokens, to_T
-
-
-def _device_of(network: nn.Module) -> torch.device:
-    """Where it computes, offloaded or not."""
-    parameter = next(network.parameters())
-    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
 def _reads_weights(mesh: DeviceMesh | None) -> bool:
