@@ -7,9 +7,10 @@
 `prepare` reads the package's GGUF file (four bits a weight), writes DIR/model as a Hugging Face folder, and
 the problems.
 
-The problems are all 300 of a + b, a - b and a x b with digits a and b. A third of the pairs {a, b} of each kind, by a
-fixed seed, is held out, with both orders of a pair on the same side: no held-out problem was trained on, nor its mirror
-image. Nothing else is held back: what the model knows of sums from its pretraining, it may use.
+A prompt is a conversation in the model's own template: an instruction, three two-digit problems with their answers, and
+the problem. The problems are all 300 of a + b, a - b and a x b with digits a and b. A third of the pairs {a, b} of each
+kind, by a fixed seed, is held out, with both orders of a pair on the same side: no held-out problem was trained on, nor
+its mirror image. Nothing else is held back: what the model knows of sums from its pretraining, it may use.
 
 `run` trains with the command line's own `train`, one actor with a real vLLM engine on a core and the learner on
 another, and prints how often the held-out answers are right before and after. The standard errors are over problems,
@@ -38,6 +39,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OPERATIONS = {"sum": "+", "difference": "-", "product": "*"}
 HELD_OUT_SHARE = 1 / 3
 SYSTEM = "Answer with the number only."
+SHOTS = (("12 + 13 =", "25"), ("40 - 25 =", "15"), ("11 * 12 =", "132"))  # no one-digit problem among them
 
 
 def prepare(packages: Path, out: Path) -> None:
@@ -84,12 +86,16 @@ def _rows(kind: str, a: int, b: int) -> Iterator[dict[str, object]]:
     sign = OPERATIONS[kind]
     for x, y in sorted({(a, b), (b, a)}):
         answer = {"+": x + y, "-": x - y, "*": x * y}[sign]
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{x} {sign} {y} ="}]
+        messages = [{"role": "system", "content": SYSTEM}]
+        for question, shown in (*SHOTS, (f"{x} {sign} {y} =", None)):
+            messages.append({"role": "user", "content": question})
+            if shown is not None:
+                messages.append({"role": "assistant", "content": shown})
         yield {"prompt": messages, "answer": str(answer), "kind": kind}
 
 
 def settings(out: Path, seed: int) -> dict[str, object]:
-    """Of the run. Found with a few short runs; the rates are ten times those for all weights of so large a model."""
+    """Of the run."""
     return {
         "name": f"arithmetic-{seed}",
         "runs_dir": out / "runs",
@@ -97,7 +103,7 @@ def settings(out: Path, seed: int) -> dict[str, object]:
         "model.path": out / "model",
         "model.dtype": "bfloat16",
         "model.critic": "shared_backbone",
-        "model.max_model_len": 64,
+        "model.max_model_len": 128,
         "lora.rank": 16,
         "task.name": "file",
         "task.train_file": out / "train.jsonl",
@@ -105,11 +111,10 @@ def settings(out: Path, seed: int) -> dict[str, object]:
         "verifier.function": "actors.verifier.math:verify_anywhere",
         "rollout.prompts_per_step": 16,
         "rollout.group_size": 16,
-        "rollout.max_tokens": 16,
+        "rollout.max_tokens": 8,
         "staleness.max_staleness": 1,
         "algorithm.critic_warmup_steps": 4,
-        "algorithm.critic_warmup_epochs": 2,
-        "algorithm.length_adaptive_alpha": 2.0,  # 30 / the longest response
+        "algorithm.length_adaptive_alpha": 4.0,  # 30 / the longest response
         "algorithm.whiten_advantages": "true",
         "learner.steps": 120,
         "learner.mini_batches": 1,
