@@ -124,6 +124,8 @@ def settings(out: Path, seed: int) -> dict[str, object]:
         "learner.critic.learning_rate": 1e-3,
         "actors.start_timeout_s": 900,
         "weights.probe_tokens": 32,
+        "weights.timeout_s": 300,  # a core that others use too needs minutes for what takes seconds
+        "transport.lease_timeout_s": 300,
         "eval.every": 30,
         "eval.num_prompts": 99,
         "eval.samples_per_prompt": 8,
