@@ -23,6 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.miniature import comparison
 from benchmarks.miniature.comparison import Plan, Row
 
+# A move of the walk is a segment, about four tokens; over one of them VAPO's lambda of these lengths comes to 0.85.
+SEGMENTS = (
+    "algorithm.segment_probability=0.2",
+    "algorithm.length_adaptive_alpha=null",
+    "algorithm.policy_lambda=0.85",
+)
 ROWS = (
     Row(name="vanilla PPO", recipes=("ppo",)),
     Row(name="GRPO", recipes=("grpo",)),
@@ -38,7 +44,7 @@ ROWS = (
     Row(name="without group sampling", recipes=("vapo", "ablations/no_group_sampling")),
     Row(name="frozen attention, K = 2 (SAO's critic)", recipes=("vapo", "sao_critic")),
     Row(name="two mini-critics, agreement mask (AsyPPO)", recipes=("vapo", "mini_critics")),
-    Row(name="lambda by segments (SAE)", recipes=("vapo",), settings=("algorithm.segment_probability=0.2",)),
+    Row(name="lambda by segments (SAE)", recipes=("vapo",), settings=SEGMENTS),
 )
 PLAN = Plan(
     table="ablations",
