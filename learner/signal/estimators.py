@@ -18,7 +18,7 @@ from torch import Tensor
 from common.config import AdvantageEstimator, Aggregation, AlgorithmConfig, Config, Correction
 from learner.algorithm.disagreement import aggregate
 from learner.algorithm.experience import Scores, estimate
-from learner.algorithm.objective import count, policy_terms
+from learner.algorithm.objective import count, policy_terms, trust_region
 from learner.algorithm.packing import Batch
 
 CRITIC = "critic"  # the name of the only critic, where there are not several
@@ -146,6 +146,6 @@ def token_weights(config: Config, batch: Batch, estimator: Estimator, values: Ma
     experience = estimate(settings, batch, everything, scores, version, False, None)
     counts = count(batch, experience, [[everything]])
     now_T = logprobs_T.clone().requires_grad_()
-    loss = policy_terms(algorithm, batch, experience, now_T, None, counts)["pg_loss"]
+    loss = policy_terms(algorithm, batch, experience, now_T, None, counts, trust_region(algorithm))["pg_loss"]
     (weights_T,) = torch.autograd.grad(loss, now_T)
     return weights_T * (counts.tokens / batch.num_sequences) if estimator.is_truth else weights_T

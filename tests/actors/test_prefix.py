@@ -51,6 +51,13 @@ def reports(bench: Bench, lease_id: int) -> list[Progress]:
     return bench.thread.run(ask())
 
 
+def num_drawn(bench: Bench, lease_id: int) -> int:
+    async def ask() -> int:
+        return bench.engine.num_drawn(lease_id)
+
+    return bench.thread.run(ask())
+
+
 def wait_for_tokens(bench: Bench, lease_id: int, count: int) -> None:
     async def wait() -> None:
         async with asyncio.timeout(120.0):
@@ -65,8 +72,8 @@ def killed(bench: Bench, asked: Lease, num_tokens: int) -> Partial:
     running = bench.thread.submit(bench.engine.sample(asked))
     partial = Partial(asked.num_samples)
     partial.add(before(asked), asked)
-    for count in (num_tokens, 2 * num_tokens):
-        wait_for_tokens(bench, asked.lease_id, count)
+    for _ in range(2):
+        wait_for_tokens(bench, asked.lease_id, num_drawn(bench, asked.lease_id) + num_tokens)
         for progress in reports(bench, asked.lease_id):
             assert partial.add(progress, asked) is None
         perturb(bench.policy)
@@ -114,7 +121,7 @@ def recomputed(bench: Bench, completion: Completion) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "max_tokens", "num_before"), [(4, 300, 100), pytest.param(1, 8192, 1500, marks=pytest.mark.long)]
+    ("num_samples", "max_tokens", "num_before"), [(4, 600, 100), pytest.param(1, 8192, 1500, marks=pytest.mark.long)]
 )
 def test_a_response_that_moved_twice_has_every_tokens_own_logprob_and_version(
     bench: Bench, num_samples: int, max_tokens: int, num_before: int

@@ -27,7 +27,7 @@ from common.config import (
 from common.loading import RECIPES
 from common.memory import GIB, MemoryPlan, Shapes, activations, plan_memory, refuse_shortage
 from common.model_shape import ModelShape, shape_of
-from learner.networks import lora
+from learner.networks import attention, lora
 from learner.networks.attention import IMPLEMENTATION, Packing
 
 QWEN = {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 151936, "num_key_value_heads": 2}
@@ -123,7 +123,9 @@ def held_per_token(model_class: type[PreTrainedModel], settings: Any, dtype: tor
 
 @pytest.mark.parametrize("dtype", [DType.bfloat16, DType.float32])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_activations_are_what_autograd_holds(family: str, dtype: DType) -> None:
+def test_activations_are_what_autograd_holds(family: str, dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is of GPUs, where attention has the compute type."""
+    monkeypatch.setattr(attention, "BATCHED_DTYPE", getattr(torch, dtype))
     sizes = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
     settings = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**sizes, num_key_value_heads=2, head_dim=32)
     model_class = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[family]

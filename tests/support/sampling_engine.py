@@ -7,7 +7,7 @@ import torch
 
 from common.types import FinishReason, Int32Array
 from learner.algorithm.packing import boundaries
-from learner.networks.model import _run
+from learner.networks.reading import read
 from tests.support.network_engine import NetworkEngine, Response
 
 TOKENS_A_TURN = 16  # of each response
@@ -48,6 +48,6 @@ class SamplingEngine(NetworkEngine):
         lengths = torch.tensor([len(sequence) for sequence in whole])
         model = self._transfer.policy.model
         tokens = torch.from_numpy(np.concatenate(whole)).long()
-        _, hidden, _ = _run(model.base_model, tokens, boundaries(lengths), lengths - 1)
+        hidden = read(model.base_model, tokens, boundaries(lengths), lengths - 1).hidden_UD
         head = model.get_output_embeddings()
         return torch.nn.functional.linear(hidden.float(), head.weight.float()).log_softmax(-1)
