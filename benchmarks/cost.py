@@ -41,7 +41,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._wall_s, self._cpu_s, self._load = time.monotonic(), _cpu_s(), os.getloadavg()[0]
-        self._own_s = time.process_time()
+        self._own_s, self._commit = time.process_time(), commit()
 
     def cost(self, started_s: float | None = None) -> Cost:
         """`started_s`: CPU seconds of the processes that were started, where nobody waits for some of them."""
@@ -53,7 +53,7 @@ class Meter:
             cpu_s=round(cpu_s, 1),
             cores=len(os.sched_getaffinity(0)),
             load=round(self._load, 2),
-            commit=commit(),
+            commit=self._commit,
             machine=platform.machine(),
         )
 

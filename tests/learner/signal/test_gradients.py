@@ -54,7 +54,7 @@ def test_the_configured_gradient_is_that_of_the_first_update_of_a_step(settings:
         found.append(batch_gradients(one, policy, batch, weights, sketch)[0])
     gradient: list[torch.Tensor] = []
     apply = trainer.policy.apply
-    trainer.policy.apply = lambda: (gradient.append(policy.table.grad.clone()), apply())[1]  # type: ignore
+    trainer.policy.apply = lambda factor: (gradient.append(policy.table.grad.clone()), apply(factor))[1]  # type: ignore
     trainer.step(batch, 0, False)
     for mine in found:
         torch.testing.assert_close(mine, gradient[0].reshape(-1), atol=1e-6, rtol=1e-4)
