@@ -87,7 +87,8 @@ POINTS: dict[str, tuple[str, ...]] = {
     "1:4": ("rollout.prompts_per_step=12", "algorithm.critic_updates_per_step=14"),
     "1:2": ("rollout.prompts_per_step=16", "algorithm.critic_updates_per_step=6"),
     "1:1": ("rollout.prompts_per_step=24", "algorithm.critic_updates_per_step=2"),
-    "2:1": (*CHAIN_SUM, "rollout.prompts_per_step=16", "actors.groups_in_flight=10"),
+    "1:1-sums": (*CHAIN_SUM, "rollout.prompts_per_step=16", "actors.groups_in_flight=10"),
+    "2:1": ("-c", "grpo", "rollout.prompts_per_step=20", "actors.groups_in_flight=8"),
     "4:1": ("-c", "grpo", "rollout.prompts_per_step=20", "actors.groups_in_flight=4"),
 }
 
