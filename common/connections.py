@@ -77,7 +77,8 @@ class Connections:
         self._peers: OrderedDict[int, _Peer] = OrderedDict()  # first who was not looked at for longest
         self._checked_s = self._limited_s = time.monotonic()
         self._max_queued = int(router.getsockopt(zmq.RCVHWM))
-        self._left_over: dict[int, tuple[bytes, int]] = {}  # of who was cut off: identity, messages still to be read
+        self._left_over: dict[int, int] = {}  # of who was cut off: messages that may still be read, at most
+        self._ended: set[int] = set()  # descriptors that were closed since the last `check`
 
     def follow(self) -> None:
         """Read what the monitor has told since the last call."""
@@ -89,6 +90,7 @@ class Connections:
                 self._peers[value] = _Peer()
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._peers.pop(value, None)
+                self._ended.add(value)
             elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self.refusals[Refusal.KEY] += 1
             elif kind & _FAILED:
@@ -99,24 +101,28 @@ class Connections:
         peer = self._peers.setdefault(descriptor, _Peer())
         peer.base, peer.is_known = None, True
 
-    def strike(self, descriptor: int, identity: bytes) -> None:
+    def strike(self, descriptor: int) -> None:
         """What has come was no message.
 
-        One that was cut off may have had more of them on their way, which come when its descriptor is another's.
+        One that was cut off may have had more of them on their way, which come when its descriptor is another's, and
+        under another identity when it has connected again (ROUTER_HANDOVER): they count for nobody.
         """
-        cut_off, num_left = self._left_over.get(descriptor, (b"", 0))
-        if num_left and cut_off == identity:
-            self._left_over[descriptor] = identity, num_left - 1
+        if num_left := self._left_over.get(descriptor, 0):
+            self._left_over[descriptor] = num_left - 1
         elif (peer := self._peers.get(descriptor)) is not None:
             peer.strikes += 1
             if peer.strikes == MAX_STRIKES:
-                self._left_over[descriptor] = identity, self._max_queued
+                self._left_over[descriptor] = self._max_queued
+                self._ended.discard(descriptor)  # that was the one before it
                 self.cut(descriptor, Refusal.MALFORMED)
 
     def check(self, now: float) -> None:
         """Look at as many connections as are due by `now`, a monotonic time, and cut off who sends too much: each once
         in CHECK_S, since all at once would keep everybody waiting. To be called when all messages that have come are
         read."""
+        for descriptor in self._ended:
+            self._left_over.pop(descriptor, None)
+        self._ended.clear()
         each_s = CHECK_S / max(1, len(self._peers))
         num_due = min(int((now - self._checked_s) / each_s), len(self._peers))
         if not num_due:

@@ -156,7 +156,7 @@ class LearnerSocket:
                 self._connections.check(time.monotonic())  # what one has brought beyond its messages is a part of one
                 return
             num_bytes += len(frame)
-            yield identity, self._decoded(identity, frame)
+            yield identity, self._decoded(frame)
             if num_bytes > BYTES_PER_TURN:
                 return
 
@@ -173,7 +173,7 @@ class LearnerSocket:
         self._is_skipping = bool(frame.more)
         return identity, frame
 
-    def _decoded(self, identity: bytes, frame: zmq.Frame) -> ActorMessage | WireError:
+    def _decoded(self, frame: zmq.Frame) -> ActorMessage | WireError:
         descriptor = int(frame.get(zmq.SRCFD))
         self._connections.delivered(descriptor)
         try:
@@ -184,7 +184,7 @@ class LearnerSocket:
                 raise WireError(f"{type(message).__name__} is a message of the learner, not of an actor")
             return cast(ActorMessage, message)
         except WireError as error:
-            self._connections.strike(descriptor, identity)
+            self._connections.strike(descriptor)
             return error
 
     def send(self, identity: bytes, message: LearnerMessage) -> bool:
