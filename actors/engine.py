@@ -40,6 +40,7 @@ class Engine:
         self._llm: Any = None
         self._special_tokens: dict[str, int] = {}
         self._in_flight = 0
+        self._places = asyncio.Semaphore(num_sequences(config))  # first come, first served
         self._paused = False
         self._busy_since: float | None = None
         self._busy_s = 0.0
@@ -90,13 +91,18 @@ class Engine:
         """
         request_ids = [f"lease-{lease.lease_id}-{next(self._request_ids)}" for _ in range(lease.num_samples)]
         sampling = self._sampling[lease.lease_id] = Sampling(lease, request_ids, self._state_of)
-        tasks = [asyncio.create_task(self._complete(lease, sample)) for sample in sampling.samples]
+        tasks = [asyncio.create_task(self._complete(sampling, sample)) for sample in sampling.samples]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def sampling_s(self, lease_id: int) -> float:
+        """Busy seconds since the first of its completions got a place, until `forget`; 0 when none has needed one."""
+        sampling = self._sampling.get(lease_id)
+        return 0.0 if sampling is None or sampling.began_s is None else self.busy_s - sampling.began_s
 
     def num_drawn(self, lease_id: int) -> int:
         """Tokens drawn for this lease so far, its prefix not counted; 0 when it has not begun."""
@@ -134,14 +140,17 @@ class Engine:
         pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
         return np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
 
-    async def _complete(self, lease: Lease, sample: Sample) -> Completion:
-        """Samples what its prefix lacks."""
+    async def _complete(self, sampling: Sampling, sample: Sample) -> Completion:
+        """Samples what its prefix lacks, as soon as there is a place for it."""
+        lease = sampling.lease
         with self._refusing():
             parameters = self._parameters(lease, sample)
             sample.completion = self._read_prefix(lease, sample, parameters)
             if sample.completion is None:
                 token_ids = np.concatenate([lease.prompt_token_ids, sample.prefix.token_ids])
-                output = (await self._run(token_ids, parameters, sample.request_id)).outputs[0]
+                async with self._places:
+                    sampling.begin(self.busy_s)
+                    output = (await self._run(token_ids, parameters, sample.request_id)).outputs[0]
                 sample.completion = self._joined(lease, sample, parameters, output)
         return sample.completion
 

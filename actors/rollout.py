@@ -25,7 +25,7 @@ class Judged:
     completions: list[Completion]
     texts: list[str]
     judgements: list[Judgement]
-    generation_s: float
+    generation_s: float  # of the engine's clock, which publications stop: an actor is not slow because of them
     verification_s: float
 
 
@@ -61,9 +61,8 @@ async def sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool)
 
 
 async def _sample_and_judge(lease: Lease, engine: Engine, verifier: VerifierPool) -> Judged:
-    busy_s = engine.busy_s  # a clock that publications stop: an actor is not slow because of them
     completions = await engine.sample(lease)
-    generation_s = engine.busy_s - busy_s
+    generation_s = engine.sampling_s(lease.lease_id)
     sampled = time.monotonic()
     opened = opened_reasoning(lease.prompt_token_ids, engine)
     texts = [_seen(completion, opened, engine) for completion in completions]

@@ -161,8 +161,13 @@ class Sampling:
     def __init__(self, lease: Lease, request_ids: list[str], state_of: Callable[[str], Any]) -> None:
         self.lease = lease
         self.samples = [Sample(lease, index, request_id) for index, request_id in enumerate(request_ids)]
+        self.began_s: float | None = None
         self._state_of = state_of
         self._sent_reasons: list[FinishReason | None] = [None] * len(request_ids)
+
+    def begin(self, now: float) -> None:
+        """One of them has got a place in the engine; `now` is of the engine's clock."""
+        self.began_s = now if self.began_s is None else self.began_s
 
     def num_drawn(self) -> int:
         """Tokens so far, prefixes not counted; it never falls."""

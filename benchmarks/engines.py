@@ -17,6 +17,7 @@ from common.config import Config
 from common.keys import LearnerKeys, make_keys
 from common.launcher import QUIET_ENVIRONMENT, RUN_PY, with_cores
 from common.loading import save_config
+from common.memory import num_sequences
 from common.processtree import kill
 from common.transport import model_fingerprints
 from common.types import Int32Array, Prompt
@@ -141,7 +142,7 @@ def _generate(config: Config, token_ids: Sequence[Sequence[int]], core: int, pip
         model=config.model.path,
         dtype=config.model.dtype.value,
         max_model_len=config.model.max_model_len,
-        max_num_seqs=config.actors.groups_in_flight * group,
+        max_num_seqs=num_sequences(config),
         gpu_memory_utilization=0.3,
         enforce_eager=config.actors.enforce_eager,
         enable_chunked_prefill=False,

@@ -127,6 +127,9 @@ class FixedRateEngine(NetworkEngine):
     def generated_tokens(self) -> int:
         return self._forgotten_tokens + sum(drawing.num_drawn(self._now_s()) for drawing in self._drawings.values())
 
+    def sampling_s(self, lease_id: int) -> float:
+        return self._now_s() - self._drawings[lease_id].began_s
+
     def num_drawn(self, lease_id: int) -> int:
         return self._drawings[lease_id].num_drawn(self._now_s()) if lease_id in self._drawings else 0
 

@@ -315,6 +315,9 @@ class LearnerConfig:
 class ActorsConfig:
     count: int = 1  # actors that `train` starts here; more may connect from elsewhere at any time
     groups_in_flight: int = 16  # leases that one actor holds at once
+    # Responses that its engine samples at once, so that leases beyond them wait for a place and none stays empty until
+    # the longest response of a group has ended. None: all responses of groups_in_flight
+    max_num_seqs: int | None = None
     placement: Placement = Placement.auto  # device=cuda; `auto` of roles that are started alone is separate
     # Fraction of the device's whole memory (of RAM on CPUs) for the engine, without its CUDA context. None: what the
     # learner leaves of a shared GPU (common/memory.py), 0.9 of one of its own, 0.3 on CPUs

@@ -165,7 +165,8 @@ def utilization(config: Config) -> float:
 
 def num_sequences(config: Config) -> int:
     """Sequences that one actor samples at the same time, at most."""
-    return config.actors.groups_in_flight * config.rollout.group_size
+    held = config.actors.groups_in_flight * config.rollout.group_size
+    return held if config.actors.max_num_seqs is None else min(held, config.actors.max_num_seqs)
 
 
 def engine_parts(config: Config, model: ModelShape) -> Parts:
@@ -320,13 +321,15 @@ def _remedies(config: Config, shapes: Shapes, plan: MemoryPlan) -> list[tuple[st
     """(setting, bytes by which it lessens the shortage), best first: settings that leave the algorithm as it is."""
     learner, actors = config.learner, config.actors
     tokens = max(learner.tokens_per_micro_batch // 2, config.model.max_model_len)
-    groups = max(actors.groups_in_flight // 2, 1)
+    groups, sequences = max(actors.groups_in_flight // 2, 1), max(num_sequences(config) // 2, 1)
     changes: list[tuple[str, LearnerConfig, ActorsConfig]] = [
         ("learner.activation_checkpointing=1", replace(learner, activation_checkpointing=1), actors),
         (f"learner.tokens_per_micro_batch={tokens}", replace(learner, tokens_per_micro_batch=tokens), actors),
         ("learner.offload=optimizer", replace(learner, offload=Offload.optimizer), actors),
         ("learner.offload=all", replace(learner, offload=Offload.all), actors),
-        (f"actors.groups_in_flight={groups}", learner, replace(actors, groups_in_flight=groups)),
+        (f"actors.groups_in_flight={groups}", learner, replace(actors, groups_in_flight=groups))
+        if actors.max_num_seqs is None
+        else (f"actors.max_num_seqs={sequences}", learner, replace(actors, max_num_seqs=sequences)),
         ("actors.gpu_memory_utilization=null", learner, replace(actors, gpu_memory_utilization=None)),
     ]
     if plan.is_shared and config.staleness.max_staleness == 0:

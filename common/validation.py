@@ -103,6 +103,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     },
     "actors.count": (0, 65536, True),
     "actors.groups_in_flight": (1, INF, True),
+    "actors.max_num_seqs": (1, INF, True),
     "actors.gpu_memory_utilization": (0.001, 1, True),
     "actors.cpu_kv_cache_gib": (1, INF, True),
     "actors.tensor_parallel_size": (1, 4096, True),

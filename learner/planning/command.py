@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.config import Config, ConfigError, Device
 from common.lines import for_terminal
+from common.memory import num_sequences
 from common.quiet import quieter
 from common.types import JSON
 from learner.planning.fleet import Fleet, alternatives, plan_fleet
@@ -131,10 +132,9 @@ def _speeds(config: Config, options: argparse.Namespace) -> tuple[Speeds, str, t
     values = ASSUMED | {"length_mean": config.rollout.max_tokens / 4} | given
     if not config.algorithm.dynamic_sampling:
         values["uninformative"] = 0.0
-    sequences = config.actors.groups_in_flight * config.rollout.group_size
     guessed = [_option(name) for name in values if name not in given and values[name]]
     notes = (f"{', '.join(guessed)} are not given: what follows is no better than these guesses",) if guessed else ()
-    return assumed(**values, sequences=sequences, overhead=OVERHEAD[config.device]), "assumed", notes
+    return assumed(**values, sequences=num_sequences(config), overhead=OVERHEAD[config.device]), "assumed", notes
 
 
 def _option(name: str) -> str:
@@ -166,7 +166,7 @@ def as_text(made: Plan) -> list[str]:
 
 def _speeds_text(made: Plan) -> list[str]:
     speeds, config = made.speeds, made.config
-    places = config.actors.groups_in_flight * config.rollout.group_size
+    places = num_sequences(config)
     places = min(places, speeds.max_sequences or places)
     train_s = sum(speeds.train_token_s) / len(speeds.train_token_s)
     return [

@@ -40,7 +40,7 @@ class _Group:
     lease: Lease
     lengths: npt.NDArray[np.int32]  # [n]
     verdicts: tuple[Verdict, ...]
-    began_s: float
+    began_s: float | None = None  # when the first of its sequences did
     begun: dict[int, float] = field(default_factory=dict)  # sequence: the pass at which it began
     num_left: int = 0
 
@@ -76,7 +76,7 @@ class Engine:
         self.sequence_s = 0.0  # integral of the sequences that run while it is busy
 
     def sample(self, lease: Lease, lengths: npt.NDArray[np.int32], verdicts: tuple[Verdict, ...]) -> None:
-        group = _Group(lease, lengths, verdicts, self._environment.now, num_left=len(lengths))
+        group = _Group(lease, lengths, verdicts, num_left=len(lengths))
         self._groups[lease.lease_id] = group
         self._waiting.extend((lease.lease_id, sequence) for sequence in range(len(lengths)))
         self._go_on()
@@ -116,6 +116,7 @@ class Engine:
             lease_id, sequence = self._waiting.popleft()
             group = self._groups[lease_id]
             group.begun[sequence] = self._drawn
+            group.began_s = self._environment.now if group.began_s is None else group.began_s
             insort(self._running, (-self._drawn - int(group.lengths[sequence]), lease_id, sequence))
         self._next = None
         if self._running and not self._is_paused:
@@ -136,6 +137,7 @@ class Engine:
         self._go_on()
 
     def _finish(self, group: _Group) -> None:
+        assert group.began_s is not None, "none of its sequences has begun"
         completed = CompletedGroup(
             lease_id=group.lease.lease_id,
             lengths=group.lengths,

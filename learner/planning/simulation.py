@@ -17,6 +17,7 @@ import numpy.typing as npt
 import simpy
 
 from common.config import Config, OverAge, VerifierConfig
+from common.memory import num_sequences
 from common.types import CompletedGroup, Lease, Prompt, Purpose, TrajectoryGroup, Verdict
 from learner.planning.engine import Engine
 from learner.planning.limits import Patience, check_size
@@ -125,7 +126,7 @@ class Simulation:
 
     def _engine(self, name: str, slowness: float) -> Engine:
         speed = self._speeds.engine.slowed(slowness * self._unit)
-        places = self._config.actors.groups_in_flight * self._config.rollout.group_size
+        places = num_sequences(self._config)
         places = min(places, self._speeds.max_sequences or places)
         return Engine(self._environment, speed, places, lambda group: self._receive(name, group))
 

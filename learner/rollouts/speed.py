@@ -22,10 +22,17 @@ class Speed:
     def __init__(self, config: Config) -> None:
         self._bound = config.staleness.max_staleness
         self._groups = config.rollout.prompts_per_step * config.weights.publish_every  # of a version
+        self._sampled_at_once = float("inf")  # groups, at most
+        if config.actors.max_num_seqs is not None:
+            self._sampled_at_once = config.actors.max_num_seqs / config.rollout.group_size
         self._longest: deque[int] = deque(maxlen=MEMORY_VERSIONS * self._groups)  # response of each group
 
     def add(self, group: CompletedGroup) -> None:
         self._longest.append(int(group.lengths.max()))
+
+    def places(self, capacity: int) -> float:
+        """Groups that an actor samples at once when it holds `capacity` of them."""
+        return min(capacity, self._sampled_at_once)
 
     def judge(self, members: Iterable[Member]) -> None:
         """Says which ready members are too slow. One that is stays so until it would make versions shorter. Those that
@@ -37,7 +44,7 @@ class Speed:
         measured.sort(key=lambda pair: pair[0])
         version_s = version_times(
             [token_s for token_s, _ in measured],
-            [member.capacity for _, member in measured],
+            [self.places(member.capacity) for _, member in measured],
             group_tokens=float(np.mean(self._longest)),
             longest=float(np.quantile(self._longest, self._groups / (self._groups + 1))),
             groups=self._groups,
@@ -53,7 +60,7 @@ class Speed:
 
 
 def version_times(
-    token_s: Sequence[float], places: Sequence[int], group_tokens: float, longest: float, groups: int, bound: int
+    token_s: Sequence[float], places: Sequence[float], group_tokens: float, longest: float, groups: int, bound: int
 ) -> list[float]:
     """Seconds that a version lasts at least with the fastest actor, with the two fastest, and so on.
 

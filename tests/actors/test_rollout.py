@@ -26,15 +26,16 @@ class TextEngine:
     """One token per character; "samples" the given texts. `special` are left out of texts, as vLLM does."""
 
     texts: list[str]
-    busy_s: float = 100.0
     special: tuple[str, ...] = ("<|user|>", "<|assistant|>")
 
     def decode(self, ids: Any) -> str:
         return "".join(map(chr, ids))
 
     async def sample(self, lease: Lease) -> list[Completion]:
-        self.busy_s += 1.5
         return [self._completion(text) for text in self.texts]
+
+    def sampling_s(self, lease_id: int) -> float:
+        return 1.5
 
     def forget(self, lease_id: int) -> None:
         self.forgotten = lease_id

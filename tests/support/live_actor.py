@@ -57,6 +57,9 @@ class FakeEngine:
     def progress(self, lease_id: int) -> None:
         """A lease is drawn at once."""
 
+    def sampling_s(self, lease_id: int) -> float:
+        return self._delay_s
+
     def num_drawn(self, lease_id: int) -> int:
         return 0
 

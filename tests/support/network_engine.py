@@ -108,6 +108,7 @@ class NetworkEngine:
     async def sample(self, lease: Lease) -> list[Completion]:
         request_ids = [f"{lease.lease_id}-{next(self._request_ids)}" for _ in range(lease.num_samples)]
         sampling = self._sampling[lease.lease_id] = Sampling(lease, request_ids, self._state_of)
+        sampling.begin(self.busy_s)
         return list(await asyncio.gather(*(self._complete(lease, sample) for sample in sampling.samples)))
 
     async def _complete(self, lease: Lease, sample: Sample) -> Completion:
@@ -145,6 +146,10 @@ class NetworkEngine:
 
     def _state_of(self, request_id: str) -> Any:
         return self._responses[request_id].state() if request_id in self._responses else None
+
+    def sampling_s(self, lease_id: int) -> float:
+        began_s = self._sampling[lease_id].began_s
+        return 0.0 if began_s is None else self.busy_s - began_s
 
     def num_drawn(self, lease_id: int) -> int:
         return self._sampling[lease_id].num_drawn() if lease_id in self._sampling else 0

@@ -34,6 +34,9 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         return [_completion(type(self).script(lease, index), lease.max_tokens) for index in range(lease.num_samples)]
 
+    def sampling_s(self, lease_id: int) -> float:
+        return 0.5
+
     def forget(self, lease_id: int) -> None:
         pass
 

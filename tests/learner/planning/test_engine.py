@@ -68,6 +68,7 @@ def test_sequences_beyond_the_places_wait_in_order() -> None:
     bench.clock.run()
     assert bench.times == [5.0, 5.0], "the third begins after 1 s and ends after 5, the last begins after 3"
     assert bench.engine.tokens == pytest.approx(10)
+    assert [group.generation_s for _, group in bench.arrived] == [2.0, 5.0], "from a group's first place"
 
 
 def test_a_pause_stops_everything_and_verification_delays_only_the_group() -> None:

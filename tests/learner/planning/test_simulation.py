@@ -157,3 +157,13 @@ def test_with_masking_older_tokens_are_trained_and_counted() -> None:
     masking = config(1, batching=Batching.first_finished, over_age=OverAge.mask)
     outcome = run(masking, train_s=0.5, actors=2, steps=30, sigma=1.0)
     assert outcome.masked > 0 and outcome.staleness_max > 0
+
+
+def test_leases_beyond_the_places_keep_them_full() -> None:
+    """A group holds its places until its longest response has ended, unless others wait for them."""
+
+    def running(places: int, max_num_seqs: int | None) -> float:
+        of = replace(config(), actors=ActorsConfig(groups_in_flight=places, max_num_seqs=max_num_seqs))
+        return simulate(of, speeds(train_s=0.1, sigma=1.0), actors=1, steps=60).running
+
+    assert running(8, 8) > 1.2 * running(4, None)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig, StalenessConfig
+from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig, StalenessConfig
 from common.types import Lease, Prompt
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.members import RETRY
 from learner.rollouts.prompts import PromptStream
-from learner.rollouts.speed import TOLERANCE, version_times, within
+from learner.rollouts.speed import TOLERANCE, Speed, version_times, within
 from tests.support.fake_actors import NO_PROBE, group
 
 
@@ -121,3 +121,10 @@ def test_actors_that_drain_are_not_judged() -> None:
         clock.coordinator.drain(name)
     clock.now += 1.0
     assert clock.round() == []
+
+
+def test_an_actor_brings_no_more_than_it_samples_at_once() -> None:
+    """Of eight leases of two responses four wait."""
+    settings = Config(rollout=RolloutConfig(group_size=2), actors=ActorsConfig(groups_in_flight=8, max_num_seqs=8))
+    assert Speed(settings).places(8) == 4 and Speed(settings).places(2) == 2
+    assert Speed(replace(settings, actors=ActorsConfig(groups_in_flight=8))).places(8) == 8

@@ -1,0 +1,139 @@
+"""actors.max_num_seqs: how many responses are in the engine at once, and who waits for a place. vLLM is a fake."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.engine import Engine
+from common.config import ActorsConfig, Config, ModelConfig, RolloutConfig
+from common.memory import num_sequences
+from tests.actors.test_refusals import output
+from tests.support.vllm_support import lease
+
+
+class Held:
+    """Answers the request of a name when it is told to."""
+
+    output_processor = SimpleNamespace(external_req_ids={}, request_states={})
+    errored = False
+
+    def __init__(self) -> None:
+        self.running: dict[str, asyncio.Event] = {}
+
+    async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
+        ended = self.running[request_id] = asyncio.Event()
+        try:
+            await ended.wait()
+            yield SimpleNamespace(finished=True, outputs=[output()], prompt_logprobs=None)
+        finally:
+            del self.running[request_id]
+
+    def leases(self) -> list[int]:
+        return [int(request_id.split("-")[1]) for request_id in self.running]
+
+    async def end(self, lease_id: int) -> None:
+        """One response of this lease."""
+        self.running[next(name for name in self.running if name.startswith(f"lease-{lease_id}-"))].set()
+        await settled()
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def config(max_num_seqs: int | None) -> Config:
+    return Config(
+        model=ModelConfig(path="nowhere"),
+        rollout=RolloutConfig(group_size=2),
+        actors=ActorsConfig(groups_in_flight=4, max_num_seqs=max_num_seqs),
+    )
+
+
+def with_leases(max_num_seqs: int | None, check: Callable[[Engine, Held, list[asyncio.Task[Any]]], Any]) -> None:
+    """`check` begins when an engine has been asked for the leases 1, 2 and 3 of two responses each."""
+
+    async def run() -> None:
+        engine, llm = Engine(config(max_num_seqs)), Held()
+        engine._llm = llm
+        tasks = [asyncio.create_task(engine.sample(lease(number, num_samples=2))) for number in (1, 2, 3)]
+        await settled()
+        try:
+            await check(engine, llm, tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert not llm.running
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, 8), (3, 3), (100, 8)])
+def test_an_engine_has_places_for_all_that_it_holds_or_for_as_many_as_are_set(
+    setting: int | None, expected: int
+) -> None:
+    assert num_sequences(config(setting)) == expected
+
+
+def test_responses_beyond_the_places_begin_in_order_as_soon_as_others_end() -> None:
+    async def check(engine: Engine, llm: Held, tasks: list[asyncio.Task[Any]]) -> None:
+        assert llm.leases() == [1, 1, 2]
+        await llm.end(1)
+        assert llm.leases() == [1, 2, 2]
+        await llm.end(2)
+        assert llm.leases() == [1, 2, 3]
+        await llm.end(1)
+        assert tasks[0].done() and llm.leases() == [2, 3, 3]
+
+    with_leases(3, check)
+
+
+def test_without_the_setting_all_begin_at_once() -> None:
+    async def check(engine: Engine, llm: Held, tasks: list[asyncio.Task[Any]]) -> None:
+        assert llm.leases() == [1, 1, 2, 2, 3, 3]
+
+    with_leases(None, check)
+
+
+def test_who_is_cancelled_leaves_the_place_and_the_queue() -> None:
+    async def check(engine: Engine, llm: Held, tasks: list[asyncio.Task[Any]]) -> None:
+        tasks[1].cancel()  # one response in the engine, one that waits
+        await settled()
+        assert llm.leases() == [1, 1, 3]
+        await llm.end(1)
+        assert llm.leases() == [1, 3, 3]
+
+    with_leases(3, check)
+
+
+def test_the_probe_does_not_wait_for_a_place() -> None:
+    async def check(engine: Engine, llm: Held, tasks: list[asyncio.Task[Any]]) -> None:
+        probing = asyncio.create_task(engine.score(lease(4).prompt_token_ids))
+        await settled()
+        assert any(name.startswith("probe") for name in llm.running)
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+
+    with_leases(2, check)
+
+
+def test_a_group_is_timed_from_its_first_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 10.0
+    monkeypatch.setattr(Engine, "busy_s", property(lambda engine: now_s))
+
+    async def check(engine: Engine, llm: Held, tasks: list[asyncio.Task[Any]]) -> None:
+        nonlocal now_s
+        now_s = 15.0
+        await llm.end(1)
+        assert [engine.sampling_s(number) for number in (1, 2)] == [5.0, 0.0]
+        await llm.end(1)
+        now_s = 17.0
+        assert [engine.sampling_s(number) for number in (1, 2, 3)] == [7.0, 2.0, 0.0]
+        engine.forget(1)
+        assert engine.sampling_s(1) == 0.0
+
+    with_leases(2, check)
