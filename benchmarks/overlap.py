@@ -1,14 +1,14 @@
 """What asynchronous training gains: the same steps in turns and overlapped, vLLM on one core, the learner on another.
 
-    python benchmarks/overlap.py --runs-dir runs/overlap [--json FILE] [--svg FILE]       25 minutes at most
-    python benchmarks/overlap.py --runs-dir runs/overlap --only 1:1 [--cores 0 1]         one point, about 5
+    python benchmarks/overlap.py --runs-dir runs/overlap [--json FILE] [--svg FILE]       50 minutes at most
+    python benchmarks/overlap.py --runs-dir runs/overlap --only 1:1 [--cores 0 1]         one point, about 8
 
 A point (POINTS) is a piece of work whose ratio of generation to training is about what its name says. It is trained
-with max_staleness 0, which is in turns, then with 1 and with 2; the three runs follow each other, so that a machine
-that becomes slower is slower for all of them. Everything else is the same in them: seed, settings, number of steps.
-There is no critic warm-up, so that every pipeline begins empty, and no evaluation but one before the first step and one
-after the last. A finished run is not repeated; no run begins that would not end within --minutes, and what is there is
-printed, also after an interrupt.
+with max_staleness 0, which is in turns, then with 1 and with 2, and all of it --repeats times; the three runs follow
+each other, so that a machine that becomes slower is slower for all of them. Everything else is the same in them: seed,
+settings, number of steps. There is no critic warm-up, so that every pipeline begins empty, and no evaluation but one
+before the first step and one after the last. A finished run is not repeated; no run begins that would not end within
+--minutes, and what is there is printed, also after an interrupt.
 
 **What is timed.** Of STEPS policy steps the first FILLING and the last EMPTYING are left out, in all runs: the pipeline
 of max_staleness 2 fills in 3 steps, and nothing is sampled ahead of the last 3. A step is `time/step_s`. In the
@@ -18,7 +18,8 @@ synchronous run
     Tt = `time/step_s` - Tg                training, publication, writing the step down
 
 and nobody works while the other does. Overlapped, a step takes no less than the longer of the two, so that the speed-up
-is bounded by (Tg + Tt) / max(Tg, Tt). Its standard error is from the scatter of the timed steps alone.
+is bounded by (Tg + Tt) / max(Tg, Tt). Numbers are means over the repeats. The standard error is from the scatter of the
+timed steps within runs or from that of the repeats, whichever is larger.
 
 Two things make the quotient of speed-up and bound no exact measure. A publication needs both sides: the engine pauses
 for a part of it, which the bound does not count where Tg is the longer. And Tg is that of the synchronous run, in which
@@ -31,33 +32,31 @@ samples longer (its engine has work and is not paused), is paused (all its idle 
 is without work (the rest of it). The side that is the longer one has to explain the loss; the other one has time.
 
 **Accuracy** is held out, avg@8 of 96 prompts at temperature 1, of the last version; its standard error is over
-prompts. The last column is the CPU time of others on this machine, as a share of all its cores, while the run lasted:
-timings with more than a few percent there are no measurement. It makes the gain look smaller: while learner and actor
-take turns, others find an idle core.
+prompts. `others` is the CPU time of others on this machine, as a share of all its cores, while the runs lasted: timings
+with more than a few percent there are no measurement. It makes the gain look smaller: while learner and actor take
+turns, others find an idle core. A virtual machine can be slow without telling: `yardstick` is the time of the same work
+on both cores at once just before each run.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
-import resource
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cost import Meter, commit
-from benchmarks.demo import train
+from benchmarks.cost import Meter
 from benchmarks.picture import picture
 from benchmarks.tables import markdown
+from benchmarks.timed_run import RunCost, timed
 from common.config import ConfigError
 from common.report.marks import Line
 from common.report.scales import linear, logarithmic
@@ -94,22 +93,11 @@ POINTS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCost:
-    """Of one run, its start and its evaluations included."""
-
-    wall_s: float
-    cpu_s: float
-    others: float  # share of the machine's CPU time that was not the run's
-    load: float  # of the machine before it, a mean over a minute
-    commit: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One run: seconds a step, means over the timed steps."""
+    """One run, or the means of its repeats: seconds a step, means over the timed steps."""
 
     max_staleness: int
-    steps: int  # that are timed
+    steps: int  # that are timed, in each run
     step_s: float
     step_error_s: float  # standard error of that mean
     wait_s: float  # of the learner for its batch
@@ -121,7 +109,7 @@ class Arm:
     age_mean: float  # versions, per trained token
     accuracy: float
     accuracy_error: float
-    cost: RunCost
+    costs: tuple[RunCost, ...]  # of each repeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,56 +155,37 @@ class Gain:
         }
 
 
-def name_of(point: str, max_staleness: int) -> str:
-    return f"{point.replace(':', '-')}-age{max_staleness}"
+def name_of(point: str, max_staleness: int, repeat: int = 0) -> str:
+    return f"{point.replace(':', '-')}-age{max_staleness}-{repeat}"
 
 
-def command(point: str, max_staleness: int, runs_dir: Path, cores: Sequence[int]) -> list[str]:
+def command(point: str, max_staleness: int, runs_dir: Path, cores: Sequence[int], repeat: int = 0) -> list[str]:
+    name = name_of(point, max_staleness, repeat)
     own = (f"staleness.max_staleness={max_staleness}", f"runs_dir={runs_dir}", f"cores=[{','.join(map(str, cores))}]")
-    start = (sys.executable, str(RUN_PY), "train", "-c", "demo", "--overwrite", f"name={name_of(point, max_staleness)}")
+    start = (sys.executable, str(RUN_PY), "train", "-c", "demo", "--overwrite", f"name={name}")
     return [*start, *own, *COMMON, *POINTS[point]]
 
 
-def run_all(points: Sequence[str], runs_dir: Path, cores: Sequence[int], minutes: float) -> list[str]:
+def run_all(points: Sequence[str], runs_dir: Path, cores: Sequence[int], minutes: float, repeats: int = 1) -> list[str]:
     """Trains what is not finished, and returns what failed or did not find the time."""
     ends_s, longest_s, missing = time.monotonic() + 60 * minutes, TYPICAL_S, []
-    for point in points:
-        for bound in BOUNDS:
-            name = name_of(point, bound)
-            if (runs_dir / name / DONE).is_file():
-                continue
-            left_s = ends_s - time.monotonic()
-            if left_s < longest_s:
-                missing.append(f"{name}: {left_s:.0f} s were left, and a run takes up to {longest_s:.0f}")
-                continue
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            try:
-                cost = _run(command(point, bound, runs_dir, cores), min(TIMEOUT_S, left_s))
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                missing.append(f"{name}: {error}")
-                continue
-            longest_s = max(longest_s, cost.wall_s)
-            (runs_dir / name / DONE).write_text(json.dumps(asdict(cost)) + "\n")
+    for point, repeat, bound in itertools.product(points, range(repeats), BOUNDS):
+        name = name_of(point, bound, repeat)
+        if (runs_dir / name / DONE).is_file():
+            continue
+        left_s = ends_s - time.monotonic()
+        if left_s < longest_s:
+            missing.append(f"{name}: {left_s:.0f} s were left, and a run takes up to {longest_s:.0f}")
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+        try:
+            cost = timed(command(point, bound, runs_dir, cores, repeat), min(TIMEOUT_S, left_s), cores)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            missing.append(f"{name}: {error}")
+            continue
+        longest_s = max(longest_s, cost.wall_s)
+        (runs_dir / name / DONE).write_text(json.dumps(asdict(cost)) + "\n")
     return missing
-
-
-def _run(arguments: Sequence[str], timeout_s: float) -> RunCost:
-    load, started_s, machine_s, own_s = os.getloadavg()[0], time.monotonic(), _machine_s(), _children_s()
-    train(arguments, timeout_s)
-    wall_s, cpu_s = time.monotonic() - started_s, _children_s() - own_s
-    others = max(0.0, _machine_s() - machine_s - cpu_s) / (wall_s * (os.cpu_count() or 1))
-    return RunCost(wall_s=wall_s, cpu_s=cpu_s, others=others, load=load, commit=commit())
-
-
-def _machine_s() -> float:
-    """CPU seconds of everything since the machine was started."""
-    times = psutil.cpu_times()
-    return float(sum(times[:7]) - times.idle - times.iowait)
-
-
-def _children_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def read_arm(folder: Path) -> Arm:
@@ -243,8 +212,19 @@ def read_arm(folder: Path) -> Arm:
         age_mean=run.staleness_mean,
         accuracy=last.accuracy,
         accuracy_error=((last.high or 0.0) - (last.low or 0.0)) / (2 * 1.96),
-        cost=RunCost(**json.loads((folder / DONE).read_text())),
+        costs=(RunCost(**json.loads((folder / DONE).read_text())),),
     )
+
+
+def pooled(arms: Sequence[Arm]) -> Arm:
+    """The means of one or more repeats."""
+    first = arms[0]
+    names = [name for name, value in asdict(first).items() if isinstance(value, float)]
+    means = {name: statistics.mean(getattr(arm, name) for arm in arms) for name in names}
+    within_s = math.hypot(*(arm.step_error_s for arm in arms)) / len(arms)
+    between_s = statistics.stdev(arm.step_s for arm in arms) / math.sqrt(len(arms)) if len(arms) > 1 else 0.0
+    costs = tuple(cost for arm in arms for cost in arm.costs)
+    return replace(first, **means | {"step_error_s": max(within_s, between_s)}, costs=costs)
 
 
 def timed_steps() -> range:
@@ -255,7 +235,8 @@ def timed_steps() -> range:
 def read_gains(points: Sequence[str], runs_dir: Path) -> Iterator[Gain]:
     """Of the points whose synchronous run is there, with each overlapped run that is."""
     for point in points:
-        arms = list(_finished([runs_dir / name_of(point, bound) for bound in BOUNDS]))
+        repeats = [sorted(runs_dir.glob(f"{name_of(point, bound).removesuffix('0')}*")) for bound in BOUNDS]
+        arms = [pooled(found) for folders in repeats if (found := list(_finished(folders)))]
         if arms and arms[0].max_staleness == 0:
             sync = arms[0]
             for arm in arms[1:]:
@@ -274,7 +255,7 @@ def _finished(folders: Sequence[Path]) -> Iterator[Arm]:
 def render(gains: Sequence[Gain]) -> str:
     """Two Markdown tables: what was gained, and where the rest went."""
     head = ("point", "max_staleness", "Tg, s", "Tt, s", "Tg:Tt", "step, s", "speed-up", "bound", "of it", "mean age",
-            "tokens a step", "accuracy", "others")  # fmt: skip
+            "tokens a step", "accuracy", "runs", "others", "yardstick, ms")  # fmt: skip
     rows: list[list[str]] = []
     for gain in gains:
         if not rows or rows[-1][0] != gain.point:
@@ -304,7 +285,9 @@ def _row(point: str, arm: Arm, times: Sequence[str], speed_up: Sequence[str]) ->
         f"{arm.age_mean:.2f}",
         f"{arm.tokens:,.0f}",
         f"{arm.accuracy:.3f} ± {arm.accuracy_error:.3f}",
-        f"{arm.cost.others:.1%}",
+        str(len(arm.costs)),
+        f"{statistics.mean(cost.others for cost in arm.costs):.1%}",
+        " ".join(f"{1000 * cost.yardstick_s:.0f}" for cost in arm.costs),
     ]
 
 
@@ -340,14 +323,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/overlap"), help="where the runs are, or are put")
     parser.add_argument("--only", nargs="+", choices=list(POINTS), default=list(POINTS), help="these points")
     parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the learner, and of the actor")
-    parser.add_argument("--minutes", type=float, default=25.0, help="no run begins that would end later (default: 25)")
+    parser.add_argument("--repeats", type=int, default=2, help="of every run (default: 2)")
+    parser.add_argument("--minutes", type=float, default=50.0, help="no run begins that would end later (default: 50)")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     parser.add_argument("--svg", type=Path, help="draw the speed-up against the ratio here")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     meter, missing = Meter(), ["interrupted"]
     try:
-        missing = run_all(options.only, options.runs_dir, options.cores, options.minutes)
+        missing = run_all(options.only, options.runs_dir, options.cores, options.minutes, options.repeats)
     except KeyboardInterrupt:
         pass  # what is there is printed
     finally:
@@ -364,7 +348,7 @@ def _report(gains: Sequence[Gain], json_file: Path | None, svg_file: Path | None
         print("no point has its synchronous run and an overlapped one")
         return
     print(f"\n{render(gains)}\n")
-    costs = {id(arm): arm.cost for gain in gains for arm in (gain.sync, gain.arm)}.values()
+    costs = list(dict.fromkeys(cost for gain in gains for arm in (gain.sync, gain.arm) for cost in arm.costs))
     print(
         f"{gains[0].arm.steps} of {STEPS} policy steps are timed. The {len(costs)} runs took "
         f"{sum(cost.cpu_s for cost in costs):.0f} CPU s and {sum(cost.wall_s for cost in costs):.0f} s, at loads of "

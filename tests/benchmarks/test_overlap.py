@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overlap
+from benchmarks import overlap, timed_run
 from benchmarks.overlap import BOUNDS, COMMON, DONE, POINTS, STEPS, Gain, command, name_of, read_gains
 from common.loading import load_config, save_config
 from common.types import JSON
 
-COST = {"wall_s": 90.0, "cpu_s": 120.0, "others": 0.01, "load": 0.5, "commit": "abc"}
+COST = {"wall_s": 90.0, "cpu_s": 120.0, "others": 0.01, "load": 0.5, "yardstick_s": 0.2, "commit": "abc"}
 
 
 def metrics(step_s: float, wait_s: float, publish_s: float, idle: float) -> Iterator[dict[str, JSON]]:
@@ -37,10 +37,10 @@ def metrics(step_s: float, wait_s: float, publish_s: float, idle: float) -> Iter
     yield {"step": STEPS, "time": STEPS, "version": STEPS, "accuracy/version": STEPS, **last}
 
 
-def write(runs_dir: Path, point: str, bound: int, rows: Iterator[dict[str, JSON]]) -> None:
-    folder = runs_dir / name_of(point, bound)
+def write(runs_dir: Path, point: str, bound: int, rows: Iterator[dict[str, JSON]], repeat: int = 0) -> None:
+    folder = runs_dir / name_of(point, bound, repeat)
     folder.mkdir(parents=True)
-    settings = command(point, bound, runs_dir, [0, 1])
+    settings = command(point, bound, runs_dir, [0, 1], repeat)
     names = [settings[i + 1] for i, word in enumerate(settings) if word == "-c"]
     save_config(
         load_config(names, [word for word in settings if "=" in word and word[0] != "-"]), folder / "config.yaml"
@@ -98,6 +98,17 @@ def test_table_json_and_drawing_show_each_run(gains: list[Gain]) -> None:
     assert "bound" in texts and "max_staleness=1" in texts and "max_staleness=2" in texts
 
 
+def test_repeats_are_averaged_and_the_error_is_that_of_what_scatters_more(tmp_path: Path) -> None:
+    for repeat, step_s in enumerate((2.0, 2.6)):
+        write(tmp_path, "2:1", 0, metrics(3.0, 2.0, 0.2, 0.3), repeat)
+        write(tmp_path, "2:1", 1, metrics(step_s, 1.0, 0.2, 0.2), repeat)
+    (gain,) = read_gains(list(POINTS), tmp_path)
+    assert gain.arm.step_s == pytest.approx(2.3, abs=0.01) and len(gain.arm.costs) == 2
+    assert gain.arm.step_error_s == pytest.approx(0.3, abs=0.01)
+    assert gain.sync.step_error_s == pytest.approx(0.01 / (2 * gain.sync.steps) ** 0.5, rel=0.1)
+    assert "| 2 | 1.0% | 200 200 |" in overlap.render([gain])
+
+
 def test_a_point_without_its_synchronous_run_says_nothing(tmp_path: Path) -> None:
     write(tmp_path, "2:1", 1, metrics(2.5, 1.4, 0.3, 0.08))
     assert list(read_gains(list(POINTS), tmp_path)) == []
@@ -123,8 +134,9 @@ def test_what_is_finished_is_not_run_again_and_what_fails_is_named(
         if name == name_of("1:1", 1):
             raise RuntimeError("it ended with exit code 1")
 
-    monkeypatch.setattr(overlap, "train", train)
+    monkeypatch.setattr(timed_run, "train", train)
     (missing,) = overlap.run_all(["1:1"], tmp_path, [0, 1], minutes=10.0)
     assert begun == [name_of("1:1", 1), name_of("1:1", 2)] and missing.startswith(f"{name_of('1:1', 1)}: it ended")
     assert json.loads((tmp_path / name_of("1:1", 2) / DONE).read_text())["wall_s"] >= 0.0
+    assert json.loads((tmp_path / name_of("1:1", 2) / DONE).read_text())["yardstick_s"] > 0.0
     assert len(overlap.run_all(["4:1"], tmp_path, [0, 1], minutes=1.0)) == 3, "no run begins that would not end in time"
