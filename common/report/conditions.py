@@ -222,7 +222,10 @@ def lost_advantage(facts: Facts) -> str | None:
     if not losses or max(losses)[0] < LARGE_LOSS:
         return None
     share, loss, sign, gap = max(losses)
-    fix = _LOSS_FIXES[loss].format(correction=facts.run.config.algorithm.correction)
+    correction = facts.run.config.algorithm.correction
+    fix = _LOSS_FIXES[loss].format(correction=correction)
+    if loss == "clipped" and correction is Correction.m2:
+        fix = f"raise algorithm.m2_threshold, or {fix}"
     return f"{percent(share)} of the {sign} advantage of tokens {_versions(gap)} old is {loss}: {fix}."
 
 
@@ -230,8 +233,13 @@ def sequences(facts: Facts) -> str | None:
     tokens, sequences = facts.run.now("offpolicy/ess"), facts.run.now("offpolicy/sequence_ess")
     if tokens is None or sequences is None or tokens < AFFORDABLE_ESS or sequences >= LOW_SEQUENCE_ESS:
         return None
-    masks = facts.run.config.algorithm.correction in (Correction.icepop, Correction.dis)
-    fix = "narrow its band" if masks else "a mask (algorithm.correction=icepop)"
+    match facts.run.config.algorithm.correction:
+        case Correction.icepop | Correction.dis:
+            fix = "narrow its band"
+        case Correction.m2:
+            fix = "a lower algorithm.m2_threshold"
+        case _:
+            fix = "a mask (algorithm.correction=icepop)"
     return (
         f"Whole responses keep {sequences:.2f} of their weight though single tokens keep {tokens:.2f}: {fix} or a "
         "lower learner.policy.learning_rate would help."

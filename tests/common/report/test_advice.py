@@ -222,6 +222,16 @@ def test_who_masks_already_is_told_to_narrow_the_band(tmp_path: Path) -> None:
     assert "narrow its band" in said["sequences"]
 
 
+def test_who_bounds_the_second_moment_is_told_of_its_threshold(tmp_path: Path) -> None:
+    made = replace(
+        changed(offpolicy__sequence_ess=0.1, offpolicy__gap_2__lost_clipped_positive=0.6),
+        config=config(algorithm=AlgorithmConfig(correction=Correction.m2)),
+    )
+    said = {advice.rule: advice.text for advice in advise(read_run(write_run(tmp_path, made)))}
+    assert "a lower algorithm.m2_threshold or a lower learner.policy.learning_rate" in said["sequences"]
+    assert "is clipped: raise algorithm.m2_threshold, or take smaller steps" in said["lost_advantage"]
+
+
 def test_a_run_of_an_earlier_release_counts_the_actors_that_it_was_told_to_start(tmp_path: Path) -> None:
     made = replace(
         changed(learner__idle_fraction=0.5, actors__idle_fraction=0.0, actors__connected=None),
