@@ -76,6 +76,9 @@ class Service:
     def member_ids(self) -> tuple[MemberId, ...]:
         return tuple(sorted(self.workers))
 
+    def lost_ids(self) -> tuple[MemberId, ...]:
+        return ()
+
     def waiting_ids(self) -> tuple[MemberId, ...]:
         return tuple(member for member in self.member_ids() if member.name == "late")
 

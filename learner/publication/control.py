@@ -2,12 +2,13 @@
 
 A phase in which all take part in a collective (joining a transfer group, a broadcast) fails for everybody when one
 peer is lost, so an error of the collective is nobody's guilt. Dismissed is who did not answer while others did, who
-failed by itself, and who does not answer the next command, which every attempt begins with.
+failed by itself, and who does not answer the next command, which every attempt begins with. Whose connection was lost
+before it could answer has done nothing wrong: it is left out, and served when it is back.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from common.broadcast import BrokenTransfer
@@ -40,6 +41,10 @@ class ActorControl(Protocol):
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[MemberId, WeightsReport]:
         """Sends the phase, runs `meanwhile` here, and waits for the reports, which lack whoever did not answer."""
+        ...
+
+    def lost_ids(self) -> tuple[MemberId, ...]:
+        """Those of the last command that could not answer it, because they were lost or have been replaced."""
         ...
 
     def dismiss(self, member: MemberId, reason: str) -> None:
@@ -89,6 +94,7 @@ class Channel:
     version: int
     deadlines: Deadlines
     costs: Costs
+    lost: set[MemberId] = field(default_factory=set)  # in this attempt
 
     def pause(self) -> None:
         """The first phase. Those who do not answer it are dismissed; the rest are the members of this attempt.
@@ -149,6 +155,7 @@ class Channel:
             self.deadlines.answer_s,
             timed,
         )
+        self.lost.update(self.control.lost_ids())
         self.costs.send_s += spent_s
         self.costs.wait_s += time.monotonic() - started - spent_s
         return reports
@@ -164,10 +171,12 @@ class Channel:
         problems = []
         for member in self.members:
             report = reports.get(member)
-            if report is None:
+            if member in self.lost:
+                problems.append(f"{member.name}: its connection was lost")
+            elif report is None:
                 problems.append(f"{member.name}: no answer")
                 if reports or not is_collective:
-                    silence = f"it did not answer within {self.deadlines.answer_s:g} s, or was lost,"
+                    silence = f"it did not answer within {self.deadlines.answer_s:g} s"
                     self.control.dismiss(member, f"{silence} in {where}")
             elif report.error is not None:
                 problems.append(f"{member.name}: {report.error}")

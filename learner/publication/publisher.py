@@ -13,6 +13,7 @@ learn whether to go on, so that nobody gathers for nothing. An attempt that fail
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -37,6 +38,7 @@ Members: TypeAlias = Callable[[ActorControl], tuple[MemberId, ...]]  # whom to r
 _NOBODY: Verdict[MemberId] = Verdict(good=(), refused={}, difference=None, largest=None)
 
 FRUITLESS_ATTEMPTS = 3  # failed attempts in a row after which nobody had to leave: it is no actor's fault then
+LOST_IN_A_ROW = 3  # publications in which a member was lost, one after another, after which it leaves
 
 
 class _Decision(IntEnum):
@@ -99,6 +101,7 @@ class Publisher:
     _proven: set[MemberId] = field(default_factory=set, init=False)
     _suspected: set[MemberId] = field(default_factory=set, init=False)
     _doubted: set[MemberId] = field(default_factory=set, init=False)
+    _num_lost: Counter[MemberId] = field(default_factory=Counter, init=False)  # publications in a row, by member
     _channel: Channel | None = field(default=None, init=False)
     _sending: Background[None] | None = field(default=None, init=False)
     _version: int | None = field(default=None, init=False)  # the last one that was held
@@ -190,8 +193,13 @@ class Publisher:
     def _deliver(self, version: int, line: Line, members: Members, costs: Costs) -> bool:
         """Attempts until all of `members`, asked before each, have the weights; False when there are none."""
         problem, fruitless, gone = "", 0, set[MemberId]()
+
+        def present() -> tuple[MemberId, ...]:
+            there = members(self.control) if self.control is not None else ()
+            return tuple(member for member in there if member not in gone)
+
         while True:
-            asked = members(self.control) if self.control is not None else ()
+            asked = present()
             decision = _Decision.GO_ON if asked else _Decision.NO_MEMBERS
             decision = self._decided(_Decision.GIVE_UP if fruitless == FRUITLESS_ATTEMPTS else decision)
             if decision is _Decision.GIVE_UP:
@@ -201,12 +209,13 @@ class Publisher:
                 line.close()
                 return False
             found = self._attempt(version, line, asked, costs)
+            gone |= self._lost_in_attempt()
             if found is None:
                 return True
             problem = found
             logger.warning("publication of version %d: %s", version, problem)
-            lost = set(asked) - set(members(self.control)) - gone if self.control is not None else set()
-            gone |= lost  # each counts once: one that comes back may fail for ever
+            lost = set(asked) - set(present())
+            gone |= lost  # who comes back is served as a joiner, lest it fail for ever
             fruitless = 0 if lost else fruitless + 1
 
     def _attempt(self, version: int, line: Line, members: tuple[MemberId, ...], costs: Costs) -> str | None:
@@ -225,6 +234,17 @@ class Publisher:
         return problem
 
     # ---- rank 0's part, nothing elsewhere
+
+    def _lost_in_attempt(self) -> set[MemberId]:
+        """Whose connection was lost in it; who is lost in every publication leaves."""
+        if self.control is None or self._channel is None:
+            return set()
+        for member in self._channel.lost:
+            self._num_lost[member] += 1
+            if self._num_lost[member] == LOST_IN_A_ROW:
+                del self._num_lost[member]
+                self.control.dismiss(member, f"its connection was lost in {LOST_IN_A_ROW} publications in a row")
+        return self._channel.lost
 
     def _new_line(self) -> Line:
         return Line(lambda: self.new_transfer(self.config))
@@ -320,16 +340,20 @@ class Publisher:
     # ---- the probe
 
     def _finish(self, version: int) -> Verdict[MemberId]:
-        """Resumes generation, and dismisses members whose probe is not the learner's own."""
+        """Resumes generation, and dismisses members whose probe is not the learner's own. Who is lost meanwhile is
+        served when it is back."""
         if self.control is None or self._channel is None:
             return _NOBODY
-        members = self._channel.members
+        asked = self._channel.members
         reports = self.control.command(
-            WeightsPhase.RESUME, version, {actor: {} for actor in members}, self.config.weights.timeout_s
+            WeightsPhase.RESUME, version, {actor: {} for actor in asked}, self.config.weights.timeout_s
         )
-        verdict = self.probe.judge(version, members, reports)
+        lost = self.control.lost_ids()
+        verdict = self.probe.judge(version, tuple(member for member in asked if member not in lost), reports)
         for actor, reason in verdict.refused.items():
             self.control.quarantine(actor, reason)
+        for actor in verdict.good:
+            self._num_lost.pop(actor, None)
         return verdict
 
 

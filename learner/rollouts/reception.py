@@ -89,6 +89,7 @@ class Reception:
         self._settings = shared_settings(config)
         self._direct: list[tuple[bytes, LearnerMessage]] = []
         self._commands: dict[int, Command] = {}  # by id, under way
+        self.lost: tuple[MemberId, ...] = ()  # before they could report on the last command
         self._num_commands = incarnation * COMMANDS_PER_LIFE  # an actor tells those of an earlier life by their ids
         self._stop: Stop | None = None
         self._judge: Callable[[Float32Array], str | None] | None = None
@@ -395,6 +396,7 @@ class Reception:
     def end(self, command: Command) -> None:
         """Reports that come later are not wanted."""
         del self._commands[command.id]
+        self.lost = tuple(sorted(command.gone))
 
     def dismiss_member(self, member: MemberId, reason: str, *, distrust: bool) -> None:
         """As `dismiss`; nothing when it has left, also when another process has its name."""

@@ -247,6 +247,11 @@ class LearnerService:
         with self._locked():
             return dict(command.reports)
 
+    def lost_ids(self) -> tuple[MemberId, ...]:
+        """Those of the last command that were lost, or replaced, before they could report."""
+        with self._locked():
+            return self._reception.lost
+
     def dismiss(self, member: MemberId, reason: str) -> None:
         """It has to leave; its leases go back to pending."""
         with self._locked():

@@ -20,6 +20,7 @@ NO_PROBE = np.empty(0, np.float32)
 
 KILLED, SILENT, FAILS = "killed", "silent", "fails"  # its connections close; it hangs; it reports an error of its own
 FORGETS = "forgets"  # it receives all weights and loads none
+CUT = "cut"  # its connections close, and are there again at once
 BREAKS = "breaks"  # its end of the transfer breaks, every time, and nobody is to blame
 
 
@@ -82,12 +83,14 @@ class TransferActor:
 class LocalActors:
     """The service, as far as publication knows it, with the actors in this process.
 
-    A killed actor is noticed at once, as by a closed connection; a silent one only by the time-out.
+    A killed actor is noticed at once, as by a closed connection, and so is a cut one, which is there again for the next
+    command; a silent one only by the time-out.
     """
 
     actors: dict[MemberId, TransferActor] = field(default_factory=dict)
     dismissed: dict[str, str] = field(default_factory=dict)
     served: set[MemberId] = field(default_factory=set)  # who has finished an update and begun no other
+    lost: tuple[MemberId, ...] = ()
 
     def add(self, name: str, number: int, actor: TransferActor) -> TransferActor:
         self.actors[MemberId(name, number)] = actor
@@ -105,6 +108,9 @@ class LocalActors:
 
     quarantine = dismiss
 
+    def lost_ids(self) -> tuple[MemberId, ...]:
+        return self.lost
+
     def command(
         self,
         phase: WeightsPhase,
@@ -114,6 +120,7 @@ class LocalActors:
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[MemberId, WeightsReport]:
         reports: dict[MemberId, WeightsReport] = {}
+        lost = set(payloads) - set(self.actors)
         started = time.monotonic()
         if phase is WeightsPhase.START:
             self.served -= set(payloads)
@@ -130,7 +137,10 @@ class LocalActors:
             except Lost:
                 if self.actors[member].fault == SILENT:
                     time.sleep(max(0.0, timeout_s - (time.monotonic() - started)))
-                else:
+                    continue
+                lost.add(member)
+                self.served.discard(member)
+                if self.actors[member].fault != CUT:
                     del self.actors[member]
                 continue
             reports[member] = WeightsReport(
@@ -138,4 +148,5 @@ class LocalActors:
             )
             if phase is WeightsPhase.FINISH and error is None:
                 self.served.add(member)
+        self.lost = tuple(sorted(lost))
         return reports

@@ -156,6 +156,9 @@ class LocalControl:
     def member_ids(self) -> tuple[MemberId, ...]:
         return (LOCAL,)
 
+    def lost_ids(self) -> tuple[MemberId, ...]:
+        return ()
+
     def waiting_ids(self) -> tuple[MemberId, ...]:
         return ()
 

@@ -11,7 +11,7 @@ from common.types import MemberId, WeightsPhase, WeightsReport
 from learner.publication.control import Channel, Costs, Deadlines, PublishError
 
 A, B, C = MemberId("a", 1), MemberId("b", 2), MemberId("c", 3)
-SHARED, OWN, FINE, SILENT = "shared", "own", "fine", "silent"
+SHARED, OWN, FINE, SILENT, LOST = "shared", "own", "fine", "silent", "lost"
 
 
 class Control:
@@ -20,6 +20,7 @@ class Control:
     def __init__(self, **answers: str) -> None:
         self.answers = answers
         self.dismissed: dict[str, str] = {}
+        self.lost: tuple[MemberId, ...] = ()
 
     def member_ids(self) -> tuple[MemberId, ...]:
         return (A, B, C)
@@ -35,7 +36,11 @@ class Control:
         if meanwhile is not None:
             meanwhile()
         answers = {member: self.answers.get(member.name, FINE) for member in payloads}
-        return {member: report(phase, answer) for member, answer in answers.items() if answer != SILENT}
+        self.lost = tuple(member for member, answer in answers.items() if answer == LOST)
+        return {member: report(phase, answer) for member, answer in answers.items() if answer not in (SILENT, LOST)}
+
+    def lost_ids(self) -> tuple[MemberId, ...]:
+        return self.lost
 
     def dismiss(self, member: MemberId, reason: str) -> None:
         self.dismissed[member.name] = reason
@@ -80,7 +85,19 @@ def test_who_is_absent_while_others_answer_leaves_and_the_others_stay() -> None:
     control = Control(a=SHARED, b=SILENT, c=SHARED)
     with pytest.raises(PublishError):
         channel(control).run(WeightsPhase.INIT, collective=broadcast)
-    assert control.dismissed == {"b": "it did not answer within 9 s, or was lost, in phase init of version 7"}
+    assert control.dismissed == {"b": "it did not answer within 9 s in phase init of version 7"}
+
+
+def test_who_is_lost_leaves_the_attempt_and_not_the_run() -> None:
+    control = Control(a=SHARED, b=LOST, c=SHARED)
+    attempt = channel(control)
+    with pytest.raises(PublishError, match="b: its connection was lost"):
+        attempt.run(WeightsPhase.UPDATE, collective=broadcast)
+    assert control.dismissed == {} and attempt.lost == {B}
+    control.answers = {"b": LOST}
+    again = channel(control)
+    again.pause()
+    assert again.members == (A, C) and again.lost == {B} and control.dismissed == {}
 
 
 def test_who_fails_by_itself_in_a_collective_phase_leaves_alone() -> None:

@@ -514,6 +514,9 @@ def test_who_is_lost_is_not_waited_for(service: LearnerService) -> None:
         reports = service.command(WeightsPhase.UPDATE, 1, {member: {} for member in service.member_ids()}, 30.0)
         assert time.monotonic() - started < 5.0
         assert [member.name for member in reports] == ["peer"]
+        assert [member.name for member in service.lost_ids()] == ["dead"]
+        service.command(WeightsPhase.FINISH, 1, {member: {} for member in reports}, 5.0)
+        assert service.lost_ids() == ()
 
 
 def test_rank_0_takes_part_while_the_actors_do(service: LearnerService) -> None:
