@@ -188,21 +188,14 @@ def test_a_cable_that_is_out_for_less_than_the_time_out_costs_nothing_but_time(r
     assert last["actors/connected"] == 2
 
 
-def test_a_cable_that_stays_out_costs_one_actor_at_most(run: Run) -> None:
-    """Three times the time-out: the run goes on with the other actor. This one comes back, or has said why not."""
+def test_a_cable_that_stays_out_takes_one_actor_away_until_it_is_back(run: Run) -> None:
+    """Three times the time-out, in the middle of publications: the run goes on with the other actor."""
     begin(run, "transport.heartbeat_timeout_s=6", "weights.timeout_s=10")
     cut_for(run, "actor-1", 18.0)
     step = len(run.steps())
     run.wait_until("groups of the other actor", lambda: run.trained("actor-0", step + 2) > 0, STEPS_S)
-    run.wait_until(
-        "actor-1 to come back or to end",
-        lambda: run.trained("actor-1", step + 2) > 0 or run.exit_code("actor-1") is not None,
-        STEPS_S,
-    )
-    if run.exit_code("actor-1") is not None:
-        (error,) = [line for line in run.log("actor-1").splitlines() if line.startswith("error: ")]
-        assert run.exit_code("actor-1") == 1
-        assert f"heard nothing from the learner at tcp://{run.hosts.addresses['learner-0']}:" in error
+    run.wait_until("groups of actor-1 again", lambda: run.trained("actor-1", step + 2) > 0, STEPS_S)
+    assert run.exit_code("actor-1") is None and run.steps()[-1]["actors/dismissed"] == 0
 
 
 def test_a_request_to_stop_that_reaches_every_process_twice_is_one_request(run: Run) -> None:
