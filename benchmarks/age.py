@@ -11,7 +11,8 @@ cores.
 
 A run falls when an evaluation is FALL below the best one before it; a fall has a step, that of the evaluation. It has
 collapsed when it ends so. The alarm (learner/alarm.py, limits as they are by default) is timely when it has spoken by
-then, of any metric; its lead is the number of steps between. In a run without a fall it is false.
+then, of any metric; its lead is the number of steps between. In a run without a fall it is false, unless the run
+has lost accuracy all the same: it ended LOSS or more below the mean of the runs with fresh batches.
 """
 
 import argparse
@@ -35,6 +36,7 @@ AGES = (0, 1, 2, 4, 8, 16)
 STEPS, EVERY = 60, 5  # policy steps of a run, and between its evaluations
 PROMPTS, SAMPLES = 256, 2  # of an evaluation: standard error 0.02
 FALL = 0.15  # of accuracy; five standard errors of a difference
+LOSS = 0.1  # of accuracy, against age 0 with the same arm and rate
 RATE, RATES, RATE_AGES, RATE_SEEDS = 3e-4, (1.5e-4, 3e-4, 6e-4, 1.2e-3), (0, 1, 4, 16), (0, 1)
 MODEL = "model.path=configs/models/contrary_walk"
 RUNS = Path("benchmarks/results/age.jsonl")
@@ -149,17 +151,26 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _alarms(rows: Sequence[Mapping[str, Any]]) -> str:
-    """For each metric: in how many falling runs it spoke before the fall, by how many steps; how often in others."""
-    runs = [pair for row in rows for pair in zip(row["fall"], row["first_alarms"], strict=True)]
-    fallen = [(fall, first) for fall, first in runs if fall is not None]
-    calm = [first for fall, first in runs if fall is None]
-    names = sorted({name for _, first in runs for name in first})
+    """For each metric: in how many falling runs it spoke before the fall, by how many steps; how often in others, and
+    in those of them that lost nothing."""
+    fresh = {(row["arm"], row["learning_rate"]): statistics.mean(row["end"]) for row in rows if row["age"] == 0}
+    runs = [
+        (fall, first, end <= fresh.get((row["arm"], row["learning_rate"]), 0.0) - LOSS)
+        for row in rows
+        for fall, first, end in zip(row["fall"], row["first_alarms"], row["end"], strict=True)
+    ]
+    fallen = [(fall, first) for fall, first, _ in runs if fall is not None]
+    calm = [(first, has_lost) for fall, first, has_lost in runs if fall is None]
+    names = sorted({name for _, first, _ in runs for name in first})
     lines = []
     for name in [*names, "any"]:
         leads = [lead for fall, first in fallen if (lead := _lead(fall, first, name)) is not None]
-        false = sum(bool(first) if name == "any" else name in first for first in calm)
-        lines.append([name, f"{len(leads)} of {len(fallen)}", mean_sd(leads, 0), f"{false} of {len(calm)}"])
-    return markdown(["alarm", "spoke before a fall", "lead in steps", "spoke in a run without one"], lines)
+        spoke = [has_lost for first, has_lost in calm if (bool(first) if name == "any" else name in first)]
+        lost_nothing = sum(not has_lost for _, has_lost in calm)
+        counts = f"{len(spoke)} of {len(calm)}", f"{spoke.count(False)} of {lost_nothing}"
+        lines.append([name, f"{len(leads)} of {len(fallen)}", mean_sd(leads, 0), *counts])
+    head = ["alarm", "spoke before a fall", "lead in steps", "spoke in a run without one", "that lost nothing either"]
+    return markdown(head, lines)
 
 
 def render_rates(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -33,6 +33,14 @@ def test_the_alarm_counts_as_timely_only_before_the_fall() -> None:
     assert "| 4 | 0.65 ± 0.21, 1/2 collapsed |" in text
 
 
+def test_an_alarm_in_a_run_that_lost_accuracy_without_a_fall_is_told_from_a_false_one() -> None:
+    fresh = row_of("none", 0, RATE, [outcome(0.2, 0.9, 0.9)])
+    worse = row_of("none", 4, RATE, [outcome(0.2, 0.8, 0.7, alarms=((6, "m2"),)), outcome(0.2, 0.9, 0.9)])
+    false = row_of("none", 8, RATE, [outcome(0.2, 0.9, 0.9, alarms=((6, "ess"),))])
+    text = render([fresh, worse, false])
+    assert "| m2 | 0 of 0 | - | 1 of 4 | 0 of 3 |" in text and "| ess | 0 of 0 | - | 1 of 4 | 1 of 3 |" in text
+
+
 def test_every_cell_is_a_run_of_the_age_that_it_says() -> None:
     wanted = list(cells(None))
     assert {(arm.name, old) for arm, old, rate, _ in wanted if rate == RATE} == {
