@@ -47,6 +47,7 @@ class Member:
     nudged_s: float = float("-inf")
     token_s: float | None = None  # time for a token of one response, a running mean
     group_s: float = 0.0  # time for its last group
+    num_timed: int = 0  # groups
     is_slow: bool = False  # too slow to be of use (learner/rollouts/speed.py)
     tried_s: float = float("-inf")  # when it was last granted a lease
     heartbeat: Heartbeat | None = None
@@ -89,6 +90,7 @@ class Member:
             token_s = generation_s / num_tokens
             self.token_s = token_s if self.token_s is None else self.token_s + MEMORY * (token_s - self.token_s)
             self.group_s = generation_s
+            self.num_timed += 1
 
     def beat(self, heartbeat: Heartbeat) -> None:
         if self.heartbeat is None and not self.is_fresh:

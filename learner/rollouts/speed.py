@@ -13,6 +13,10 @@ from learner.rollouts.members import Member, Presence
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.1  # of a version's time: differences below it are noise
+# Actors that are all alike differ by tens of percent from group to group, most of all where they share a machine, and
+# an engine's first group takes longer than all others
+LEAST_FACTOR = 1.5  # times as slow as the slowest one that is of use, below which nobody is too slow
+FEWEST_GROUPS = 4  # that an actor is judged by, or as many as it holds at once
 MEMORY_VERSIONS = 8  # from which lengths are known
 
 
@@ -38,7 +42,11 @@ class Speed:
         """Says which ready members are too slow. One that is stays so until it would make versions shorter. Those that
         drain get no leases anyway."""
         present = [member for member in members if member.presence is Presence.READY and member.capacity > 0]
-        measured = [(member.token_s, member) for member in present if member.token_s is not None]
+        measured = [
+            (member.token_s, member)
+            for member in present
+            if member.token_s is not None and member.num_timed >= min(FEWEST_GROUPS, member.capacity)
+        ]
         if not measured or not self._longest:
             return
         measured.sort(key=lambda pair: pair[0])
@@ -51,8 +59,9 @@ class Speed:
             bound=self._bound,
         )
         num_best, num_useful = within(version_s, 0.0), within(version_s, TOLERANCE)
-        for rank, (token_s, member) in enumerate(measured):
-            is_slow = rank >= (num_best if member.is_slow else num_useful)
+        for token_s, member in measured:
+            slowest_s = measured[(num_best if member.is_slow else num_useful) - 1][0]
+            is_slow = token_s >= LEAST_FACTOR * slowest_s
             if is_slow and not member.is_slow:
                 times = token_s / measured[0][0]
                 logger.warning("actor %s gets no leases: it is %.1f times as slow as the fastest", member.name, times)

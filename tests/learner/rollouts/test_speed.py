@@ -4,13 +4,13 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig, StalenessConfig
 from common.types import Lease, Prompt
 from learner.rollouts.coordinator import Coordinator
-from learner.rollouts.members import RETRY
+from learner.rollouts.members import RETRY, Member, Presence
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.speed import TOLERANCE, Speed, version_times, within
 from tests.support.fake_actors import NO_PROBE, group
@@ -125,6 +125,36 @@ def test_actors_that_drain_are_not_judged() -> None:
 
 def test_an_actor_brings_no_more_than_it_samples_at_once() -> None:
     """Of eight leases of two responses four wait."""
-    settings = Config(rollout=RolloutConfig(group_size=2), actors=ActorsConfig(groups_in_flight=8, max_num_seqs=8))
-    assert Speed(settings).places(8) == 4 and Speed(settings).places(2) == 2
-    assert Speed(replace(settings, actors=ActorsConfig(groups_in_flight=8))).places(8) == 8
+    config = Config(rollout=RolloutConfig(group_size=2), actors=ActorsConfig(groups_in_flight=8, max_num_seqs=8))
+    assert Speed(config).places(8) == 4 and Speed(config).places(2) == 2
+    assert Speed(replace(config, actors=ActorsConfig(groups_in_flight=8))).places(8) == 8
+
+
+def judged(token_s: list[list[float]], capacity: int = 8) -> list[bool]:
+    """Who is too slow, of actors whose groups took so long a token; long responses, and a bound of 0, so that the last
+    group of a version is what all wait for."""
+    speed, members = Speed(Config(staleness=StalenessConfig(max_staleness=0))), []
+    for number, groups in enumerate(token_s):
+        member = Member(f"actor-{number}", number, capacity, heard_s=0.0, presence=Presence.READY)
+        for seconds in groups:
+            member.measure(100 * seconds, 100)
+        members.append(member)
+    for length in [10] * 400 + [1000] * 20:
+        speed.add(group(0, [0] * length))
+    speed.judge(members)
+    return [member.is_slow for member in members]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.floats(0.75, 1.25), min_size=4, max_size=12), min_size=2, max_size=16))
+def test_actors_that_are_alike_are_not_told_apart_by_their_noise(token_s: list[list[float]]) -> None:
+    alike = [[1.0 + (seconds - 1.0) * 0.7 for seconds in groups] for groups in token_s]  # 17% to both sides
+    assert not any(judged(alike))
+
+
+def test_one_slow_group_condemns_nobody_and_four_do() -> None:
+    """An engine's first group takes many times as long as the others."""
+    alike = [[1.0] * 4] * 3
+    assert judged([*alike, [20.0]]) == [False] * 4
+    assert judged([*alike, [20.0] * 4]) == [False, False, False, True]
+    assert judged([*alike, [20.0]], capacity=1) == [False, False, False, True], "it never holds more at once"
