@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from common.config import Batching, Config, ConfigError, OverAge
+from common.memory import num_sequences
 from common.validation import validate
 from learner.planning.limits import Patience
 from learner.planning.simulation import Outcome, simulate
@@ -68,7 +69,18 @@ def _bisected(of: Callable[[int], Outcome], idle: float, too_few: int, enough: i
 def alternatives(
     config: Config, speeds: Speeds, *, actors: int, steps: int, patience: Patience | None = None
 ) -> Iterator[tuple[str, Outcome]]:
-    """What another order or bound would make of the same run with so many actors, where they are possible."""
+    """What another order or bound, or leases ahead of the engines' places, would make of the same run with so many
+    actors, where they are possible."""
+    for setting, candidate in _candidates(config):
+        try:
+            validate(candidate)
+        except ConfigError:
+            continue
+        yield setting, simulate(candidate, speeds, actors=actors, steps=steps, patience=patience)
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
+    """(settings, the run with them), possible or not."""
     staleness = config.staleness
     bound, order = staleness.max_staleness, staleness.batching
     other = next(batching for batching in Batching if batching is not order)
@@ -78,9 +90,11 @@ def alternatives(
         masked = replace(staleness, batching=Batching.first_finished, over_age=OverAge.mask)
         changes["staleness.batching=first_finished staleness.over_age=mask"] = masked
     for setting, changed in changes.items():
-        candidate = replace(config, staleness=changed)
-        try:
-            validate(candidate)
-        except ConfigError:
-            continue
-        yield setting, simulate(candidate, speeds, actors=actors, steps=steps, patience=patience)
+        yield setting, replace(config, staleness=changed)
+    if config.actors.max_num_seqs is None:
+        held, places = config.actors.groups_in_flight, num_sequences(config)
+        ahead = replace(config.actors, groups_in_flight=held + max(1, held // 2), max_num_seqs=places)
+        yield (
+            f"actors.groups_in_flight={ahead.groups_in_flight} actors.max_num_seqs={places}",
+            replace(config, actors=ahead),
+        )

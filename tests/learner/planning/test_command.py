@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_a_bound_that_no_number_of_actors_meets_is_found_out() -> None:
     gain = others["staleness.max_staleness=1"].trained_tokens_per_s / fleet.planned.trained_tokens_per_s
     assert gain == pytest.approx(4 / 3, rel=0.02)
     assert "staleness.max_staleness=-1" not in others
+
+
+def test_leases_ahead_are_told_where_places_wait_for_long_responses() -> None:
+    config = load_config(["demo"], [*SMALL[2:], "staleness.max_staleness=4"])
+    spread = replace(speeds(actor=100.0, learner=1e6), length_sigma=1.0)
+    planned = plan_fleet(config, spread, idle=0.05, steps=60).planned
+    others = dict(alternatives(config, spread, actors=1, steps=60))
+    ahead = others["actors.groups_in_flight=6 actors.max_num_seqs=8"]
+    assert planned.running < ahead.running <= 8
+    assert ahead.trained_tokens_per_s > 1.1 * planned.trained_tokens_per_s
+    already = replace(config, actors=replace(config.actors, max_num_seqs=8))
+    assert not any("max_num_seqs" in name for name, _ in alternatives(already, spread, actors=1, steps=10))
 
 
 def test_the_table_has_what_each_gpu_holds(capsys: pytest.CaptureFixture[str]) -> None:
