@@ -52,6 +52,7 @@ PLAN = Plan(
     recipe="number_walk",
     settings=("model.path=configs/models/contrary_walk",),
     rows=ROWS,
+    reference="VAPO",
     drawn=6,
     rates=(1.5e-4, 3e-4, 6e-4),
     tuning_seeds=(100, 101),

@@ -7,7 +7,7 @@
 `prepare` reads the package's GGUF file (four bits a weight), writes DIR/model as a Hugging Face folder, and
 the problems.
 
-A prompt is a conversation in the model's own template: an instruction, three two-digit problems with their answers, and
+A prompt is a conversation in the model's own template: an instruction, three problems with a 10 and their answers, and
 the problem. The problems are all 300 of a + b, a - b and a x b with digits a and b. A third of the pairs {a, b} of each
 kind, by a fixed seed, is held out, with both orders of a pair on the same side: no held-out problem was trained on, nor
 its mirror image. Nothing else is held back: what the model knows of sums from its pretraining, it may use.
@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OPERATIONS = {"sum": "+", "difference": "-", "product": "*"}
 HELD_OUT_SHARE = 1 / 3
-SYSTEM = "Answer with the number only."
-SHOTS = (("12 + 13 =", "25"), ("40 - 25 =", "15"), ("11 * 12 =", "132"))  # no one-digit problem among them
+SYSTEM = "Answer every question with the number only, and nothing else."
+SHOTS = (("10 + 2", "12"), ("10 - 3", "7"), ("10 * 4", "40"))  # no problem of two digits among them
 
 
 def prepare(packages: Path, out: Path) -> None:
@@ -87,8 +87,8 @@ def _rows(kind: str, a: int, b: int) -> Iterator[dict[str, object]]:
     for x, y in sorted({(a, b), (b, a)}):
         answer = {"+": x + y, "-": x - y, "*": x * y}[sign]
         messages = [{"role": "system", "content": SYSTEM}]
-        for question, shown in (*SHOTS, (f"{x} {sign} {y} =", None)):
-            messages.append({"role": "user", "content": question})
+        for question, shown in (*SHOTS, (f"{x} {sign} {y}", None)):
+            messages.append({"role": "user", "content": f"What is {question}?"})
             if shown is not None:
                 messages.append({"role": "assistant", "content": shown})
         yield {"prompt": messages, "answer": str(answer), "kind": kind}

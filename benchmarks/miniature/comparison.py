@@ -8,6 +8,7 @@ Every row has the same learning rates to choose from, and the choice is made on 
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Plan:
     recipe: str  # of the task
     settings: tuple[str, ...] = ()  # of every row
     rows: tuple[Row, ...]
+    reference: str  # the row that others are compared with, seed by seed
     drawn: int  # rows, the first so many
     rates: tuple[float, ...]  # of the policy
     tuning_seeds: tuple[int, ...]
@@ -182,7 +184,36 @@ def render(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for suffix in ("", "_with_pretraining")
     ]
-    return "\n\n".join([by_step, *by_cost])
+    return "\n\n".join([by_step, *by_cost, *_differences(plan, rows)])
+
+
+def _differences(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How each row differs from the reference on the same seeds, if that is among them."""
+    reference = next((row for row in rows if row["row"] == plan.reference), None)
+    if reference is None or len(rows) == 1:
+        return []
+    middle, end = str(plan.at_steps[len(plan.at_steps) // 2]), str(plan.at_steps[-1])
+    lines = [
+        [
+            row["row"],
+            paired(row["steps_to_goal"], reference["steps_to_goal"], 1),
+            *(paired(row["steps"][step], reference["steps"][step], 3) for step in (middle, end)),
+        ]
+        for row in rows
+        if row is not reference
+    ]
+    head = [f"less {plan.reference}, same seeds", f"steps to {plan.goal:g}", f"step {middle}", f"step {end}"]
+    return [markdown(head, lines)]
+
+
+def paired(values: Sequence[float | None], reference: Sequence[float | None], digits: int) -> str:
+    """Mean difference and its standard error over the seeds that have both; "-" where fewer than two have."""
+    pairs = zip(values, reference, strict=True)
+    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    if len(differences) < 2:
+        return "-"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.mean(differences):+.{digits}f} ± {error:.{digits}f}"
 
 
 def _cell(values: Sequence[float | None], digits: int = 3) -> str:

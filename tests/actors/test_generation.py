@@ -18,7 +18,7 @@ from actors.engine import Completion, Engine, RequestRefused
 from common.broadcast import BrokenTransfer
 from common.config import Config, KVCache
 from common.memory import num_sequences
-from common.types import FinishReason
+from common.types import FinishReason, Int32Array
 from learner.networks.model import Policy, load_policy
 from learner.publication.buckets import Bucket
 from learner.publication.control import Channel
@@ -64,8 +64,10 @@ class Bench:
     def sample(self, lease_id: int, **settings: Any) -> list[Completion]:
         return self.thread.run(self.engine.sample(lease(lease_id, **settings)))
 
-    def learner_logprobs(self, completion: Completion, temperature: float = 1.0) -> np.ndarray[Any, Any]:
-        prompt = lease(0).prompt_token_ids
+    def learner_logprobs(
+        self, completion: Completion, temperature: float = 1.0, prompt: Int32Array | None = None
+    ) -> np.ndarray[Any, Any]:
+        prompt = lease(0).prompt_token_ids if prompt is None else prompt
         tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
         with torch.no_grad():
             logprobs, _ = self.policy(
@@ -104,6 +106,24 @@ def test_behavior_logprobs_are_the_learners_at_version_gap_zero(bench: Bench) ->
         for completion in bench.sample(1, temperature=temperature):
             assert bench.mismatch(completion, temperature) < TOLERANCE
             assert (completion.versions == bench.version).all()
+
+
+def test_what_a_group_has_in_common_is_computed_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it fills blocks, also when all come at once; and log-probs are the learner's all the same."""
+    run, num_cached = bench.engine._run, []
+
+    async def noted(*arguments: Any) -> Any:
+        output = await run(*arguments)
+        num_cached.append(output.num_cached_tokens)
+        return output
+
+    monkeypatch.setattr(bench.engine, "_run", noted)
+    prompt = np.resize(np.arange(3, 13, dtype=np.int32), 75)
+    completions = bench.sample(17, prompt_token_ids=prompt, max_tokens=8)
+    assert sorted(num_cached) == [0, 64, 64, 64]
+    for completion in completions:
+        learners = bench.learner_logprobs(completion, prompt=prompt)
+        assert np.abs(learners - completion.behavior_logprobs).max() < TOLERANCE
 
 
 def test_a_stop_string_ends_a_completion_and_belongs_to_it(bench: Bench) -> None:

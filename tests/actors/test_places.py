@@ -1,14 +1,16 @@
-"""actors.max_num_seqs: how many responses are in the engine at once, and who waits for a place. vLLM is a fake."""
+"""How many responses are in the engine at once (actors.max_num_seqs), who waits, and how large its blocks are. vLLM is a
+fake."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.engine import Engine
-from common.config import ActorsConfig, Config, ModelConfig, RolloutConfig
+from actors.engine import Engine, block_size
+from common.config import ActorsConfig, Config, Device, ModelConfig, RolloutConfig
 from common.memory import num_sequences
 from tests.actors.test_refusals import output
 from tests.support.vllm_support import lease
@@ -137,3 +139,18 @@ def test_a_group_is_timed_from_its_first_place(monkeypatch: pytest.MonkeyPatch) 
         assert engine.sampling_s(1) == 0.0
 
     with_leases(2, check)
+
+
+@pytest.mark.parametrize(
+    ("longest_prompt", "device", "expected"), [(63, "cpu", None), (64, "cpu", 32), (900, "cuda", None)]
+)
+def test_blocks_are_small_where_prompts_can_fill_several(
+    longest_prompt: int, device: str, expected: int | None
+) -> None:
+    made = replace(
+        config(None),
+        device=Device(device),
+        model=ModelConfig(path="nowhere", max_model_len=100 + longest_prompt),
+        rollout=RolloutConfig(group_size=2, max_tokens=100),
+    )
+    assert block_size(made) == expected

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.ablations import PLAN
-from benchmarks.miniature.comparison import Row, at, render, row_of, until
+from benchmarks.miniature.comparison import Row, at, paired, render, row_of, until
 from benchmarks.miniature.run import Outcome, Point
 
 
@@ -48,6 +48,15 @@ def test_the_table_says_how_many_seeds_got_there() -> None:
     assert rows[0]["tokens_with_pretraining"]["100000"] == [0.2, 0.2]
     text = render(PLAN, rows)
     assert "4.3 (1 of 2)" in text and "0.800 ± 0.141" in text
+
+
+def test_rows_are_compared_seed_by_seed() -> None:
+    assert paired([1.0, 3.0, None], [0.0, 1.0, 5.0], 1) == "+1.5 ± 0.5"
+    assert paired([1.0, None], [0.0, 1.0], 1) == "-"
+    curves = [outcome(0.2, *[height] * 8) for height in (0.85, 0.95)]
+    rows = [row_of(PLAN, "VAPO", 3e-4, curves), row_of(PLAN, "GRPO", 3e-4, list(reversed(curves)))]
+    assert "| GRPO | +0.0 ± 0.6 | +0.000 ± 0.100 | +0.000 ± 0.100 |" in render(PLAN, rows)
+    assert "less VAPO" not in render(PLAN, rows[1:])
 
 
 @pytest.mark.parametrize("row", PLAN.rows, ids=lambda row: row.name)
