@@ -1,5 +1,4 @@
-"""How many responses are in the engine at once (actors.max_num_seqs), who waits, and how large its blocks are. vLLM is a
-fake."""
+"""How many responses are in the engine at once (actors.max_num_seqs), who waits, and blocks. vLLM is a fake."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
