@@ -39,12 +39,12 @@ from benchmarks.engines import PARTS, Asked, Leased, Plain, Round
 from benchmarks.picture import picture
 from common.config import Config
 from common.loading import load_config
-from common.memory import num_sequences
 from common.quiet import quieter
 from common.report.marks import Limit, Range, Ranges
 from common.report.scales import categories, linear
 from common.report.svg import Plot, draw, kind
 from common.tasks.dataset import load_dataset
+from learner.planning.fleet import with_leases_ahead
 
 GROUPS = 48  # of a round
 TARGET = 0.95  # of plain
@@ -81,13 +81,6 @@ def make_config(model: str, folder: Path, groups: int) -> Config:
     return load_config(["demo"], overrides)
 
 
-def with_leases_ahead(config: Config) -> Config:
-    """The same places, and half as many leases again."""
-    groups, places = config.actors.groups_in_flight, num_sequences(config)
-    actors = replace(config.actors, groups_in_flight=groups + groups // 2, max_num_seqs=places)
-    return replace(config, actors=actors, runs_dir=f"{config.runs_dir}/ahead")
-
-
 def _without_end(folder: Path) -> None:
     """A tokenizer that names no token the end of a sequence, so that vLLM stops at none."""
     file = folder / "tokenizer_config.json"
@@ -103,10 +96,11 @@ def measure(model: str, groups: int, repeats: int, cores: tuple[int, int]) -> tu
         data = load_dataset(config, None)
         prompts = data.task.train[:groups]
         token_ids = [data.token_ids(prompt).tolist() for prompt in prompts]
+        ahead_config = replace(with_leases_ahead(config), runs_dir=f"{name}/ahead")
         with (
             Plain(config, token_ids, cores) as plain,
             Leased(config, prompts, data.token_ids, cores) as leased,
-            Leased(with_leases_ahead(config), prompts, data.token_ids, cores) as ahead,
+            Leased(ahead_config, prompts, data.token_ids, cores) as ahead,
         ):
             sides: dict[str, Callable[[], Round]] = {
                 PLAIN: lambda: plain.round(Asked()),

@@ -92,9 +92,14 @@ def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
     for setting, changed in changes.items():
         yield setting, replace(config, staleness=changed)
     if config.actors.max_num_seqs is None:
-        held, places = config.actors.groups_in_flight, num_sequences(config)
-        ahead = replace(config.actors, groups_in_flight=held + max(1, held // 2), max_num_seqs=places)
-        yield (
-            f"actors.groups_in_flight={ahead.groups_in_flight} actors.max_num_seqs={places}",
-            replace(config, actors=ahead),
-        )
+        ahead = with_leases_ahead(config)
+        actors = ahead.actors
+        yield f"actors.groups_in_flight={actors.groups_in_flight} actors.max_num_seqs={actors.max_num_seqs}", ahead
+
+
+def with_leases_ahead(config: Config) -> Config:
+    """As many places, and half as many leases again."""
+    held, places = config.actors.groups_in_flight, num_sequences(config)
+    return replace(
+        config, actors=replace(config.actors, groups_in_flight=held + max(1, held // 2), max_num_seqs=places)
+    )

@@ -14,7 +14,7 @@ learn whether to go on, so that nobody gathers for nothing. An attempt that fail
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeAlias
@@ -179,7 +179,7 @@ class Publisher:
     def _reach(self, version: int, line: Line, members: Members) -> Publication:
         """Delivers to `members`, and judges what came of it."""
         started, costs = time.monotonic(), Costs()
-        verdict = self._finish(version) if self._deliver(version, line, members, costs) else _NOBODY
+        verdict = self._finish(version, line) if self._deliver(version, line, members, costs) else _NOBODY
         return Publication(
             version=version,
             members=verdict.good,
@@ -209,7 +209,9 @@ class Publisher:
                 line.close()
                 return False
             found = self._attempt(version, line, asked, costs)
-            gone |= self._lost_in_attempt()
+            if self._channel is not None:
+                gone |= self._channel.lost
+                self._note_lost(self._channel.lost)
             if found is None:
                 return True
             problem = found
@@ -235,16 +237,14 @@ class Publisher:
 
     # ---- rank 0's part, nothing elsewhere
 
-    def _lost_in_attempt(self) -> set[MemberId]:
-        """Whose connection was lost in it; who is lost in every publication leaves."""
-        if self.control is None or self._channel is None:
-            return set()
-        for member in self._channel.lost:
+    def _note_lost(self, lost: Iterable[MemberId]) -> None:
+        """Who is lost in every publication leaves: it would be served for ever."""
+        assert self.control is not None
+        for member in lost:
             self._num_lost[member] += 1
             if self._num_lost[member] == LOST_IN_A_ROW:
                 del self._num_lost[member]
                 self.control.dismiss(member, f"its connection was lost in {LOST_IN_A_ROW} publications in a row")
-        return self._channel.lost
 
     def _new_line(self) -> Line:
         return Line(lambda: self.new_transfer(self.config))
@@ -339,7 +339,7 @@ class Publisher:
 
     # ---- the probe
 
-    def _finish(self, version: int) -> Verdict[MemberId]:
+    def _finish(self, version: int, line: Line) -> Verdict[MemberId]:
         """Resumes generation, and dismisses members whose probe is not the learner's own. Who is lost meanwhile is
         served when it is back."""
         if self.control is None or self._channel is None:
@@ -349,6 +349,9 @@ class Publisher:
             WeightsPhase.RESUME, version, {actor: {} for actor in asked}, self.config.weights.timeout_s
         )
         lost = self.control.lost_ids()
+        self._note_lost(lost)
+        if lost:
+            line.close()  # who comes back may have lost its end of the transfer too
         verdict = self.probe.judge(version, tuple(member for member in asked if member not in lost), reports)
         for actor, reason in verdict.refused.items():
             self.control.quarantine(actor, reason)

@@ -159,10 +159,11 @@ def test_who_is_alone_and_cut_off_is_served_later(path: str) -> None:
     publisher.shutdown()
 
 
-def test_who_is_cut_off_in_every_publication_leaves(path: str) -> None:
+@pytest.mark.parametrize("phase", list(WeightsPhase)[:6])
+def test_who_is_cut_off_in_every_publication_leaves(path: str, phase: WeightsPhase) -> None:
     actors = LocalActors()
     actors.add("a", 1, actor(path))
-    cut = actors.add("cut", 2, actor(path, CUT, WeightsPhase.FINISH))
+    cut = actors.add("cut", 2, actor(path, CUT, phase))
     publisher = make_publisher(make_run(path), actors)
     for version in range(1, LOST_IN_A_ROW + 1):
         assert actors.dismissed == {}
