@@ -14,7 +14,8 @@ asleep in wall-clock time. How depends on the verifier:
 * One that may be interrupted (its module has INTERRUPTIBLE) gets several answers at once, each with the usual time. The
   worker itself interrupts what takes longer and goes on to the next. An interrupted answer is tried again from its
   beginning by one of num_workers slow workers, with more time at each attempt, until its limit has passed; those that
-  have had least come first.
+  have had least come first. One that began while nobody waited has no such limit; it too starts again once others wait
+  for an attempt.
 * Any other answer goes on where it is, in what is now a slow worker, while another worker stands in for it. At most
   MAX_SLOW are slow.
 
@@ -315,11 +316,17 @@ class Template:
         """Whether it should have interrupted its answer and has not: it may be within C code."""
         return worker.cpu_limit_s > 0 and worker.used_s() > 2 * worker.cpu_limit_s + _DEAF_S
 
+    def _is_without_end(self, worker: Handle, now_s: float) -> bool:
+        """Whether it was given all the time it likes, when nobody waited, and has had its share of that."""
+        limit_s = self._usual_cpu.limit_s
+        is_asleep = now_s - worker.started_s > _ASLEEP_STOPPED * limit_s and worker.is_asleep()
+        return not worker.cpu_limit_s and (is_asleep or worker.used_s() > MORE_TIME * limit_s)
+
     def _look_after_slow(self, now_s: float) -> None:
         for worker in [w for w in self._slow.values() if w.answers]:
             if self._is_over_time(worker, now_s):
                 self._lose(worker, _TIMED_OUT)
-            elif self._retries and self._is_deaf(worker):
+            elif self._retries and (self._is_deaf(worker) or self._is_without_end(worker, now_s)):
                 self._try_again_later(worker)
             elif not worker.is_stopped:
                 worker.look()

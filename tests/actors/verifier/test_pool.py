@@ -239,6 +239,23 @@ def test_a_rare_answer_that_takes_long_is_judged_at_a_later_attempt_while_others
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("hanging", ["hang", "hang in C", "sleep"])
+def test_what_hung_while_nobody_waited_makes_way_for_the_later_attempts_of_others(hanging: str) -> None:
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
+        first = asyncio.create_task(pool.verify(hanging, "", {"s": 100}))
+        await asyncio.sleep(0.2)  # a worker takes it up alone
+        await pool.verify(*ECHO)
+        others = [asyncio.create_task(pool.verify(*ECHO)) for _ in range(200)]
+        verdicts = await asyncio.gather(*[pool.verify("work", "", {"cpu_s": 0.05}) for _ in range(2)])
+        assert not first.done()
+        await asyncio.gather(first, *others)
+        return verdicts
+
+    assert in_pool(body, INTERRUPTIBLE, timeout_s=6.0) == [Verdict.CORRECT] * 2
+
+
+@pytest.mark.alone
 def test_answers_that_are_put_off_because_they_take_long_are_all_judged_also_when_many_come_at_once() -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
