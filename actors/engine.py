@@ -270,7 +270,9 @@ class Engine:
 
     async def _run(self, token_ids: Int32Array, parameters: Any, request_id: str) -> Any:
         """The final output of one request. Cancelling the caller aborts the request in the engine."""
-        prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"version-{self.version}"}
+        from vllm.inputs import tokens_input
+
+        prompt = tokens_input(token_ids.tolist(), cache_salt=f"version-{self.version}")
         self._in_flight += 1
         self._track()
         try:
@@ -345,6 +347,16 @@ def block_size(config: Config) -> int | None:
     return SMALLEST_CPU_BLOCK if config.device is Device.cpu and longest_prompt >= 2 * SMALLEST_CPU_BLOCK else None
 
 
+def executor(config: Config) -> str | None:
+    """The class that runs the model, None: as vLLM has it.
+
+    On CPUs vLLM gives the model a process of its own, for the sake of its threads' cores, which are not its business
+    here. Two processes that wait for each other in turns are slower than one, most of all on one core.
+    """
+    is_alone = config.device is Device.cpu and config.actors.tensor_parallel_size == 1
+    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if is_alone else None
+
+
 def _build(config: Config) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.config.weight_transfer import WeightTransferConfig
@@ -368,6 +380,7 @@ def _build(config: Config) -> Any:
         enable_sleep_mode=config.actors.sleep_while_training,
         enforce_eager=config.actors.enforce_eager,
         tensor_parallel_size=config.actors.tensor_parallel_size,
+        distributed_executor_backend=executor(config),
         block_size=block_size(config),
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=TRANSFER_ENGINE.format(config.transfer_backend)),

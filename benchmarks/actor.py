@@ -27,6 +27,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ from common.tasks.dataset import load_dataset
 from learner.planning.fleet import with_leases_ahead
 
 GROUPS = 48  # of a round
+SETTLE_S = 1.5  # before a round: a worker process of vLLM's keeps its core busy for a second after its last message
 TARGET = 0.95  # of plain
 PLAIN = "plain"
 AHEAD = "actor, leases ahead"
@@ -123,6 +125,7 @@ def take_turns(sides: Mapping[str, Callable[[], Round]], repeats: int) -> dict[s
     rounds: dict[str, list[Round]] = {side: [] for side in sides}
     for number in range(repeats + 1):
         for side in list(sides)[:: 1 if number % 2 else -1]:
+            time.sleep(SETTLE_S)
             done = sides[side]()
             if number:
                 rounds[side].append(done)

@@ -94,38 +94,45 @@ def _rows(kind: str, a: int, b: int) -> Iterator[dict[str, object]]:
         yield {"prompt": messages, "answer": str(answer), "kind": kind}
 
 
-def settings(out: Path, seed: int) -> dict[str, object]:
-    """Of the run."""
+def work_settings(out: Path) -> dict[str, object]:
+    """Of every run on what was prepared: the model, the problems, and the time that they may take."""
     return {
-        "name": f"arithmetic-{seed}",
-        "runs_dir": out / "runs",
-        "seed": seed,
         "model.path": out / "model",
         "model.dtype": "bfloat16",
-        "model.critic": "shared_backbone",
         "model.max_model_len": 128,
-        "lora.rank": 16,
         "task.name": "file",
         "task.train_file": out / "train.jsonl",
         "task.heldout_file": out / "heldout.jsonl",
         "verifier.function": "actors.verifier.math:verify_anywhere",
+        "rollout.max_tokens": 8,
+        "learner.mini_batches": 1,
+        "learner.share_prefixes": "true",
+        "actors.start_timeout_s": 900,
+        "weights.probe_tokens": 32,
+        "weights.timeout_s": 300,  # a core that others use too needs minutes for what takes seconds
+        "transport.lease_timeout_s": 300,
+    }
+
+
+def settings(out: Path, seed: int) -> dict[str, object]:
+    """Of the run."""
+    return {
+        **work_settings(out),
+        "name": f"arithmetic-{seed}",
+        "runs_dir": out / "runs",
+        "seed": seed,
+        "model.critic": "shared_backbone",
+        "lora.rank": 16,
         "rollout.prompts_per_step": 16,
         "rollout.group_size": 16,
-        "rollout.max_tokens": 8,
         "staleness.max_staleness": 1,
         "algorithm.critic_warmup_steps": 4,
         "algorithm.length_adaptive_alpha": 4.0,  # 30 / the longest response
         "algorithm.whiten_advantages": "true",
         "learner.steps": 120,
-        "learner.mini_batches": 1,
-        "learner.share_prefixes": "true",
         "learner.policy.learning_rate": 3e-4,
         "learner.policy.schedule": "linear",
         "learner.critic.learning_rate": 1e-3,
-        "actors.start_timeout_s": 900,
-        "weights.probe_tokens": 32,
-        "weights.timeout_s": 300,  # a core that others use too needs minutes for what takes seconds
-        "transport.lease_timeout_s": 300,
         "eval.every": 30,
         "eval.num_prompts": 99,
         "eval.samples_per_prompt": 8,

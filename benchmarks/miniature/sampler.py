@@ -18,6 +18,7 @@ from actors.verifier.judgement import Judgement
 from actors.verifier.rewards import reward
 from common.config import Config
 from common.tasks import verifier_function
+from common.tasks.tokenizing import tokenizing
 from common.types import CompletedGroup, FinishReason, Lease, Prompt, Purpose, TrajectoryGroup, Verdict
 
 COMPACT_BELOW = 0.75  # share of responses that still go on, below which the others leave the cache
@@ -37,6 +38,7 @@ class Sampler:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        self._tokenize = tokenizing(config)
         module, _, name = verifier_function(config).partition(":")
         self._verify = getattr(importlib.import_module(module), name)
 
@@ -62,7 +64,7 @@ class Sampler:
     def sample(self, prompts: Sequence[Prompt], temperature: float, seed: int) -> list[Response]:
         """One response for each of the prompts, at most rollout.max_tokens long."""
         generator = torch.Generator().manual_seed(seed)
-        encoded = [self.tokenizer.encode(prompt.text) for prompt in prompts]
+        encoded = [self._tokenize(prompt) for prompt in prompts]
         width, limit = max(map(len, encoded)), self.config.rollout.max_tokens
         tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in encoded])
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded])
@@ -129,7 +131,7 @@ class Sampler:
                 lease_id=index,
                 purpose=Purpose.TRAIN,
                 prompt_uid=prompt.uid,
-                prompt_token_ids=np.array(self.tokenizer.encode(prompt.text), np.int32),
+                prompt_token_ids=np.array(self._tokenize(prompt), np.int32),
                 reference=prompt.reference,
                 row=prompt.row,
                 num_samples=len(responses),

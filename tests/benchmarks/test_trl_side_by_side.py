@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import trl_side_by_side
 from benchmarks.measured_process import Usage, last_error, run_measured
-from benchmarks.trl_side_by_side import Point, Result, Try, first_at, render, render_tries, result, timeline
+from benchmarks.trl_side_by_side import Point, Result, Try, Way, first_at, render, render_tries, result, timeline
 
 USAGE = Usage(launched=100.0, load=1.0, samples=[[110.0, 8.0], [120.0, 28.0]])
 ROWS = [
@@ -70,7 +70,7 @@ def test_a_result_has_the_start_apart_and_points_only_where_weights_were_kept(
 
 
 def test_a_side_has_a_mean_only_of_what_all_its_runs_have_reached() -> None:
-    lines = render([made_up(0, 0.2, 0.6, 0.9), made_up(1, 0.2, 0.4, 0.7)]).splitlines()
+    lines = render([made_up(0, 0.2, 0.6, 0.9), made_up(1, 0.2, 0.4, 0.7)], (0.6, 0.8)).splitlines()
     assert lines[2].startswith(
         "| A | 0 | 20 (30) | 2.50 | 1.25 | 250 | 4 | 10 | 5 | 1,000 | 8 | 20 | 10 | 2,000 | 0.900"
     )
@@ -79,9 +79,9 @@ def test_a_side_has_a_mean_only_of_what_all_its_runs_have_reached() -> None:
 
 def test_a_way_to_generate_that_does_not_run_is_said_with_its_reason() -> None:
     table = render_tries(
-        [Try(generation="x", threads=1, step_s=0.5), Try(generation="y", threads=2, step_s=None, reason="no GPU")]
+        [Try(way=Way("x", 1), step_s=0.5), Try(way=Way("y", 2, bf16=True), step_s=None, reason="no GPU")]
     )
-    assert "| x | 1 | 0.50 |" in table and "| y | 2 | no GPU |" in table
+    assert "| x, 1 thread | 0.50 |" in table and "| y, 2 threads, bf16 | no GPU |" in table
 
 
 def test_the_cpu_seconds_of_a_command_include_those_of_its_children(tmp_path: Path) -> None:
