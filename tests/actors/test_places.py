@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.engine import Engine, block_size
+from actors.engine import Engine, block_size, executor
 from common.config import ActorsConfig, Config, Device, ModelConfig, RolloutConfig
 from common.memory import num_sequences
 from tests.actors.test_refusals import output
@@ -153,3 +153,14 @@ def test_blocks_are_small_where_prompts_can_fill_several(
         rollout=RolloutConfig(group_size=2, max_tokens=100),
     )
     assert block_size(made) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "tensor_parallel_size", "is_alone"), [("cpu", 1, True), ("cpu", 2, False), ("cuda", 1, False)]
+)
+def test_on_cpus_a_model_that_is_not_split_runs_in_the_engines_own_process(
+    device: str, tensor_parallel_size: int, is_alone: bool
+) -> None:
+    made = config(None)
+    made = replace(made, device=Device(device), actors=replace(made.actors, tensor_parallel_size=tensor_parallel_size))
+    assert (executor(made) is not None) == is_alone

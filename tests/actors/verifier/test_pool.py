@@ -275,6 +275,26 @@ def test_a_cancelled_caller_leaves_the_pool_whole() -> None:
     assert in_pool(body) is Verdict.CORRECT
 
 
+def test_answers_that_are_asked_at_once_are_one_write_to_the_other_process() -> None:
+    writes: list[bytes] = []
+
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        assert pool._process is not None and pool._process.stdin is not None
+        write = pool._process.stdin.write
+
+        def noted(data: bytes) -> None:
+            writes.append(data)
+            write(data)
+
+        pool._process.stdin.write = noted  # type: ignore[method-assign]
+        await asyncio.gather(*[pool.verify(*ECHO) for _ in range(8)])
+        return await asyncio.gather(*[pool.verify("echo", str(k), {"expected": "3"}) for k in range(5)])
+
+    wrong = Verdict.WRONG
+    assert in_pool(body) == [wrong, wrong, wrong, Verdict.CORRECT, wrong]
+    assert [data.count(b"\n") for data in writes] == [8, 5]
+
+
 def test_what_a_verifier_prints_does_not_reach_the_protocol() -> None:
     async def body(pool: VerifierPool) -> Verdict:
         return await pool.verify("print", "a", {})
