@@ -21,6 +21,10 @@ and nobody works while the other does. Overlapped, a step takes no less than the
 is bounded by (Tg + Tt) / max(Tg, Tt). Numbers are means over the repeats. The standard error is from the scatter of the
 timed steps within runs or from that of the repeats, whichever is larger.
 
+`at work` is the share of an overlapped step in which the side that takes longer does what it takes longer for: the
+learner does not wait, or the engine has requests and is not paused. Both times are of one run, so that a machine that
+is slower in one run than in the other, which changes the speed-up, does not change it.
+
 Two things make the quotient of speed-up and bound no exact measure. A publication needs both sides: the engine pauses
 for a part of it, which the bound does not count where Tg is the longer. And Tg is that of the synchronous run, in which
 a batch ends with the few longest responses, while an overlapped engine has the next ones to go on with: it can need
@@ -141,6 +145,14 @@ class Gain:
         return self.speed_up / self.bound
 
     @property
+    def at_work(self) -> float:
+        """Share of an overlapped step in which the side that takes longer in turns works. Both are of one run."""
+        does_training_take_longer = self.train_s >= self.generate_s
+        return (
+            1.0 - self.arm.wait_s / self.arm.step_s if does_training_take_longer else self.arm.busy_s / self.arm.step_s
+        )
+
+    @property
     def losses(self) -> dict[str, float]:
         """Where the rest went, seconds a step. `longer than the bound` is what is to be explained."""
         paused_s = min(self.arm.idle_s, self.arm.publish_s)
@@ -254,13 +266,14 @@ def _finished(folders: Sequence[Path]) -> Iterator[Arm]:
 
 def render(gains: Sequence[Gain]) -> str:
     """Two Markdown tables: what was gained, and where the rest went."""
-    head = ("point", "max_staleness", "Tg, s", "Tt, s", "Tg:Tt", "step, s", "speed-up", "bound", "of it", "mean age",
-            "tokens a step", "accuracy", "runs", "others", "yardstick, ms")  # fmt: skip
+    head = ("point", "max_staleness", "Tg, s", "Tt, s", "Tg:Tt", "step, s", "speed-up", "bound", "of it", "at work",
+            "mean age", "tokens a step", "accuracy", "runs", "others", "yardstick, ms")  # fmt: skip
     rows: list[list[str]] = []
     for gain in gains:
         if not rows or rows[-1][0] != gain.point:
-            rows.append(_row(gain.point, gain.sync, _times(gain), ["1", "", ""]))
+            rows.append(_row(gain.point, gain.sync, _times(gain), ["1", "", "", ""]))
         speed_up = [f"{gain.speed_up:.2f} ± {gain.error:.2f}", f"{gain.bound:.2f}", f"**{gain.of_bound:.2f}**"]
+        speed_up.append(f"{gain.at_work:.0%}")
         rows.append(_row(gain.point, gain.arm, ["", "", ""], speed_up))
     losses = [
         [gain.point, str(gain.arm.max_staleness), *(f"{seconds:+.3f}" for seconds in gain.losses.values())]
@@ -312,7 +325,7 @@ def written(gains: Sequence[Gain]) -> str:
     rows = [
         asdict(gain)
         | {"bound": gain.bound, "speed_up": gain.speed_up, "speed_up_error": gain.error, "of_bound": gain.of_bound}
-        | {"losses_s": gain.losses}
+        | {"at_work": gain.at_work, "losses_s": gain.losses}
         for gain in gains
     ]
     return json.dumps(rows, indent=1) + "\n"

@@ -25,11 +25,11 @@ that a run writes: metrics, ledger, TensorBoard.
 
 Clock: from the beginning of the first batch to the end of the batch whose weights are judged. The start of the
 processes, with the engine's, is told apart; the first publication of weights counts. CPU seconds are those of all
-processes of a side, looked up every CPU_EVERY_S and interpolated. Accuracy: both sides keep their weights every --every
+processes of a side, looked up every CPU_EVERY_S and interpolated. Accuracy: both sides keep their weights every few
 batches. One evaluator judges them when both have ended (avg@4 of the held-out prompts at temperature 1, always with the
-same random numbers), so that no evaluation is timed. The keeping is timed on both sides: TRL writes the weights, we a whole
+same random numbers), so that no evaluation is timed. The keeping is timed on both sides: TRL writes weights, we a whole
 checkpoint with optimizer and data side, in the background. An accuracy is reached with the first evaluation at or above
-it: no interpolation, so that times are late by up to --every batches on either side.
+it: no interpolation, so that times are late by up to so many batches on either side.
 """
 
 import argparse

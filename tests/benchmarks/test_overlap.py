@@ -77,6 +77,7 @@ def test_speed_up_and_bound_are_those_of_the_timed_steps(gains: list[Gain]) -> N
 
 
 def test_what_a_step_takes_longer_is_told_from_both_sides(gains: list[Gain]) -> None:
+    assert gains[0].at_work == pytest.approx(0.92)
     losses = gains[0].losses
     assert losses["longer than the bound"] == pytest.approx(0.5, abs=0.01)
     assert losses["learner waits"] == pytest.approx(1.4)
