@@ -62,7 +62,8 @@ class Progress(TrainerCallback):
         with (self.run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.step % self.config.checkpoint.every == 0 or self.step == self.config.learner.steps:
-            save_file(model.state_dict(), self.run / "weights" / f"{self.step}.safetensors")
+            weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # a tied one once
+            save_file(weights, self.run / "weights" / f"{self.step}.safetensors")
 
 
 def arguments_of(config: Config, run: Path, generation: str, bf16: bool) -> GRPOConfig:

