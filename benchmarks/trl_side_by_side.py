@@ -3,7 +3,7 @@
     python benchmarks/trl_side_by_side.py [--seeds 0 1] [--staleness 0 1] [--runs-dir DIR] [--json FILE] [--svg FILE]
     python benchmarks/trl_side_by_side.py --smollm2 FOLDER ...       a pretrained model of 135M parameters instead
 
-About 20 minutes on two quiet cores. For the pretrained model, of which TRL trains a batch a minute, two hours; FOLDER is
+About 20 minutes on two quiet cores. For the pretrained model, of which TRL trains a batch a minute, 2 hours; FOLDER is
 what `benchmarks/smollm2.py prepare` has written. Finished runs are kept in --runs-dir and not repeated, so that the
 command can be stopped and given again. TRL is not part of the project's environment: see benchmarks/requirements.txt.
 
