@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.broadcast import BrokenTransfer, Group, new_buffer
+from common.broadcast import BrokenTransfer, Buffers, Group
 
 
 class Receiver:
@@ -18,6 +18,7 @@ class Receiver:
     def __init__(self) -> None:
         self.problem: str | None = None
         self._group: Group | None = None
+        self._buffers = Buffers()
 
     def join(self, make_group: Callable[[], Group]) -> None:
         """Leaves the group before and joins a new one."""
@@ -40,7 +41,7 @@ class Receiver:
         if self._group is None:
             raise RuntimeError("weights were announced before this worker joined a transfer group")
         outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-        buffer = new_buffer(sum(outline.nbytes for outline in outlines), device)
+        buffer = self._buffers.take(sum(outline.nbytes for outline in outlines), device)
         try:
             self._group.broadcast(buffer)
         except BrokenTransfer as error:

@@ -43,7 +43,7 @@ from torch.distributed import TCPStore
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from benchmarks.receiving_actor import act, random_policy
-from common.broadcast import Background, GlooGroup, join_gloo
+from common.broadcast import Background, Buffers, GlooGroup, join_gloo
 from common.config import (
     ActorsConfig,
     AlgorithmConfig,
@@ -281,10 +281,10 @@ def measure(model: str, engine: str, repeats: int) -> Row:
         with Bare(pieces) as bare, learner(config) as service, actor(engine, config, service, "first"):
             publisher = Publisher(config, policy, service, 0, PROBE)
             _published(publisher, service, 1)  # makes the group
-            timings, bare_s, beside_s = [], [], []
+            timings, bare_s, beside_s, buffers = [], [], [], Buffers()
             for version in range(2, repeats + 2):
                 bare_s.append(bare.seconds())
-                gathering = Background(lambda: _gather(policy))
+                gathering = Background(lambda: _gather(policy, buffers))
                 beside_s.append(bare.seconds())
                 gathering.result(TIMEOUT_S)
                 timings.append(_timed(publisher, service, version))
@@ -317,8 +317,8 @@ def measure(model: str, engine: str, repeats: int) -> Row:
     )
 
 
-def _gather(policy: Policy) -> None:
-    for _ in gather(PolicySource(policy, torch.bfloat16, keeps=False), BUCKET_BYTES, is_sender=True):
+def _gather(policy: Policy, buffers: Buffers) -> None:
+    for _ in gather(PolicySource(policy, torch.bfloat16, keeps=False), BUCKET_BYTES, buffers):
         """Nobody takes it."""
 
 

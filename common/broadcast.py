@@ -10,15 +10,21 @@ torch and vLLM are imported where they are used: importing `common` loads neithe
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+from weakref import ReferenceType, ref
 
 from common.addresses import address_towards
 
 if TYPE_CHECKING:
     import torch
+    from numpy import uint8
+    from numpy.typing import NDArray
     from torch import Tensor
     from torch._C._distributed_c10d import Store
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+    Memory: TypeAlias = NDArray[uint8]
+    Kept: TypeAlias = tuple[Memory, ReferenceType[Memory]]  # and the part of it that the last tensor cut from it holds
 
 T = TypeVar("T")
 
@@ -39,18 +45,37 @@ class Group(Protocol):
         ...
 
 
-def new_buffer(num_bytes: int, device: "torch.device") -> "Tensor":
-    """Memory for a bucket: uint8 [num_bytes] on `device`, not set.
+class Buffers:
+    """Memory for the buckets that one end of a transfer has in its hands, one after another.
 
-    On a CPU it is numpy's, which asks the system for huge pages and torch does not: to touch the small ones for the
-    first time takes as long as the transfer. On a GPU torch hands out again what it has.
+    On a CPU what nobody holds any more is handed out again, the largest two at most: to touch new memory for the first
+    time takes as long as the transfer. It is numpy's, which asks the system for huge pages and torch does not. On a
+    GPU torch does all that.
     """
-    import numpy as np
-    import torch
 
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    KEPT = 2  # one is sent or loaded while the next is filled
+
+    def __init__(self) -> None:
+        self._kept: list[Kept] = []
+
+    def take(self, num_bytes: int, device: "torch.device") -> "Tensor":
+        """uint8 [num_bytes] on `device`, not set; the caller's own as long as it, or a tensor cut from it, lives."""
+        import torch
+
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        memory = self._free_memory(num_bytes)
+        held = memory[:num_bytes]
+        self._kept = [(kept, holder) for kept, holder in self._kept if kept is not memory] + [(memory, ref(held))]
+        self._kept = sorted(self._kept, key=lambda kept: len(kept[0]))[-self.KEPT :]
+        return torch.from_numpy(held)
+
+    def _free_memory(self, num_bytes: int) -> "Memory":
+        """The smallest that is large enough and that nobody holds, or new."""
+        import numpy as np
+
+        free = [memory for memory, holder in self._kept if holder() is None and len(memory) >= num_bytes]
+        return min(free, key=len) if free else np.empty(num_bytes, dtype=np.uint8)
 
 
 class Background(Generic[T]):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.broadcast import new_buffer
+from common.broadcast import Buffers
 from learner.networks.model import Policy, TensorSpec
 
 BUCKET_BYTES = 64 * 2**20
@@ -50,8 +50,10 @@ class Bucket:
         }
 
 
-def gather(source: Source, bucket_bytes: int, is_sender: bool) -> Iterator[Bucket | None]:
+def gather(source: Source, bucket_bytes: int, buffers: Buffers | None) -> Iterator[Bucket | None]:
     """One pass over the source in buckets; a collective, step by step. None on ranks that do not send.
+
+    `buffers` is where the sender's buckets get their memory from; the others have none.
 
     Every rank may stop after any bucket, if all do.
     """
@@ -62,9 +64,9 @@ def gather(source: Source, bucket_bytes: int, is_sender: bool) -> Iterator[Bucke
             name, tensor = next(tensors)
             found = (name, tensor.dtype, tuple(tensor.shape))
             assert found == (spec.name, spec.dtype, spec.shape), f"announced {spec}, gathered {found}"
-            if is_sender:
+            if buffers is not None:
                 piece = tensor.detach().contiguous().view(-1).view(torch.uint8)
-                data = new_buffer(sum(map(_num_bytes, specs)), piece.device) if data is None else data
+                data = buffers.take(sum(map(_num_bytes, specs)), piece.device) if data is None else data
                 data[filled : filled + len(piece)].copy_(piece)  # at once, so that no tensor is kept beside the bucket
                 filled += len(piece)
         bucket = Bucket(specs=tuple(specs), data=data) if data is not None else None

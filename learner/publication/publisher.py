@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
-from common.broadcast import Background
+from common.broadcast import Background, Buffers
 from common.config import Config
 from common.types import MemberId, WeightsPhase
 from learner.networks.model import Policy
@@ -95,8 +95,9 @@ class Publisher:
     new_transfer: Callable[[Config], Transfer] = transfer_for
     bucket_bytes: int = BUCKET_BYTES
     _source: PolicySource = field(init=False)
-    # Rank 0 only: the way to all members, those who got the last version over it, those of whom one has broken it and
-    # those of whom one has broken the way to joiners, nobody knows which, and the attempt that is under way.
+    # Rank 0 only: memory for buckets, the way to all members, those who got the last version over it, those of whom one
+    # has broken it and those of whom one has broken the way to joiners, nobody knows which, and the attempt under way.
+    _buffers: Buffers | None = field(init=False)
     _main: Line = field(init=False)
     _proven: set[MemberId] = field(default_factory=set, init=False)
     _suspected: set[MemberId] = field(default_factory=set, init=False)
@@ -112,6 +113,7 @@ class Publisher:
         self._source = PolicySource(self.policy, getattr(torch, self.config.model.dtype.value), keeps=moves_on)
         self._deadlines = Deadlines(self.config.weights.timeout_s)
         self._main = self._new_line()
+        self._buffers = Buffers() if self.control is not None else None
         self.probe = Probe(self.config, self.probe_token_ids)
 
     def hold(self, version: int) -> None:
@@ -224,7 +226,7 @@ class Publisher:
         """One try on all ranks; None when it worked, else the problem."""
         problem = self._agreed_problem(lambda: self._begin(version, line, members, costs))
         if problem is None:
-            for bucket in _clocked(gather(self._source, self.bucket_bytes, self.control is not None), costs):
+            for bucket in _clocked(gather(self._source, self.bucket_bytes, self._buffers), costs):
                 problem = self._agreed_problem(self._wait)
                 if problem is not None:
                     break

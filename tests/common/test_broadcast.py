@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-from common.broadcast import Background, BrokenTransfer, GlooGroup, NcclGroup, join_gloo
+from common.broadcast import Background, BrokenTransfer, Buffers, GlooGroup, NcclGroup, join_gloo
 
 HOST = "127.0.0.1"
 LONG_S = 60.0
@@ -32,6 +34,35 @@ def test_a_call_that_does_not_come_back_is_left_behind() -> None:
         call.result(0.01)
     over.set()
     assert call.result(LONG_S)
+
+
+# ---- memory
+
+
+def test_memory_is_handed_out_again_only_when_nothing_that_was_cut_from_it_is_left() -> None:
+    buffers, cpu = Buffers(), torch.device("cpu")
+    first = buffers.take(1000, cpu)
+    address = first.data_ptr()
+    piece = first[8:24].view(torch.float32).view(2, 2)
+    del first
+    second = buffers.take(500, cpu)
+    assert second.data_ptr() != address, "a tensor of the first bucket is still there"
+    assert len(second) == 500
+    del piece
+    assert buffers.take(900, cpu).data_ptr() == address
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3)), max_size=40))
+def test_no_two_buckets_share_memory_and_few_are_kept(takes: list[tuple[int, int]]) -> None:
+    buffers, cpu = Buffers(), torch.device("cpu")
+    held: list[torch.Tensor] = []
+    for number, (num_bytes, num_let_go) in enumerate(takes):
+        held = held[num_let_go:]
+        held.append(buffers.take(num_bytes, cpu).fill_(number))
+        assert held[-1].shape == (num_bytes,)
+        assert len(buffers._kept) <= Buffers.KEPT
+        assert all(len(set(tensor.tolist())) <= 1 for tensor in held), "a bucket was written over"
+        assert len({int(tensor[0]) for tensor in held if len(tensor)}) == sum(len(tensor) > 0 for tensor in held)
 
 
 # ---- gloo

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.broadcast import Buffers
 from common.config import Config, Device
 from common.launcher import rank_environment, reserve_port
 from learner.networks.model import Policy, TensorSpec, load_policy
@@ -54,7 +55,7 @@ def train(policy: Policy) -> None:
 def received(source: PolicySource, bucket_bytes: int) -> dict[str, torch.Tensor]:
     """What an actor makes of the buckets."""
     tensors = {}
-    for bucket in gather(source, bucket_bytes, is_sender=True):
+    for bucket in gather(source, bucket_bytes, Buffers()):
         assert bucket is not None
         news = bucket.announcement
         dtype = getattr(torch, news["dtype_name"])
@@ -80,7 +81,7 @@ def test_all_bytes_arrive_in_the_type_of_the_engine_whatever_the_buckets(policy:
 
 
 def test_a_bucket_is_a_copy_that_training_does_not_reach(policy: Policy) -> None:
-    bucket = next(gather(PolicySource(policy, torch.float32, keeps=False), 1, is_sender=True))
+    bucket = next(gather(PolicySource(policy, torch.float32, keeps=False), 1, Buffers()))
     assert bucket is not None
     before = bucket.data.clone()
     train(policy)
@@ -102,7 +103,7 @@ def test_held_weights_are_those_of_the_last_hold(policy: Policy) -> None:
 
 def test_ranks_that_do_not_send_gather_the_same_buckets_and_keep_none(policy: Policy) -> None:
     source = PolicySource(policy, torch.float32, keeps=False)
-    sent, others = list(gather(source, 3000, is_sender=True)), list(gather(source, 3000, is_sender=False))
+    sent, others = list(gather(source, 3000, Buffers())), list(gather(source, 3000, None))
     assert len(sent) > 3
     assert others == [None] * len(sent)
 
@@ -113,7 +114,7 @@ def test_a_source_that_yields_other_than_it_announced_is_our_mistake(policy: Pol
             return ((name, tensor.half()) for name, tensor in super().tensors())
 
     with pytest.raises(AssertionError, match="announced TensorSpec"):
-        list(gather(Cast(policy, torch.float32, keeps=False), 3000, is_sender=True))
+        list(gather(Cast(policy, torch.float32, keeps=False), 3000, Buffers()))
 
 
 def _cast_before_gathering(rank: int, config: Config, port: int) -> None:
@@ -144,7 +145,7 @@ def _cast_before_gathering(rank: int, config: Config, port: int) -> None:
 
 def _check_pass(source: PolicySource, expected: dict[str, torch.Tensor], rank: int) -> None:
     if rank != 0:
-        assert set(gather(source, 3000, is_sender=False)) == {None}
+        assert set(gather(source, 3000, None)) == {None}
         return
     found = received(source, 3000)
     assert found.keys() == expected.keys()
