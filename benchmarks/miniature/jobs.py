@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +14,17 @@ from benchmarks.cost import commit
 from benchmarks.miniature.run import Job, Outcome, Point
 
 
-def run_jobs(jobs: Sequence[Job], out: Path, cores: Sequence[int], critics: Path) -> dict[Job, Outcome]:
-    """The outcome of each job: read from `out`, or run now, one on each of `cores` at a time, and appended there."""
+def run_jobs(
+    jobs: Sequence[Job],
+    out: Path,
+    cores: Sequence[int],
+    critics: Path,
+    work: Callable[[Job, Path], Outcome] | None = None,
+) -> dict[Job, Outcome]:
+    """The outcome of each job: read from `out`, or run now, one on each of `cores` at a time, and appended there.
+
+    `work` makes a run, in a process of its own; by default benchmarks.miniature.run.train.
+    """
     done = read(out)
     missing = [job for job in jobs if job not in done]
     print(f"{len(jobs)} runs, {len(missing)} of them to be made", file=sys.stderr, flush=True)
@@ -25,7 +34,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, cores: Sequence[int], critics: Path
         for core in cores:
             free.put(core)
         with ProcessPoolExecutor(len(cores), context, initializer=_settle, initargs=(free,)) as pool:
-            futures = {pool.submit(_train, job, critics): job for job in missing}
+            futures = {pool.submit(work or _train, job, critics): job for job in missing}
             try:
                 for number, future in enumerate(as_completed(futures), start=1):
                     job = futures[future]

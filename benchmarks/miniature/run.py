@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -147,10 +147,10 @@ class Miniature:
         return [group for group in groups if group.completed.rewards.min() < group.completed.rewards.max()]
 
 
-def train(job: Job, critics: Path) -> Outcome:
+def train(job: Job, critics: Path, make: Callable[[Config, int], Miniature] = Miniature) -> Outcome:
     """The whole run. Pretrained critics that several runs share are kept in the folder `critics`."""
     config = job.config()
-    run, alarm = Miniature(config, job.age), Alarm(config.alarm)
+    run, alarm = make(config, job.age), Alarm(config.alarm)
     pretraining_tokens, pretraining_s = _pretrain(run, job, critics)
     run.tokens, clock = 0, _Clock()
     points: list[Point] = []
