@@ -40,6 +40,7 @@ from common.report.scales import linear
 from learner.algorithm.packing import Batch
 from learner.prepare import Phase, Recipe, build_base_model
 
+BASE_STEPS = 600  # of the base model's training
 EVERY = 10  # policy steps between evaluations
 GOALS = (0.3, 0.5, 0.8)  # accuracies
 NO_PRETRAINING = "algorithm.critic_warmup_steps=0"
@@ -130,7 +131,7 @@ def base(folder: Path, k: int) -> tuple[str, ...]:
             phases=(
                 Phase(
                     label="chain",
-                    num_steps=600,
+                    num_steps=BASE_STEPS,
                     batch_size=8,
                     learning_rate=3e-3,
                     demonstrate=partial(letters.demonstration, k=k),

@@ -129,7 +129,7 @@ RUN_BY = {
     r"python benchmarks/gradient_signal\.py": "takes 5 minutes",
     r"python benchmarks/actor\.py": "takes 6 minutes",
     r"python benchmarks/scaling\.py": "takes 6 minutes",
-    r"python benchmarks/(overlap|trl_side_by_side)\.py": "takes 25 minutes",
+    r"python benchmarks/(overlap|trl_side_by_side|long_task)\.py": "takes 25 minutes",
     r"python benchmarks/(demo|old_batches|smollm2)\.py": "takes 60 minutes",
     r"python benchmarks/(age|ablations)\.py": "takes 120 minutes",
 }
