@@ -40,5 +40,5 @@ def forward_cpu(
 
 
 def install() -> None:
-    """In a worker process, before it builds its sampler."""
+    """In the process that holds the model, before it builds its sampler."""
     TopKTopPSampler.forward_cpu = forward_cpu

@@ -24,6 +24,7 @@ from common.types import FinishReason, Float32Array, Int32Array, Lease, Progress
 
 TRANSFER_ENGINE = "async_vapo_{}"  # our name in vLLM's registry for the engine of a weights.backend
 SMALLEST_CPU_BLOCK = 32  # tokens
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 MAX_REASON = 500  # characters of what the engine says that travel to the learner
 
 
@@ -331,7 +332,7 @@ def _set_environment(config: Config) -> None:
     if config.device is Device.cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.actors.cpu_kv_cache_gib))
         # The launcher has pinned this process; vLLM's own binding would put every engine on the same core.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault(_BINDING, "nobind")
         if config.actors.enforce_eager:
             # vLLM compiles its sampler all the same: 20 s at the first token and a C++ compiler needed, for no speed.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -351,10 +352,12 @@ def executor(config: Config) -> str | None:
     """The class that runs the model, None: as vLLM has it.
 
     On CPUs vLLM gives the model a process of its own, for the sake of its threads' cores, which are not its business
-    here. Two processes that wait for each other in turns are slower than one, most of all on one core.
+    here. Two processes that wait for each other in turns are slower than one, most of all on one core. Whoever names
+    cores for vLLM gets that process.
     """
     is_alone = config.device is Device.cpu and config.actors.tensor_parallel_size == 1
-    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if is_alone else None
+    is_unbound = os.environ.get(_BINDING, "nobind") == "nobind"
+    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if is_alone and is_unbound else None
 
 
 def _build(config: Config) -> Any:

@@ -1,8 +1,8 @@
-"""The actor's side of weight transfer: what vLLM's worker processes do in the phases of a publication.
+"""The actor's side of weight transfer: what vLLM's workers do in the phases of a publication.
 
-vLLM imports this module in its worker processes, for TransferWorker, before they build the engine of weights.backend,
-which vLLM then knows by name. The learner's side is learner/publication/transfer.py; the two agree on the fields of the
-Info classes, which travel as plain dictionaries.
+vLLM imports this module in the processes that hold the model, for TransferWorker, before they build the engine of
+weights.backend, which vLLM then knows by name. The learner's side is learner/publication/transfer.py; the two agree on
+the fields of the Info classes, which travel as plain dictionaries.
 """
 
 import base64

@@ -125,8 +125,8 @@ class VerifierPool:
 
     def _send(self, pipe: asyncio.StreamWriter) -> None:
         """One write for all answers of a group: each of them wakes another process up."""
-        pipe.write(b"".join(self._unsent))
-        self._unsent.clear()
+        requests, self._unsent = self._unsent, []
+        pipe.write(b"".join(requests))
 
     async def _start(self) -> asyncio.subprocess.Process:
         """Returns the running template process, starting one when there is none. Raises VerifierError,

@@ -14,8 +14,8 @@ asleep in wall-clock time. How depends on the verifier:
 * One that may be interrupted (its module has INTERRUPTIBLE) gets several answers at once, each with the usual time. The
   worker itself interrupts what takes longer and goes on to the next. An interrupted answer is tried again from its
   beginning by one of num_workers slow workers, with more time at each attempt, until its limit has passed; those that
-  have had least come first. One that began while nobody waited has no such limit; it too starts again once others wait
-  for an attempt.
+  have had least come first. One that began while nobody waited has all the time there is, and goes on where it is, in
+  what is now a slow worker beside those, num_workers at most.
 * Any other answer goes on where it is, in what is now a slow worker, while another worker stands in for it. At most
   MAX_SLOW are slow.
 
@@ -79,7 +79,8 @@ class Template:
     """Answers wait in `queue` until a worker is idle; each gets exactly one verdict.
 
     Invariant: busy workers that are not slow number at most num_workers, and one more while one of them is overdue;
-    slow ones number at most MAX_SLOW, and num_workers where the verifier may be interrupted.
+    slow ones number at most MAX_SLOW, and where the verifier may be interrupted num_workers for later attempts and as
+    many with what began while nobody waited.
     """
 
     def __init__(self, verifier: Verifier, num_workers: int, timeout_s: float, memory_mb: int) -> None:
@@ -132,7 +133,7 @@ class Template:
             self._fork(self._workers)
         while self._retries:
             idle = next((w for w in self._slow.values() if not w.answers), None)
-            if idle is None and len(self._slow) >= self._max_slow:
+            if idle is None and len(self._slow) - self._num_endless() >= self._max_slow:
                 break
             answer = self._retries.pop()
             limit_s = MORE_TIME * max(answer.spent_s, self._usual_cpu.limit_s)
@@ -192,6 +193,8 @@ class Template:
                 self._reply(worker.finish_first(float(cpu_s)), judgement)
                 if worker.fd in self._slow and not self._is_interruptible:
                     self._welcome_back(worker)
+                elif worker.fd in self._slow and len(self._slow) - self._num_endless() > self._max_slow:
+                    self._remove(worker)
             case [kind, cpu_s] if kind in (AGAIN, SPOILT, LATER) and worker.answers:
                 spent_s = _LONG_S if kind == LATER else max(float(cpu_s), worker.cpu_limit_s)
                 answer = worker.finish_first(float(cpu_s))
@@ -300,7 +303,7 @@ class Template:
             if self._is_deaf(worker):
                 self._try_again_later(worker)
         elif worker.is_overdue and self._has_taken(worker, 1.0, now_s):
-            if len(self._slow) < self._max_slow:
+            if self._num_endless() < self._max_slow:
                 worker.look()
                 self._slow[worker.fd] = self._workers.pop(worker.fd)
                 self._share_turns(now_s)
@@ -316,17 +319,15 @@ class Template:
         """Whether it should have interrupted its answer and has not: it may be within C code."""
         return worker.cpu_limit_s > 0 and worker.used_s() > 2 * worker.cpu_limit_s + _DEAF_S
 
-    def _is_without_end(self, worker: Handle, now_s: float) -> bool:
-        """Whether it was given all the time it likes, when nobody waited, and has had its share of that."""
-        limit_s = self._usual_cpu.limit_s
-        is_asleep = now_s - worker.started_s > _ASLEEP_STOPPED * limit_s and worker.is_asleep()
-        return not worker.cpu_limit_s and (is_asleep or worker.used_s() > MORE_TIME * limit_s)
+    def _num_endless(self) -> int:
+        """Slow workers whose answers were given all the time they like."""
+        return sum(bool(worker.answers) and not worker.cpu_limit_s for worker in self._slow.values())
 
     def _look_after_slow(self, now_s: float) -> None:
         for worker in [w for w in self._slow.values() if w.answers]:
             if self._is_over_time(worker, now_s):
                 self._lose(worker, _TIMED_OUT)
-            elif self._retries and (self._is_deaf(worker) or self._is_without_end(worker, now_s)):
+            elif self._retries and self._is_deaf(worker):
                 self._try_again_later(worker)
             elif not worker.is_stopped:
                 worker.look()
@@ -356,7 +357,7 @@ class Template:
         now_s = time.monotonic()
         busy = [w for w in self._workers.values() if w.answers]
         moments = [w.answers[0].started_s + self._timeout_s for w in busy]
-        if self._queue and len(self._slow) < self._max_slow:
+        if self._queue and self._num_endless() < self._max_slow:
             for worker in busy:
                 if worker.cpu_limit_s and (worker.is_overdue or len(self._workers) <= self._num_workers):
                     moments.append(now_s + _DEAF_S)

@@ -45,6 +45,7 @@ main() {
     wait_for 120 is_pending "$learner"
     before=$(steps)
     say "step $before: the learner's time is up; it was asked to stop and is queued again"
+    wait_for 10 grep -q "waits for its learner" "$folder/actor-$second.log"
     wait_for 1500 steps_above "$before"
     say "step $(steps): it goes on, and so do the actors"
 

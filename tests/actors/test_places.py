@@ -164,3 +164,9 @@ def test_on_cpus_a_model_that_is_not_split_runs_in_the_engines_own_process(
     made = config(None)
     made = replace(made, device=Device(device), actors=replace(made.actors, tensor_parallel_size=tensor_parallel_size))
     assert (executor(made) is not None) == is_alone
+
+
+def test_who_names_cores_for_the_engine_gets_the_process_that_keeps_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for binding, is_alone in (("nobind", True), ("0-1", False)):
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+        assert (executor(config(None)) is not None) == is_alone

@@ -76,6 +76,23 @@ def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs
     assert programs.calls("scancel") == [["--signal=TERM", "1234.0"]]
     assert ["requeue", "1234"] in programs.calls("scontrol")
     assert not (run_dir / "endpoint").exists(), "actors wait for the address of the next one"
+    assert (run_dir / "queued_again").exists(), "those that it sent home are to know"
+
+
+def test_a_learner_that_goes_on_says_no_longer_that_it_is_queued(programs: Programs, run_dir: Path) -> None:
+    (run_dir / "queued_again").touch()
+    programs.add("torchrun", f"[[ ! -e {run_dir}/queued_again ]]")
+    assert finish(programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)) == (0, "")
+
+
+def test_a_learner_that_is_done_when_its_time_is_up_is_not_queued_again(programs: Programs, run_dir: Path) -> None:
+    programs.add("torchrun", UNTIL_STOPPED.replace("143", "0"))
+    job = programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)
+    running(programs)
+    job.send_signal(signal.SIGUSR1)
+    assert finish(job)[0] == 0
+    assert ["requeue", "1234"] not in programs.calls("scontrol")
+    assert not (run_dir / "queued_again").exists()
 
 
 def test_a_learner_that_is_cancelled_stops_and_is_not_queued_again(programs: Programs) -> None:
@@ -125,6 +142,20 @@ def test_an_actor_that_lost_its_learner_starts_again_until_its_starts_are_used_u
     assert code == 1
     assert len(programs.calls("python")) == 3
     assert "actor-7-0 ended with exit code 1 (start 3 of 3)" in errors
+
+
+def test_an_actor_whose_learner_is_queued_again_waits_for_it_and_goes_on(programs: Programs, run_dir: Path) -> None:
+    """Its starts count anew: a long run is queued more often than an actor may fail."""
+    programs.add("python", "[[ -e first ]] && exit 1; touch first runs/trial/queued_again; rm runs/trial/endpoint")
+    programs.add("sleep", "rm -f runs/trial/queued_again; touch runs/trial/endpoint")
+    code, errors = finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7", STARTS="2"))
+    assert code == 1
+    assert len(programs.calls("python")) == 3
+    assert errors.splitlines() == [
+        "actor-7-0 waits for its learner, which is queued again",
+        "actor-7-0 ended with exit code 1 (start 1 of 2)",
+        "actor-7-0 ended with exit code 1 (start 2 of 2)",
+    ]
 
 
 @pytest.mark.parametrize("code", [0, 2, 130, 143])

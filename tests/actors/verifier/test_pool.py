@@ -256,6 +256,24 @@ def test_what_hung_while_nobody_waited_makes_way_for_the_later_attempts_of_other
 
 
 @pytest.mark.alone
+def test_what_began_while_nobody_waited_keeps_what_it_has_done_when_others_need_later_attempts() -> None:
+    """Begun again, it would not end within its limit."""
+
+    async def body(pool: VerifierPool) -> list[Verdict]:
+        await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
+        first = asyncio.create_task(pool.verify("work", "", {"cpu_s": 4.0}))
+        await asyncio.sleep(2.5)
+        await pool.verify(*ECHO)
+        others = [asyncio.create_task(pool.verify(*ECHO)) for _ in range(200)]
+        short = await pool.verify("work", "", {"cpu_s": 0.05})
+        await asyncio.gather(*others)
+        assert not first.done()
+        return [short, await first]
+
+    assert in_pool(body, INTERRUPTIBLE, timeout_s=6.2) == [Verdict.CORRECT] * 2
+
+
+@pytest.mark.alone
 def test_answers_that_are_put_off_because_they_take_long_are_all_judged_also_when_many_come_at_once() -> None:
     async def body(pool: VerifierPool) -> list[Verdict]:
         await asyncio.gather(*[pool.verify(*ECHO) for _ in range(1000)])
