@@ -106,7 +106,7 @@ class LearnerService:
         self._config = config
         self._keys = keys
         self._former_port = former_port
-        self._waits: dict[str, float] = {}  # for what, and since when: those that StillWaiting has interrupted
+        self._waits: dict[str, float] = {}  # for what, and since when: those that were interrupted
         self._is_interrupted = False
         self._called_for: set[MemberId] = set()  # those of MembersWaiting, since the last wait with an answer
         stream = PromptStream(prompts, config.seed, shares)
@@ -402,7 +402,15 @@ class LearnerService:
                 socket = self._open_socket()
                 if (problem := self._coordinator.ledger.verdicts.problem) is not None:
                     raise ConfigError(problem)
-                result = attempt()
+                try:
+                    result = attempt()
+                except MembersWaiting as waiting:
+                    if len(waiting.names) == len(self._coordinator.members()):
+                        raise  # nobody else could sample: the wait begins anew
+                    if time.monotonic() < started + timeout_s:
+                        self._waits[what] = started
+                        raise
+                    result = None  # a row of joiners does not put the time-out off
                 if result is not None:
                     socket.wake()  # what was taken or dropped makes room for leases
                     return result

@@ -362,6 +362,25 @@ def test_joiners_that_come_one_after_another_do_not_keep_a_batch_that_is_ready(s
                     service.wait_window_sampled(10.0)
 
 
+def test_joiners_that_come_again_and_again_do_not_put_the_time_out_off(service: LearnerService) -> None:
+    service.turn_s = 0.05
+    with FakeActor(service.endpoint, "first", is_hung=True):
+        until(lambda: service.members() == ("first",))
+        publish(service, 1)
+        service.set_version(1, 2)
+        began = time.monotonic()
+        with pytest.raises(BatchTimeout, match=r"waited 1\.5 s for a batch"):
+            for number in range(1000):
+                assert time.monotonic() < began + 30.0, "it waits for ever"
+                with FakeActor(service.endpoint, f"joiner-{number}", is_hung=True):
+                    until(lambda: len(service.members()) == 2)
+                    with pytest.raises(MembersWaiting):
+                        service.take_batch(1.5)
+                    publish(service, 1, members=(f"joiner-{number}",))
+                until(lambda: service.members() == ("first",))
+        assert time.monotonic() >= began + 1.5
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
