@@ -5,7 +5,7 @@
 
 The task is benchmarks/letters.py. Its base model, 150k parameters that have learned a random chain, is made first and
 kept in --folder with the runs (benchmarks/miniature), which are not repeated. Rows differ in nothing but what they are
-called after: 32 responses a step, the same learning rate, value pretraining on 4,096 responses.
+called after: 32 responses a step, the same learning rate, value pretraining on 4,096 responses or on none.
 
 *The value computed* is the probability to reach the target from the sum so far, the pairs that are left and the running
 mean and variance of a pair, as if the rest were normal: what a critic could know at best. `--critic` shows what it does
@@ -47,6 +47,10 @@ NO_PRETRAINING = "algorithm.critic_warmup_steps=0"
 COMPUTED = "VAPO, the value computed"
 ROWS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # recipe and settings
     "VAPO": ("vapo", ()),
+    "VAPO, a quarter of the pretraining": (
+        "vapo",
+        ("algorithm.critic_warmup_steps=32", "algorithm.critic_warmup_epochs=8"),  # as many updates
+    ),
     "VAPO without value pretraining": ("vapo", (NO_PRETRAINING,)),
     COMPUTED: ("vapo", (NO_PRETRAINING,)),
     "PPO": (
