@@ -1,6 +1,7 @@
 """One held-out evaluation: which prompts are still to be sampled, and what came back."""
 
 import hashlib
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Evaluation:
     started_s: float = 0.0  # on the coordinator's clock
     pending: deque[Pending] = field(init=False)
     _groups: dict[str, CompletedGroup] = field(default_factory=dict, init=False)  # uid of its prompt -> group
+    _actors: dict[str, str] = field(default_factory=dict, init=False)  # likewise, who sampled it for this learner
     _failed: list[str] = field(default_factory=list, init=False)  # uids
     _ended_s: float = field(default=0.0, init=False)
 
@@ -65,10 +67,17 @@ class Evaluation:
         self.pending = deque(Pending(prompt=prompt, turn=turn) for turn, prompt in enumerate(self.prompts))
         self._ended_s = self.started_s
 
-    def add(self, uid: str, group: CompletedGroup, now: float) -> None:
+    def add(self, uid: str, group: CompletedGroup, actor: str, now: float) -> None:
         """The group of the prompt `uid`."""
-        self._groups[uid] = group
+        self._groups[uid], self._actors[uid] = group, actor
         self._ended_s = now
+
+    def distrust(self, actor: str, version: int) -> None:
+        """What this actor has sampled with tokens of `version` or a newer one is sampled again."""
+        for turn, prompt in enumerate(self.prompts):
+            if self._actors.get(prompt.uid) == actor and self._groups[prompt.uid].versions.max() >= version:
+                del self._groups[prompt.uid], self._actors[prompt.uid]
+                insort(self.pending, Pending(prompt=prompt, turn=turn), key=lambda waiting: waiting.turn)
 
     def fail(self, uid: str) -> None:
         self._failed.append(uid)

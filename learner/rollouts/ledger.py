@@ -147,7 +147,7 @@ class Ledger:
         if slot.lease.purpose is Purpose.EVAL:
             assert self.evaluation is not None
             self.slots.remove(slot)
-            self.evaluation.add(slot.prompt.uid, group, now)
+            self.evaluation.add(slot.prompt.uid, group, slot.actor, now)
             return
         self.selection.add(Fate.SAMPLED, group)
         slot.partial = None
@@ -174,8 +174,8 @@ class Ledger:
         insort(self._queue_of(slot), pending, key=lambda waiting: waiting.turn)
 
     def distrust(self, actor: str, lease_ids: Sequence[int], version: int) -> None:
-        """What this actor may have sampled with wrong weights, called `version`, is neither trained on nor handed on.
-        It holds `lease_ids`."""
+        """What this actor may have sampled with wrong weights, called `version`, is neither trained on nor handed on,
+        nor does it count as held-out accuracy, while that is not known yet. It holds `lease_ids`."""
         for slot in map(self.slots.__getitem__, lease_ids):
             if slot.partial is not None and slot.num_tokens and slot.partial.newest_version >= version:
                 self.counts.dropped_tokens[DropReason.ACTOR_LOST] += slot.num_tokens
@@ -183,6 +183,8 @@ class Ledger:
         for slot in reversed(list(self.slots.train.values())):
             if slot.actor == actor and slot.group is not None and slot.group.newest_version >= version:
                 self.withdraw(slot, DropReason.ACTOR_LOST)
+        if self.evaluation is not None:
+            self.evaluation.distrust(actor, version)
 
     def _queue_of(self, slot: Slot) -> deque[Pending]:
         if slot.lease.purpose is Purpose.TRAIN:

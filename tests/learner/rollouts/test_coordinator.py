@@ -1140,6 +1140,31 @@ def test_the_duration_of_an_evaluation_ends_with_its_last_group() -> None:
     assert result is not None and result.seconds == 4.0
 
 
+def test_what_a_distrusted_actor_sampled_for_an_evaluation_is_sampled_again() -> None:
+    """But not what it sampled with the version before, nor what others did."""
+    coordinator = make(make_config(), "a", capacity=3)
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    first = granted(coordinator)
+    assert [lease.prompt_uid for _, lease in first] == ["h0", "h1", "h2"]
+    coordinator.loaded("a", 1)
+    coordinator.set_version(1, 1)
+    coordinator.receive("a", group(first[0][1].lease_id, [0], num_correct=1), 0.0)
+    coordinator.receive("a", group(first[1][1].lease_id, [1], num_correct=1), 0.0)
+    coordinator.remove("a", "wrong weights", distrust=True)
+    coordinator.join("b", 3, 0.0)
+    coordinator.ready("b", 0, NO_PROBE)
+    coordinator.loaded("b", 1)
+    again = []
+    for _ in range(2):
+        for _, lease in granted(coordinator):
+            if lease.purpose is Purpose.EVAL:
+                again.append(lease.prompt_uid)
+                coordinator.receive("b", group(lease.lease_id, [1], num_correct=0), 0.0)
+    assert again == ["h1", "h2"]
+    result = coordinator.ledger.poll_evaluation()
+    assert result is not None and (result.accuracy, result.num_samples) == (1 / 6, 6)
+
+
 def test_an_evaluation_survives_its_actor_and_uses_the_same_seeds_every_time() -> None:
     coordinator = make(make_config(), "a", capacity=3)
     coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
