@@ -352,8 +352,8 @@ def executor(config: Config) -> str | None:
     """The class that runs the model, None: as vLLM has it.
 
     On CPUs vLLM gives the model a process of its own, for the sake of its threads' cores, which are not its business
-    here. Two processes that wait for each other in turns are slower than one, most of all on one core. Whoever names
-    cores for vLLM gets that process.
+    here. Two processes that wait for each other in turns are slower than one, most of all on one core. An actor that
+    is started by hand, with cores named for vLLM, gets that process.
     """
     is_alone = config.device is Device.cpu and config.actors.tensor_parallel_size == 1
     is_unbound = os.environ.get(_BINDING, "nobind") == "nobind"

@@ -151,12 +151,13 @@ class Leader:
         try:
             return ask()
         except StillWaiting:
-            self._check_company()
+            if not self._check_company():
+                self.service.begin_anew()  # the time counts from when actors from elsewhere begin to come
             raise
         except TimeoutError as error:
             if self._check_company():
                 raise
-            raise StillWaiting(str(error)) from None  # for actors from elsewhere, anew
+            raise StillWaiting(str(error)) from None
 
     def _check_company(self) -> bool:
         """Whether the time-out holds: an actor takes part, or is to be started here. Raises NobodyLeft."""

@@ -72,12 +72,15 @@ class Evaluation:
         self._groups[uid], self._actors[uid] = group, actor
         self._ended_s = now
 
-    def distrust(self, actor: str, version: int) -> None:
-        """What this actor has sampled with tokens of `version` or a newer one is sampled again."""
+    def distrust(self, actor: str, version: int) -> list[CompletedGroup]:
+        """Gives up, to be sampled again, what this actor has sampled with tokens of `version` or a newer one."""
+        given_up = []
         for turn, prompt in enumerate(self.prompts):
             if self._actors.get(prompt.uid) == actor and self._groups[prompt.uid].versions.max() >= version:
-                del self._groups[prompt.uid], self._actors[prompt.uid]
+                given_up.append(self._groups.pop(prompt.uid))
+                del self._actors[prompt.uid]
                 insort(self.pending, Pending(prompt=prompt, turn=turn), key=lambda waiting: waiting.turn)
+        return given_up
 
     def fail(self, uid: str) -> None:
         self._failed.append(uid)

@@ -183,8 +183,8 @@ class Ledger:
         for slot in reversed(list(self.slots.train.values())):
             if slot.actor == actor and slot.group is not None and slot.group.newest_version >= version:
                 self.withdraw(slot, DropReason.ACTOR_LOST)
-        if self.evaluation is not None:
-            self.evaluation.distrust(actor, version)
+        for group in self.evaluation.distrust(actor, version) if self.evaluation is not None else ():
+            self.counts.drop(DropReason.ACTOR_LOST, group.lease_id, actor, len(group.token_ids))
 
     def _queue_of(self, slot: Slot) -> deque[Pending]:
         if slot.lease.purpose is Purpose.TRAIN:

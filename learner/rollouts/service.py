@@ -162,7 +162,7 @@ class LearnerService:
         when the verdicts say that there is no point in going on.
         """
         what, ledger = f"a batch of {self._config.rollout.prompts_per_step} groups", self._coordinator.ledger
-        return self._wait(lambda: self._beside_joiners(ledger.take_batch), timeout_s, what, BatchTimeout)
+        return self._wait(ledger.take_batch, timeout_s, what, BatchTimeout, joiners_first=True)
 
     def wait_window_sampled(self, timeout_s: float) -> None:
         """Until the admission window is full and nothing of it is in flight. Raises as take_batch does."""
@@ -170,7 +170,7 @@ class LearnerService:
         def is_sampled() -> bool | None:
             return self._coordinator.ledger.is_window_sampled() or None
 
-        self._wait(lambda: self._beside_joiners(is_sampled), timeout_s, "a full admission window", BatchTimeout)
+        self._wait(is_sampled, timeout_s, "a full admission window", BatchTimeout, joiners_first=True)
 
     def set_version(self, version: int, steps_done: int) -> None:
         """After every step: the version that is current now, and the steps done, warm-up included."""
@@ -181,6 +181,11 @@ class LearnerService:
         """The critic's warm-up takes `steps` steps; those that follow are policy steps."""
         with self._locked():
             self._coordinator.ledger.pace.warmup_steps = steps
+
+    def begin_anew(self) -> None:
+        """The waits that StillWaiting or MembersWaiting has interrupted begin when they are repeated."""
+        with self._locked():
+            self._waits.clear()
 
     # ---- members and weights
 
@@ -393,8 +398,19 @@ class LearnerService:
     def _waiting(self) -> tuple[MemberId, ...]:
         return tuple(self._coordinator.member(name).id for name in self._coordinator.waiting_for_weights())
 
-    def _wait(self, attempt: Callable[[], T | None], timeout_s: float, what: str, timeout: type[TimeoutError]) -> T:
-        """Repeat `attempt` whenever something changed, until its result is not None; StillWaiting between turns."""
+    def _wait(
+        self,
+        attempt: Callable[[], T | None],
+        timeout_s: float,
+        what: str,
+        timeout: type[TimeoutError],
+        *,
+        joiners_first: bool = False,
+    ) -> T:
+        """Repeat `attempt` whenever something changed, until its result is not None; StillWaiting between turns.
+
+        A row of joiners puts the time-out off only where nobody else could sample; when it is over they count no more.
+        """
         with self._changed:
             now = time.monotonic()
             started, turn_ends = self._waits.pop(what, now), now + self.turn_s
@@ -402,15 +418,16 @@ class LearnerService:
                 socket = self._open_socket()
                 if (problem := self._coordinator.ledger.verdicts.problem) is not None:
                     raise ConfigError(problem)
+                is_over = time.monotonic() >= started + timeout_s
                 try:
-                    result = attempt()
+                    result = self._beside_joiners(attempt) if joiners_first and not is_over else attempt()
                 except MembersWaiting as waiting:
                     if len(waiting.names) == len(self._coordinator.members()):
-                        raise  # nobody else could sample: the wait begins anew
-                    if time.monotonic() < started + timeout_s:
+                        raise
+                    if not is_over:
                         self._waits[what] = started
                         raise
-                    result = None  # a row of joiners does not put the time-out off
+                    result = None
                 if result is not None:
                     socket.wake()  # what was taken or dropped makes room for leases
                     return result

@@ -79,12 +79,6 @@ def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs
     assert (run_dir / "queued_again").exists(), "those that it sent home are to know"
 
 
-def test_a_learner_that_goes_on_says_no_longer_that_it_is_queued(programs: Programs, run_dir: Path) -> None:
-    (run_dir / "queued_again").touch()
-    programs.add("torchrun", f"[[ ! -e {run_dir}/queued_again ]]")
-    assert finish(programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)) == (0, "")
-
-
 def test_a_learner_that_is_done_when_its_time_is_up_is_not_queued_again(programs: Programs, run_dir: Path) -> None:
     programs.add("torchrun", UNTIL_STOPPED.replace("143", "0"))
     job = programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)
@@ -147,7 +141,7 @@ def test_an_actor_that_lost_its_learner_starts_again_until_its_starts_are_used_u
 def test_an_actor_whose_learner_is_queued_again_waits_for_it_and_goes_on(programs: Programs, run_dir: Path) -> None:
     """Its starts count anew: a long run is queued more often than an actor may fail."""
     programs.add("python", "[[ -e first ]] && exit 1; touch first runs/trial/queued_again; rm runs/trial/endpoint")
-    programs.add("sleep", "rm -f runs/trial/queued_again; touch runs/trial/endpoint")
+    programs.add("sleep", "touch runs/trial/endpoint")
     code, errors = finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7", STARTS="2"))
     assert code == 1
     assert len(programs.calls("python")) == 3
@@ -156,6 +150,36 @@ def test_an_actor_whose_learner_is_queued_again_waits_for_it_and_goes_on(program
         "actor-7-0 ended with exit code 1 (start 1 of 2)",
         "actor-7-0 ended with exit code 1 (start 2 of 2)",
     ]
+
+
+def test_what_says_that_a_learner_is_queued_again_does_not_hold_for_the_next_one(
+    programs: Programs, run_dir: Path
+) -> None:
+    """However that was started."""
+    (run_dir / "queued_again").touch()
+    os.utime(run_dir / "queued_again", (1.0, 1.0))
+    programs.add("python")
+    assert finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7")) == (0, "")
+    assert len(programs.calls("python")) == 1
+
+
+def test_an_actor_whose_run_was_over_after_all_leaves(programs: Programs, run_dir: Path) -> None:
+    programs.add("python", "touch runs/trial/queued_again; rm runs/trial/endpoint")
+    programs.add("sleep", "rm runs/trial/queued_again")
+    code, errors = finish(programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7"))
+    assert (code, errors) == (0, "actor-7-0 waits for its learner, which is queued again\n")
+    assert len(programs.calls("python")) == 1
+
+
+def test_an_actor_that_is_cancelled_while_its_learner_is_queued_again_leaves(programs: Programs, run_dir: Path) -> None:
+    leaves = "trap 'touch runs/trial/queued_again; exit 0' TERM"
+    programs.add("python", f"{leaves}; echo $$ > pid; while true; do sleep 0.05; done")
+    job = programs.start(ACTORS, str(run_dir), SLURM_JOB_ID="7")
+    actor = running(programs)
+    for pid in (job.pid, actor):  # as Slurm does it
+        os.kill(pid, signal.SIGTERM)
+    assert finish(job) == (0, "")
+    assert len(programs.calls("python")) == 1
 
 
 @pytest.mark.parametrize("code", [0, 2, 130, 143])

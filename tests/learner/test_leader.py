@@ -98,6 +98,10 @@ class LonelyService:
 
     def __init__(self, raised: Exception, has_company: bool) -> None:
         self._raised, self._has_company = raised, has_company
+        self.waits_anew = False
+
+    def begin_anew(self) -> None:
+        self.waits_anew = True
 
     def take_batch(self, timeout_s: float) -> None:
         raise self._raised
@@ -114,11 +118,17 @@ def wait(
     has_company: bool = False,
     local: Status | None = None,
     count: int = 1,
+    services: list[LonelyService] | None = None,
 ) -> None:
-    """One turn of waiting for a batch. `local` is what the supervisor says, `count` what is configured."""
+    """One turn of waiting for a batch, whose service is added to `services`.
+
+    `local` is what the supervisor says, `count` what is configured.
+    """
     monkeypatch.setattr(leader_module, "_local_actors", lambda: local)
     config = Config(model=ModelConfig(path="none"), actors=ActorsConfig(count=count))
     service: Any = LonelyService(raised, has_company)
+    if services is not None:
+        services.append(service)
     Leader(config, service, RunLog(folder), HELDOUT).next_groups(1)
 
 
@@ -145,6 +155,17 @@ def test_actors_from_elsewhere_are_waited_for_without_end_and_that_is_said(
     with pytest.raises(StillWaiting):
         wait(monkeypatch, tmp_path, BatchTimeout("waited 600 s"), local=local, count=count)
     assert "waiting for actors: run.py actor --connect tcp://127.0.0.1:1 -c " in capsys.readouterr().out
+
+
+def test_the_time_in_which_nobody_from_elsewhere_was_there_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or an actor that comes just before it is over would have no time to start its engine."""
+    services: list[LonelyService] = []
+    for has_company, count in ((False, 0), (True, 0), (False, 1)):
+        with pytest.raises(StillWaiting):
+            wait(monkeypatch, tmp_path, StillWaiting(""), has_company=has_company, count=count, services=services)
+    assert [service.waits_anew for service in services] == [True, False, False]
 
 
 @pytest.mark.parametrize(("has_company", "local"), [(True, None), (False, None), (False, Status(wanted=1, active=1))])

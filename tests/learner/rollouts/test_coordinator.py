@@ -1161,6 +1161,7 @@ def test_what_a_distrusted_actor_sampled_for_an_evaluation_is_sampled_again() ->
                 again.append(lease.prompt_uid)
                 coordinator.receive("b", group(lease.lease_id, [1], num_correct=0), 0.0)
     assert again == ["h1", "h2"]
+    assert coordinator.drops == {DropReason.ACTOR_LOST: 2}, "one that it held and one that had come"
     result = coordinator.ledger.poll_evaluation()
     assert result is not None and (result.accuracy, result.num_samples) == (1 / 6, 6)
 

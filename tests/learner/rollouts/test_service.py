@@ -149,6 +149,15 @@ def test_a_wait_has_turns_and_its_time_out_runs_on_over_them(service: LearnerSer
     assert 0.4 <= time.monotonic() - began < 5.0
 
 
+def test_a_wait_that_is_to_begin_anew_has_all_its_time(service: LearnerService) -> None:
+    service.turn_s = 0.05
+    began = time.monotonic()
+    while time.monotonic() < began + 0.6:
+        with pytest.raises(StillWaiting):
+            service.take_batch(0.4)
+        service.begin_anew()
+
+
 def test_an_interrupt_ends_a_wait_at_once(service: LearnerService) -> None:
     service.turn_s = 60.0
     threading.Timer(0.1, service.interrupt).start()
@@ -360,6 +369,21 @@ def test_joiners_that_come_one_after_another_do_not_keep_a_batch_that_is_ready(s
                 service.take_batch(10.0)
                 with pytest.raises(MembersWaiting, match="third"):
                     service.wait_window_sampled(10.0)
+
+
+def test_a_batch_that_is_ready_is_taken_when_its_time_is_over_though_a_joiner_could_not_be_served(
+    service: LearnerService,
+) -> None:
+    with FakeActor(service.endpoint, "first"), FakeActor(service.endpoint, "second"):
+        service.wait_for_members(2, 10.0)
+        publish(service, 1, members=("first",))
+        service.set_version(1, 2)
+        until(lambda: service.stats()["buffered_groups"] == service.stats()["window_groups"])
+        began = time.monotonic()
+        with pytest.raises(MembersWaiting, match="second"):
+            service.take_batch(0.5)
+        until(lambda: time.monotonic() >= began + 0.5)
+        assert len(service.take_batch(0.5)) == 4
 
 
 def test_joiners_that_come_again_and_again_do_not_put_the_time_out_off(service: LearnerService) -> None:
