@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from common.types import FinishReason, Float32Array, Int32Array, Lease, Progress
 TRANSFER_ENGINE = "async_vapo_{}"  # our name in vLLM's registry for the engine of a weights.backend
 SMALLEST_CPU_BLOCK = 32  # tokens
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_SOCKETS = "VLLM_RPC_BASE_PATH"
+_SOCKETS_FOLDER = os.environ.get(_SOCKETS)  # as the user has set it
 MAX_REASON = 500  # characters of what the engine says that travel to the learner
 
 
@@ -40,6 +43,7 @@ class Engine:
         self._config = config
         self._request_ids = itertools.count()
         self._llm: Any = None
+        self._sockets: TemporaryDirectory[str] | None = None
         self._special_tokens: dict[str, int] = {}
         self._in_flight = 0
         self._places = asyncio.Semaphore(num_sequences(config))  # first come, first served
@@ -54,6 +58,8 @@ class Engine:
     async def start(self) -> None:
         """Starts the engine with the model folder's weights as version 0. Raises EngineError when that fails."""
         _set_environment(self._config)
+        self._sockets = TemporaryDirectory(prefix="vllm-", dir=_SOCKETS_FOLDER)  # vLLM leaves them where they are
+        os.environ[_SOCKETS] = self._sockets.name
         try:
             await asyncio.to_thread(self._start_llm)
             await self._llm.update_weight_version("0")
@@ -73,6 +79,9 @@ class Engine:
             self._llm = None
             await asyncio.sleep(0)  # lets the cancelled output handler let go of the engine ...
             gc.collect()  # ... so that its finaliser runs now and not while the interpreter is torn down
+        if self._sockets is not None:
+            self._sockets.cleanup()
+            self._sockets = None
 
     @property
     def busy_s(self) -> float:

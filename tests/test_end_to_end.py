@@ -1,12 +1,14 @@
 """Whole runs through the command line: real vLLM, real learner, a few steps each."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -41,9 +43,19 @@ def command(tmp_path: Path, *overrides: str) -> list[str]:
 
 
 def train(tmp_path: Path, *overrides: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(tmp_path, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    """A run whose temporary files are its own; none of its engines' sockets may be left among them."""
+    with TemporaryDirectory(prefix="run-") as temporary:  # not below `tmp_path`: a socket's path may not be long
+        done = subprocess.run(
+            command(tmp_path, *overrides),
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert [path for path in Path(temporary).rglob("*") if path.is_socket()] == []
+    return done
 
 
 def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
