@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -58,11 +59,13 @@ class Engine:
     async def start(self) -> None:
         """Starts the engine with the model folder's weights as version 0. Raises EngineError when that fails."""
         _set_environment(self._config)
-        self._sockets = TemporaryDirectory(prefix="vllm-", dir=_SOCKETS_FOLDER)  # vLLM leaves them where they are
+        self._sockets = TemporaryDirectory(prefix="vllm-", dir=_SOCKETS_FOLDER)
         os.environ[_SOCKETS] = self._sockets.name
         try:
             await asyncio.to_thread(self._start_llm)
             await self._llm.update_weight_version("0")
+            for path in Path(self._sockets.name).iterdir():  # vLLM would leave them, and so would who is killed
+                path.unlink()  # both ends are connected: nobody looks for it again
         except Exception as error:
             raise EngineError(f"the engine did not start on model {self._config.model.path!r}: {error}") from error
 
