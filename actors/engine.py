@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,7 +27,6 @@ TRANSFER_ENGINE = "async_vapo_{}"  # our name in vLLM's registry for the engine 
 SMALLEST_CPU_BLOCK = 32  # tokens
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _SOCKETS = "VLLM_RPC_BASE_PATH"
-_SOCKETS_FOLDER = os.environ.get(_SOCKETS)  # as the user has set it
 MAX_REASON = 500  # characters of what the engine says that travel to the learner
 
 
@@ -44,7 +42,6 @@ class Engine:
         self._config = config
         self._request_ids = itertools.count()
         self._llm: Any = None
-        self._sockets: TemporaryDirectory[str] | None = None
         self._special_tokens: dict[str, int] = {}
         self._in_flight = 0
         self._places = asyncio.Semaphore(num_sequences(config))  # first come, first served
@@ -59,13 +56,10 @@ class Engine:
     async def start(self) -> None:
         """Starts the engine with the model folder's weights as version 0. Raises EngineError when that fails."""
         _set_environment(self._config)
-        self._sockets = TemporaryDirectory(prefix="vllm-", dir=_SOCKETS_FOLDER)
-        os.environ[_SOCKETS] = self._sockets.name
         try:
-            await asyncio.to_thread(self._start_llm)
-            await self._llm.update_weight_version("0")
-            for path in Path(self._sockets.name).iterdir():  # vLLM would leave them, and so would who is killed
-                path.unlink()  # both ends are connected: nobody looks for it again
+            with _no_sockets_left():
+                await asyncio.to_thread(self._start_llm)
+                await self._llm.update_weight_version("0")
         except Exception as error:
             raise EngineError(f"the engine did not start on model {self._config.model.path!r}: {error}") from error
 
@@ -82,9 +76,6 @@ class Engine:
             self._llm = None
             await asyncio.sleep(0)  # lets the cancelled output handler let go of the engine ...
             gc.collect()  # ... so that its finaliser runs now and not while the interpreter is torn down
-        if self._sockets is not None:
-            self._sockets.cleanup()
-            self._sockets = None
 
     @property
     def busy_s(self) -> float:
@@ -335,6 +326,21 @@ def _completion(output: Any) -> Completion:
     # The engine cuts the stop string off the text; the policy drew it, so it is trained and graded.
     text = output.text + (output.stop_reason if isinstance(output.stop_reason, str) else "")
     return Completion.of(drawn, FinishReason(output.finish_reason), text)
+
+
+@contextmanager
+def _no_sockets_left() -> Iterator[None]:
+    """While an engine starts. vLLM, and who is killed, would leave the sockets of its processes in the folder for
+    temporary files; as soon as both ends hold one, nobody looks for it again."""
+    before = os.environ.get(_SOCKETS)
+    with TemporaryDirectory(prefix="vllm-", dir=before) as folder:
+        os.environ[_SOCKETS] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(_SOCKETS)
+            if before is not None:
+                os.environ[_SOCKETS] = before
 
 
 def _set_environment(config: Config) -> None:

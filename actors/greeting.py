@@ -23,6 +23,10 @@ class ActorError(RuntimeError):
     """Why this actor has to leave; one sentence."""
 
 
+class LearnerStops(Exception):
+    """The run is over before this actor has joined; the learner's reason."""
+
+
 class Session:
     """What the actor knows of its learner. `welcome` is the last that was accepted, and `config` agrees with it.
 
@@ -40,7 +44,8 @@ class Session:
     async def begin(self) -> Config:
         """Joins. The configuration, with the learner's settings in it.
 
-        Raises ActorError, ConfigError when the actor does not fit, or TimeoutError when the learner does not answer.
+        Raises LearnerStops, ActorError, ConfigError when the actor does not fit, or TimeoutError when the learner does
+        not answer.
         """
         self._fingerprints = model_fingerprints(self.config.model.path)
         match await self._first_answer():
@@ -51,7 +56,7 @@ class Session:
             case Refused(reason=reason):
                 raise ActorError(f"the learner refused this actor: {reason}")
             case Stop(reason=reason):
-                raise ActorError(f"the learner stops: {reason}")
+                raise LearnerStops(reason)
             case other:
                 raise ActorError(f"the learner answered the greeting with {type(other).__name__}")
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from actors.engine import Engine, EngineError, RequestRefused
-from actors.greeting import ActorError, Session
+from actors.greeting import ActorError, LearnerStops, Session
 from actors.rollout import complete
 from actors.verifier.pool import VerifierError, VerifierPool, pool_of
 from common.addresses import address_towards, prefer_interface_of
@@ -311,6 +311,9 @@ async def _take_part(
             await engine.start()
             departure.takes_part = True
             await Actor(session, engine, verifier).serve(departure.is_draining)
+            error = None
+        except LearnerStops as stop:
+            logger.info("stopping: %s", stop)
             error = None
         except Exception as problem:
             error = str(problem)

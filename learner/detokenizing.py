@@ -27,12 +27,14 @@ def _ends(decode: Decode, token_ids: Sequence[int], length: int) -> list[int]:
     """Where each token's piece ends in the whole text, which has `length` characters."""
     ends = [0]
     start, read, end = 0, 0, 0  # tokens [start, read) are the context, and their text, which ends at `end`, is done
+    grown = 0  # tokens after the last that ended a character
     known = ""
     for stop in range(1, len(token_ids) + 1):
         text = decode(token_ids[start:stop])
-        is_too_long = stop - read > LONGEST_CHARACTER  # for a character to come of it
+        is_too_long = stop - grown > LONGEST_CHARACTER  # for a character to come of it
         settled = text if is_too_long else text.rstrip(REPLACEMENT)
         ends.append(min(length, max(ends[-1], end + len(settled) - len(known))))
+        grown = stop if ends[-1] > ends[-2] else grown
         if settled == text and len(text) > len(known):
             start, read, end = read, stop, ends[-1]
             known = decode(token_ids[start:read])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from actors import main as actor_main
 from actors.greeting import ActorError
 from common.config import (
     ActorsConfig,
@@ -27,7 +28,7 @@ from common.config import (
 )
 from common.launcher import moved_to, reserve_port
 from common.transport import model_fingerprints
-from common.types import DropReason, Prompt, WeightsPhase
+from common.types import Bye, DropReason, Prompt, Stop, WeightsPhase
 from learner.rollouts.archive import read_about
 from learner.rollouts.service import LearnerService, MembersWaiting
 from learner.rollouts.snapshot import read_snapshot, write_snapshot
@@ -93,6 +94,36 @@ def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
 def drops(service: LearnerService) -> dict[str, float]:
     stats = service.stats()
     return {reason: stats[f"dropped/{reason}"] for reason in DropReason if stats[f"dropped/{reason}"]}
+
+
+# ---- the end
+
+
+def test_an_actor_that_comes_when_the_run_is_over_leaves_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        """The connection to a learner that stops."""
+
+        name, endpoint = "late", "tcp://127.0.0.1:1"
+
+        def __init__(self, *_: object) -> None:
+            self.sent = sent
+
+        async def __aenter__(self) -> "Ended":
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+        async def send(self, message: Any) -> None:
+            self.sent.append(message)
+
+        async def receive(self, timeout_s: float) -> Stop:
+            return Stop(reason="the run is complete")
+
+    sent: list[Any] = []
+    monkeypatch.setattr(actor_main, "ActorConnection", Ended)
+    assert actor_main.main(make_config(), Ended.endpoint, Ended.name) == 0
+    assert sent[-1] == Bye(error=None)
 
 
 # ---- connections

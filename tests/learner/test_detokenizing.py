@@ -29,6 +29,12 @@ def test_a_character_belongs_to_the_last_of_its_tokens(text: str, data: st.DataO
     assert pieces_of(tokens) == [text[start:end] for start, end in pairwise([0, *sizes])]
 
 
+def test_characters_that_begin_in_one_anothers_last_tokens_are_whole() -> None:
+    content = "0\U00010000\u0800".encode()
+    tokens = [content[:2], content[2:3], content[3:4], content[4:6], content[6:7], content[7:]]
+    assert pieces_of(tokens) == ["0", "", "", "\U00010000", "", "\u0800"]
+
+
 @given(st.lists(st.binary(min_size=1, max_size=3)))
 def test_the_pieces_are_the_whole_also_where_no_text_was_meant(tokens: list[bytes]) -> None:
     pieces = pieces_of(tokens)
