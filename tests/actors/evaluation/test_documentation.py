@@ -22,14 +22,14 @@ from tests.support.scripted_engine import scripted
 
 PAGE = ROOT / "docs" / "evaluation.md"
 LINES = [line for line in PAGE.read_text().splitlines() if line.startswith("python run.py ")]
-STEP = 40
+STEP = 32
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a run of the demo, its final export and a checkpoint of step 40, and a file of walks."""
+    """A working directory with a run of the demo, its final export and a checkpoint of step 32, and a file of walks."""
     folder = tmp_path_factory.mktemp("documentation")
     config = load_config(["demo"], [f"runs_dir={folder}/runs", f"model.path={ROOT}/configs/models/contrary_walk"])
     config.run_dir.mkdir(parents=True)
