@@ -5,7 +5,7 @@
 #   sudo deploy/slurm/try_locally.sh [FOLDER]
 #
 # As root, because slurmd is. Everything that it writes is in FOLDER (default: a new one under /tmp); ports are free
-# ones; the daemons are its own and end with it. It took 5 minutes on two cores.
+# ones; the daemons are its own and end with it. It took 3.5 and 5 minutes on two cores.
 set -euo pipefail
 
 project=$(cd "$(dirname "$0")/../.." && pwd)
