@@ -11,13 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+WRITTEN = ("docs", "benchmarks/results")  # no measurement depends on what is here
+
+
 def commit() -> str:
-    """The commit that is checked out, "+" behind it when files differ from it; "unknown" without git."""
+    """The commit that is checked out, "+" behind it when files that are measured differ from it; "unknown" without
+    git."""
     try:
-        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        head = _git("rev-parse", "--short=7", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @dataclass(frozen=True, kw_only=True)

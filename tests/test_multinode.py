@@ -171,18 +171,27 @@ def cut_for(run: Run, host: str, seconds: float) -> None:
     run.hosts.mend(host)
 
 
+def wait_for_both(run: Run, when: str) -> None:
+    step = len(run.steps()) + 2  # groups of an earlier step were sampled before
+    run.wait_until(
+        f"groups of both actors {when}",
+        lambda: min(run.trained("actor-0", step), run.trained("actor-1", step)) > 0,
+        STEPS_S,
+    )
+
+
+def dropped(run: Run) -> dict[str, float]:
+    """By reason, since the start."""
+    return {name: count for name, count in run.steps()[-1].items() if name.startswith("drops/") and count}
+
+
 def test_a_cable_that_is_out_for_less_than_the_time_out_costs_nothing_but_time(run: Run) -> None:
     begin(run, "transport.heartbeat_timeout_s=20")
     for host in ("actor-1", "learner-1"):
         cut_for(run, host, 3.0)  # TCP tries again at intervals that double, 3 to 6 s after the cut
-        step = len(run.steps())
-        run.wait_until(
-            f"groups of both actors after the cable of {host} was back",
-            lambda step=step: min(run.trained("actor-0", step + 2), run.trained("actor-1", step + 2)) > 0,
-            STEPS_S,
-        )
+        wait_for_both(run, f"after the cable of {host} was back")
     last = run.steps()[-1]
-    assert {name: count for name, count in last.items() if name.startswith("drops/") and count} == {}
+    assert dropped(run) == {}
     leases = [row["lease_id"] for row in rows(run.run_dir / "ledger.jsonl")]
     assert len(leases) == len(set(leases))
     assert last["actors/connected"] == 2
@@ -196,6 +205,24 @@ def test_a_cable_that_stays_out_takes_one_actor_away_until_it_is_back(run: Run) 
     run.wait_until("groups of the other actor", lambda: run.trained("actor-0", step + 2) > 0, STEPS_S)
     run.wait_until("groups of actor-1 again", lambda: run.trained("actor-1", step + 2) > 0, STEPS_S)
     assert run.exit_code("actor-1") is None and run.steps()[-1]["actors/dismissed"] == 0
+
+
+@pytest.mark.timeout(600)
+def test_cables_that_are_out_for_20_and_for_90_s_at_the_default_time_outs(run: Run) -> None:
+    """20 s cost nothing but time; 90 s of an actor's cost it its leases, 90 s of a rank's only time."""
+    begin(run)
+    cut_for(run, "actor-1", 20.0)
+    wait_for_both(run, "after 20 s without actor-1")
+    assert dropped(run) == {} and run.steps()[-1]["actors/connected"] == 2
+    cut_for(run, "actor-1", 90.0)
+    wait_for_both(run, "after 90 s without actor-1")
+    before = dropped(run)
+    cut_for(run, "learner-1", 90.0)
+    wait_for_both(run, "after 90 s without a rank")
+    assert dropped(run) == before
+    leases = [row["lease_id"] for row in rows(run.run_dir / "ledger.jsonl")]
+    assert len(leases) == len(set(leases))
+    assert run.steps()[-1]["actors/dismissed"] == 0
 
 
 def test_a_request_to_stop_that_reaches_every_process_twice_is_one_request(run: Run) -> None:

@@ -12,15 +12,24 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cost import Meter
-from benchmarks.miniature.jobs import run_jobs
-from benchmarks.miniature.run import Job, Outcome
+from benchmarks.miniature.jobs import run_jobs, spent
+from benchmarks.miniature.run import CRITIC_SEED, Job, Outcome
 from benchmarks.tables import curves, markdown, mean_sd
 from common.report.scales import linear
+
+
+class Pretrained(Enum):
+    """Where a row's critic comes from, if it has value pretraining. Each seed has a critic of its own."""
+
+    reference = "as the reference's, which all such rows share"
+    row = "like that, with the row's own settings"
+    run = "pretrained by the run itself"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +37,7 @@ class Row:
     name: str
     recipes: tuple[str, ...] = ()  # after the task's
     settings: tuple[str, ...] = ()
-    reuses_critic: bool = True
+    critic: Pretrained = Pretrained.reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +67,7 @@ class Plan:
     goal: float  # accuracy; how much it takes until there
 
     def job(self, row: Row, rate: float, seed: int) -> Job:
+        like = self.row(self.reference) if row.critic is Pretrained.reference else row
         return Job(
             table=self.table,
             row=row.name,
@@ -68,8 +78,14 @@ class Plan:
             evaluate_every=self.every,
             prompts=self.prompts,
             samples=self.samples,
-            reuses_critic=row.reuses_critic,
+            reuses_critic=row.critic is not Pretrained.run,
+            critic_seed=CRITIC_SEED + seed,
+            critic_recipes=(self.recipe, *like.recipes),
+            critic_settings=(*self.settings, *like.settings),
         )
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
 
     def rate_of(self, row: Row, tuning: Mapping[Job, Outcome], rates: Sequence[float]) -> float:
         """The rate whose runs were right most often over the whole of the run, on the seeds for choosing."""
@@ -255,6 +271,6 @@ def main(plan: Plan, description: str | None, runs: Path, arguments: Sequence[st
     rows = [row_of(plan, name, rate, made) for name, (rate, made) in outcomes.items()]
     print(render(plan, rows), "", meter.cost(), sep="\n")
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows, "all_runs": spent(options.runs)}, indent=1) + "\n")
     if options.svg is not None:
         options.svg.write_text(drawing(plan, outcomes, [row.name for row in plan.rows[: plan.drawn]]))

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -25,7 +26,7 @@ def run_jobs(
 
     `work` makes a run, in a process of its own; by default benchmarks.miniature.run.train.
     """
-    done = read(out)
+    done, at = read(out), commit()
     missing = [job for job in jobs if job not in done]
     print(f"{len(jobs)} runs, {len(missing)} of them to be made", file=sys.stderr, flush=True)
     if missing:
@@ -34,12 +35,13 @@ def run_jobs(
         for core in cores:
             free.put(core)
         with ProcessPoolExecutor(len(cores), context, initializer=_settle, initargs=(free,)) as pool:
-            futures = {pool.submit(work or _train, job, critics): job for job in missing}
+            futures = {pool.submit(_timed, work or _train, job, critics): job for job in missing}
             try:
                 for number, future in enumerate(as_completed(futures), start=1):
                     job = futures[future]
-                    done[job] = outcome = future.result()
-                    append(out, job, outcome)
+                    outcome, cpu_s = future.result()
+                    done[job] = outcome
+                    append(out, job, outcome, at, cpu_s)
                     last = outcome.points[-1]
                     text = f"[{number}/{len(missing)}] {job.table}, {job.row}, seed {job.seed}: {last.accuracy:.3f}"
                     print(text, file=sys.stderr, flush=True)
@@ -63,14 +65,26 @@ def read(out: Path) -> dict[Job, Outcome]:
     return found
 
 
-def append(out: Path, job: Job, outcome: Outcome) -> None:
+def append(out: Path, job: Job, outcome: Outcome, at: str, cpu_s: float) -> None:
+    """`at`: the commit; `cpu_s`: all that the run took, with its evaluations and what it pretrained itself."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    line = {"job": asdict(job), "outcome": asdict(outcome), "commit": at, "cpu_s": round(cpu_s, 2)}
     with out.open("a") as file:
-        file.write(json.dumps({"job": asdict(job), "outcome": asdict(outcome), "commit": commit()}) + "\n")
+        file.write(json.dumps(line) + "\n")
+
+
+def spent(out: Path) -> dict[str, Any]:
+    """What all runs of the file took: how many they are, CPU seconds where they are known, commits."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    return {
+        "runs": len(lines),
+        "cpu_s": round(sum(line.get("cpu_s", 0.0) for line in lines), 1),
+        "commits": sorted({line["commit"] for line in lines}),
+    }
 
 
 def _job(fields: dict[str, Any]) -> Job:
-    return Job(**(fields | {name: tuple(fields[name]) for name in ("recipes", "settings")}))
+    return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def _outcome(fields: dict[str, Any]) -> Outcome:
@@ -85,6 +99,12 @@ def _settle(free: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def _timed(work: Callable[[Job, Path], Outcome], job: Job, critics: Path) -> tuple[Outcome, float]:
+    started = time.process_time()
+    outcome = work(job, critics)
+    return outcome, time.process_time() - started
 
 
 def _train(job: Job, critics: Path) -> Outcome:

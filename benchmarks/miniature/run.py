@@ -28,7 +28,7 @@ from learner.algorithm.trainer import Trainer
 from learner.networks.model import load_networks
 from learner.rollouts.prompts import PromptStream
 
-CRITIC_SEED = 1_000  # of value pretraining that is shared by runs
+CRITIC_SEED = 1_000  # of value pretraining that is shared by runs, if nothing else is said
 EVALUATION_SEED = 7
 KEPT = (  # metrics of a step that stay beside its evaluation
     "offpolicy/ess",
@@ -56,11 +56,19 @@ class Job:
     prompts: int  # held-out ones of an evaluation
     samples: int  # responses to each of them
     reuses_critic: bool = False  # whose value pretraining was made once, for all runs with the same critic
+    critic_seed: int = CRITIC_SEED  # of it
+    critic_recipes: tuple[str, ...] = ()  # it was made with these recipes and settings; none: with those of the run
+    critic_settings: tuple[str, ...] = ()
 
     def config(self) -> Config:
         """Raises ConfigError."""
         own = (f"seed={self.seed}", f"staleness.max_staleness={self.age}", f"learner.steps={self.steps}")
         return load_config(self.recipes, (*own, *self.settings))
+
+    def critic_config(self) -> Config:
+        """Of the value pretraining that is shared. Raises ConfigError."""
+        config = load_config(self.critic_recipes, self.critic_settings) if self.critic_recipes else self.config()
+        return replace(config, seed=self.critic_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +212,10 @@ def _pretrain(run: Miniature, job: Job, critics: Path) -> tuple[int, float]:
         started = time.process_time()
         run.pretrain()
         return run.tokens, time.process_time() - started
-    with _critic(config, critics) as path:
+    shared = job.critic_config()
+    with _critic(shared, critics) as path:
         if not path.exists():
-            _make_critic(config, path)
+            _make_critic(shared, path)
     kept = torch.load(path)
     assert run.trainer.critic is not None
     run.trainer.critic.load_state_dict(kept["critic"])
@@ -217,6 +226,7 @@ def _pretrain(run: Miniature, job: Job, critics: Path) -> tuple[int, float]:
 def _critic(config: Config, critics: Path) -> Iterator[Path]:
     """Where the critic of such a configuration is kept; whoever comes first makes it, the others wait."""
     relevant = (
+        config.seed,
         asdict(config.model),
         asdict(config.task),
         asdict(config.lora),
@@ -233,7 +243,7 @@ def _critic(config: Config, critics: Path) -> Iterator[Path]:
 
 
 def _make_critic(config: Config, path: Path) -> None:
-    maker, started = Miniature(replace(config, seed=CRITIC_SEED), 0), time.process_time()
+    maker, started = Miniature(config, 0), time.process_time()
     maker.pretrain()
     assert maker.trainer.critic is not None
     kept = {

@@ -64,3 +64,11 @@ def test_every_row_is_a_configuration(row: Row) -> None:
     config = PLAN.job(row, 1e-4, 0).config()
     assert config.learner.policy.learning_rate == 1e-4 and config.model.path.endswith("contrary_walk")
     assert config.rollout.prompts_per_step * config.rollout.group_size == 128, "as many responses in each row"
+
+
+def test_rows_share_the_critic_of_their_seed_but_for_those_that_pretrain_it_in_another_way() -> None:
+    reference = PLAN.job(PLAN.row("VAPO"), 1e-4, 3).critic_config()
+    others = [row.name for row in PLAN.rows if PLAN.job(row, 3e-4, 3).critic_config() != reference]
+    assert others == ["frozen attention, K = 2 (SAO's critic)", "two critics, agreement mask (AsyPPO)"]
+    assert [row.name for row in PLAN.rows if not PLAN.job(row, 3e-4, 3).reuses_critic] == ["VAPO, its own critic"]
+    assert PLAN.job(PLAN.row("VAPO"), 1e-4, 4).critic_config().seed != reference.seed

@@ -67,6 +67,17 @@ def test_a_run_repeats_itself_and_shares_a_critic(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.pt"))) == 2 and other.pretraining_tokens < first.pretraining_tokens
 
 
+def test_a_critic_can_be_that_of_other_settings_and_of_another_seed(tmp_path: Path) -> None:
+    """A run with groups of one trains the critic that was pretrained on groups of four."""
+    alone = ("rollout.prompts_per_step=12", "rollout.group_size=1")
+    job = replace(JOB, reuses_critic=True, critic_recipes=JOB.recipes, critic_settings=JOB.settings)
+    tokens = [train(job, tmp_path).pretraining_tokens]
+    tokens.append(train(replace(job, settings=(*job.settings, *alone)), tmp_path).pretraining_tokens)
+    assert tokens[0] == tokens[1] and len(list(tmp_path.glob("*.pt"))) == 1
+    tokens.append(train(replace(job, critic_seed=job.critic_seed + 1), tmp_path).pretraining_tokens)
+    assert tokens[2] != tokens[0] and len(list(tmp_path.glob("*.pt"))) == 2
+
+
 def test_dynamic_sampling_leaves_groups_out_that_are_all_right_or_all_wrong() -> None:
     settings = tuple(setting for setting in JOB.settings if "critic" not in setting)
     run = Miniature(replace(JOB, recipes=("number_walk", "dapo"), settings=settings, age=0).config(), 0)
@@ -87,7 +98,7 @@ def test_jobs_are_made_once_and_outlive_a_line_that_was_cut_short(
         pretraining_cpu_s=1.0,
         failure=None,
     )
-    jobs.append(out, JOB, outcome)
+    jobs.append(out, JOB, outcome, "abc1234", 12.5)
     with out.open("a") as file:
         file.write('{"job": {"table": "te')
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)  # nothing is left to run
