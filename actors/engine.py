@@ -34,8 +34,8 @@ class Engine:
     """One AsyncLLM. `start` before anything else, `shutdown` at the end; weight phases in WeightsPhase's order.
 
     Requests that are in flight when generation pauses stay in the engine and continue after `resume`; what happens to
-    their key-value cache is `weights.kv_cache`. Prefix-cache entries never cross versions: every request is salted
-    with the version that the engine holds when it is submitted.
+    their key-value cache is `weights.kv_cache`. Prefix-cache entries never cross updates: every request is salted
+    with their number when it is submitted.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,6 +50,7 @@ class Engine:
         self._busy_s = 0.0
         self._is_updating = False  # between the phases START and FINISH
         self.version = 0
+        self._num_updates = 0  # tells weights apart: two learners, one after the other, may publish the same version
         self._sampling: dict[int, Sampling] = {}  # by lease id, until `forget`
         self._forgotten_tokens = 0
 
@@ -249,6 +250,7 @@ class Engine:
         await self._llm.finish_weight_update(weight_version=str(version))
         self._is_updating = False
         self.version = version
+        self._num_updates += 1
 
     async def _check_transfer(self) -> None:
         problems = await self._llm.collective_rpc("transfer_problem")
@@ -276,7 +278,7 @@ class Engine:
         """The final output of one request. Cancelling the caller aborts the request in the engine."""
         from vllm.inputs import tokens_input
 
-        prompt = tokens_input(token_ids.tolist(), cache_salt=f"version-{self.version}")
+        prompt = tokens_input(token_ids.tolist(), cache_salt=f"weights-{self._num_updates}")
         self._in_flight += 1
         self._track()
         try:

@@ -61,16 +61,16 @@ class Evaluation:
     _groups: dict[str, CompletedGroup] = field(default_factory=dict, init=False)  # uid of its prompt -> group
     _actors: dict[str, str] = field(default_factory=dict, init=False)  # likewise, who sampled it for this learner
     _failed: list[str] = field(default_factory=list, init=False)  # uids
-    _ended_s: float = field(default=0.0, init=False)
+    moved_s: float = field(default=0.0, init=False)  # when the newest of them came
 
     def __post_init__(self) -> None:
         self.pending = deque(Pending(prompt=prompt, turn=turn) for turn, prompt in enumerate(self.prompts))
-        self._ended_s = self.started_s
+        self.moved_s = self.started_s
 
     def add(self, uid: str, group: CompletedGroup, actor: str, now: float) -> None:
         """The group of the prompt `uid`."""
         self._groups[uid], self._actors[uid] = group, actor
-        self._ended_s = now
+        self.moved_s = now
 
     def distrust(self, actor: str, version: int) -> list[CompletedGroup]:
         """Gives up, to be sampled again, what this actor has sampled with tokens of `version` or a newer one."""
@@ -100,7 +100,11 @@ class Evaluation:
         self._groups, self._failed = dict(zip(begun.sampled, begun.groups, strict=True)), list(begun.failed)
         has_result = self._groups.keys() | set(self._failed)
         self.pending = deque(waiting for waiting in self.pending if waiting.prompt.uid not in has_result)
-        self.started_s, self._ended_s = now - begun.seconds, now
+        self.started_s, self.moved_s = now - begun.seconds, now
+
+    def describe(self) -> str:
+        done = len(self._groups) + len(self._failed)
+        return f"{done} of {len(self.prompts)} prompts of the evaluation of version {self.version} are done"
 
     def result(self) -> EvalResult | None:
         """None until every prompt is done or failed."""
@@ -125,7 +129,7 @@ class Evaluation:
             num_samples=num_samples,
             num_failed=len(self._failed),
             num_errors=verdicts.count(Verdict.ERROR),
-            seconds=self._ended_s - self.started_s,
+            seconds=self.moved_s - self.started_s,
         )
 
     def _accuracy(self) -> Estimate:

@@ -16,6 +16,7 @@ A training prompt goes   pending -> leased(actor) -> buffered -> trained | dropp
 """
 
 import logging
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -273,6 +274,10 @@ class Ledger:
             self.evaluation = None
         return result
 
+    def evaluation_moved_s(self) -> float:
+        """When a group of the evaluation came last, or it was begun; -inf while there is none."""
+        return -math.inf if self.evaluation is None else self.evaluation.moved_s
+
     # ---- reports
 
     @property
@@ -298,4 +303,5 @@ class Ledger:
     def describe(self) -> list[str]:
         """For the message of a time-out."""
         groups = f"{self.num_buffered} groups are buffered, {self.admitted} of {self.pace.window} admitted"
-        return [groups, *self.verdicts.describe()]
+        evaluation = [] if self.evaluation is None else [self.evaluation.describe()]
+        return [groups, *evaluation, *self.verdicts.describe()]

@@ -13,6 +13,7 @@ apart at least: hundreds of small messages a second share them, and a training l
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -289,15 +290,16 @@ class LearnerService:
             return self._coordinator.ledger.poll_evaluation()
 
     def wait_evaluation(self, timeout_s: float) -> EvalResult:
-        """Raises TimeoutError, or MembersWaiting as take_batch does."""
+        """Raises TimeoutError when nothing of it has come for that long, or MembersWaiting as take_batch does."""
+        ledger = self._coordinator.ledger
 
         def attempt() -> EvalResult | None:
-            result = self._coordinator.ledger.poll_evaluation()
+            result = ledger.poll_evaluation()
             if result is None:
                 self._raise_if_waiting()
             return result
 
-        return self._wait(attempt, timeout_s, "the evaluation", TimeoutError)
+        return self._wait(attempt, timeout_s, "the evaluation", TimeoutError, since=ledger.evaluation_moved_s)
 
     # ---- reports and checkpoints; these work after stop() as well
 
@@ -406,10 +408,12 @@ class LearnerService:
         timeout: type[TimeoutError],
         *,
         joiners_first: bool = False,
+        since: Callable[[], float] = lambda: -math.inf,
     ) -> T:
         """Repeat `attempt` whenever something changed, until its result is not None; StillWaiting between turns.
 
-        A row of joiners puts the time-out off only where nobody else could sample; when it is over they count no more.
+        The time-out begins anew `since` something came of what is waited for. A row of joiners puts it off only where
+        nobody else could sample; when it is over they count no more.
         """
         with self._changed:
             now = time.monotonic()
@@ -418,6 +422,7 @@ class LearnerService:
                 socket = self._open_socket()
                 if (problem := self._coordinator.ledger.verdicts.problem) is not None:
                     raise ConfigError(problem)
+                started = max(started, since())
                 is_over = time.monotonic() >= started + timeout_s
                 try:
                     result = self._beside_joiners(attempt) if joiners_first and not is_over else attempt()

@@ -1,8 +1,11 @@
 """The phases of a publication in an actor, without an engine: what is asked of vLLM, and what the learner is told."""
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from actors.engine import Engine
@@ -51,6 +54,27 @@ def test_an_update_that_was_broken_off_is_closed_before_the_next_begins() -> Non
     asyncio.run(updates(engine))
     assert llm.calls == ["start", "finish None", "start", "finish 3", "start"]
     assert engine.version == 3
+
+
+def test_weights_of_the_same_version_by_two_learners_share_no_prefix_cache() -> None:
+    """An actor outlives its learner, which goes on from an older checkpoint and publishes its versions again."""
+    salts: list[str] = []
+
+    async def generate(prompt: Any, *_: object) -> AsyncIterator[SimpleNamespace]:
+        salts.append(prompt["cache_salt"])
+        yield SimpleNamespace(finished=True)
+
+    async def sample_with(engine: Engine, versions: Sequence[int]) -> None:
+        for version in versions:
+            await engine.start_update()
+            await engine.finish_update(version)
+            for request in ("a", "b"):
+                await engine._run(np.arange(4, dtype=np.int32), None, request)
+
+    llm = LLM()
+    cast(Any, llm).generate = generate
+    asyncio.run(sample_with(make_engine(llm), [0, 1, 0, 1]))
+    assert len(set(salts)) == 4 and salts[::2] == salts[1::2]
 
 
 def test_a_problem_of_any_worker_is_a_broken_transfer() -> None:

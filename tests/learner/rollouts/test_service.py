@@ -660,8 +660,19 @@ def test_other_waits_time_out_with_the_same_detail(service: LearnerService) -> N
     with pytest.raises(TimeoutError, match=r"2 ready actor\(s\): .*no actor is connected"):
         service.wait_for_members(2, 0.05)
     service.evaluate(PROMPTS[:1], 1, 1.0, version=0)
-    with pytest.raises(TimeoutError, match=r"the evaluation: .*no actor"):
+    with pytest.raises(
+        TimeoutError, match=r"the evaluation: .*; 0 of 1 prompts of the evaluation of version 0 .*no actor"
+    ):
         service.wait_evaluation(0.05)
+
+
+def test_an_evaluation_may_take_longer_than_the_time_out_as_long_as_it_gets_on(service: LearnerService) -> None:
+    with FakeActor(service.endpoint, "a", capacity=1, delay_s=lambda _: 0.2):
+        service.wait_for_members(1, 10.0)
+        service.evaluate(PROMPTS[:8], 1, 1.0, version=0)
+        started = time.monotonic()
+        assert service.wait_evaluation(1.0).num_prompts == 8
+    assert time.monotonic() - started > 1.2
 
 
 def test_a_failure_in_the_thread_reaches_whoever_waits_and_every_later_call() -> None:
