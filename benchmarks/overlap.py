@@ -113,7 +113,9 @@ class Arm:
     age_mean: float  # versions, per trained token
     accuracy: float
     accuracy_error: float
-    costs: tuple[RunCost, ...]  # of each repeat
+    costs: tuple[RunCost, ...]  # of each repeat, like the next two
+    steps_s: tuple[float, ...]
+    accuracies: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +227,8 @@ def read_arm(folder: Path) -> Arm:
         accuracy=last.accuracy,
         accuracy_error=((last.high or 0.0) - (last.low or 0.0)) / (2 * 1.96),
         costs=(RunCost(**json.loads((folder / DONE).read_text())),),
+        steps_s=(run.seconds / count,),
+        accuracies=(last.accuracy,),
     )
 
 
@@ -235,8 +239,8 @@ def pooled(arms: Sequence[Arm]) -> Arm:
     means = {name: statistics.mean(getattr(arm, name) for arm in arms) for name in names}
     within_s = math.hypot(*(arm.step_error_s for arm in arms)) / len(arms)
     between_s = statistics.stdev(arm.step_s for arm in arms) / math.sqrt(len(arms)) if len(arms) > 1 else 0.0
-    costs = tuple(cost for arm in arms for cost in arm.costs)
-    return replace(first, **means | {"step_error_s": max(within_s, between_s)}, costs=costs)
+    each = {name: sum((getattr(arm, name) for arm in arms), ()) for name in ("costs", "steps_s", "accuracies")}
+    return replace(first, **means | {"step_error_s": max(within_s, between_s)}, **each)
 
 
 def timed_steps() -> range:
@@ -267,7 +271,7 @@ def _finished(folders: Sequence[Path]) -> Iterator[Arm]:
 def render(gains: Sequence[Gain]) -> str:
     """Two Markdown tables: what was gained, and where the rest went."""
     head = ("point", "max_staleness", "Tg, s", "Tt, s", "Tg:Tt", "step, s", "speed-up", "bound", "of it", "at work",
-            "mean age", "tokens a step", "accuracy", "runs", "others", "yardstick, ms")  # fmt: skip
+            "mean age", "tokens a step", "accuracy", "of each run", "others", "yardstick, ms")  # fmt: skip
     rows: list[list[str]] = []
     for gain in gains:
         if not rows or rows[-1][0] != gain.point:
@@ -298,7 +302,7 @@ def _row(point: str, arm: Arm, times: Sequence[str], speed_up: Sequence[str]) ->
         f"{arm.age_mean:.2f}",
         f"{arm.tokens:,.0f}",
         f"{arm.accuracy:.3f} ± {arm.accuracy_error:.3f}",
-        str(len(arm.costs)),
+        " ".join(f"{accuracy:.2f}" for accuracy in arm.accuracies),
         f"{statistics.mean(cost.others for cost in arm.costs):.1%}",
         " ".join(f"{1000 * cost.yardstick_s:.0f}" for cost in arm.costs),
     ]

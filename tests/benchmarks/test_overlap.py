@@ -107,7 +107,7 @@ def test_repeats_are_averaged_and_the_error_is_that_of_what_scatters_more(tmp_pa
     assert gain.arm.step_s == pytest.approx(2.3, abs=0.01) and len(gain.arm.costs) == 2
     assert gain.arm.step_error_s == pytest.approx(0.3, abs=0.01)
     assert gain.sync.step_error_s == pytest.approx(0.01 / (2 * gain.sync.steps) ** 0.5, rel=0.1)
-    assert "| 2 | 1.0% | 200 200 |" in overlap.render([gain])
+    assert "| 0.50 0.50 | 1.0% | 200 200 |" in overlap.render([gain])
 
 
 def test_a_point_without_its_synchronous_run_says_nothing(tmp_path: Path) -> None:
