@@ -82,19 +82,24 @@ RUN_BY = {
     r"sbatch|scancel|docker|kubectl": "cluster",
     r"torchrun": "tests/test_multinode.py::test_two_ranks_and_two_actors_on_four_hosts",
     r"train .*device=cuda|train -c (one_gpu|vapo_qwen)|eval .* -c eval_aime24": "GPU",
-    r"train --resume": "tests/test_kill_and_resume.py::test_a_finished_run_is_left_as_it_is",
+    r"train --resume": (
+        "tests/test_end_to_end.py::test_ctrl_c_saves_and_stops_everything_and_the_run_goes_on_on_two_ranks"
+    ),
     r"train --replay|train .*learner\.record": (
-        "tests/test_replay.py::test_a_run_that_was_killed_and_resumed_is_replayed_bit_for_bit"
+        "tests/test_elastic.py::test_what_that_run_has_trained_is_replayed_by_command_bit_for_bit"
     ),
     r"train .*(name=critic|critic_path)|export .*--critic": (
         "tests/test_kill_and_resume.py::test_a_critic_is_trained_alone_exported_and_started_from"
     ),
     r"train .*task\.name=file": "tests/test_end_to_end.py::test_tied_embeddings_and_a_data_file",
-    r"train .*transport\.keys=KEYS": "tests/common/test_security.py::test_with_its_key_an_actor_is_served",
+    r"train .*transport\.keys=KEYS": "tests/test_elastic.py::test_actors_outlive_the_death_of_one_of_two_ranks_too",
     r"train -c (demo|number_walk)": "takes 4 minutes",
     r"check": "tests/common/test_launcher.py::test_check_says_what_a_run_would_use_and_keeps_it_where_it_is_told",
     r"plan": "tests/learner/planning/test_command.py::test_the_text_says_it_all",
-    r"actors": "tests/common/test_processes.py::test_followers_are_added_and_removed_while_the_run_goes_on",
+    r"actors": (
+        "tests/test_elastic.py::test_actors_are_added_and_removed_by_command_and_without_any_a_run_waits_for_the_next"
+    ),
+    r"actor .*--keys": "tests/test_elastic.py::test_actors_outlive_the_death_of_one_of_two_ranks_too",
     r"actor ": "tests/test_multinode.py::test_two_ranks_and_two_actors_on_four_hosts",
     r"keygen": "tests/test_command_line.py::test_keys_are_made_once",
     r"signal": "tests/test_signal.py::test_the_table_of_a_run_and_again_without_sampling",

@@ -1,6 +1,7 @@
 """A run that was recorded is trained again without actors: the same numbers, bit for bit."""
 
 import json
+import zlib
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import run
 from common.launcher import rank_environment, reserve_port
 from common.loading import read_config, save_config
 from common.samples import read_samples, sampled_steps
+from common.types import Lease
 from tests.support import learner_without_transfer
 from tests.support.runs import rows
 from tests.test_kill_and_resume import START_S, learner, steps
@@ -77,6 +79,28 @@ def test_a_run_that_was_killed_and_resumed_is_replayed_bit_for_bit(
     log = (other / "learner.log").read_text()
     assert "recorded the steps 1 to 6, 8 to 8: 1 to 6 are trained again" in log
     assert log.count("step 1 was trained with learner.policy.learning_rate=0.0001, now it is 0.0005: from here on") == 1
+
+
+def some_are_slow(lease: Lease) -> float:
+    """Every third prompt or so."""
+    return 0.6 if zlib.crc32(lease.prompt_uid.encode()) % 3 == 0 else 0.0
+
+
+@pytest.mark.slow
+def test_a_run_that_took_what_finished_first_is_replayed_bit_for_bit(tmp_path: Path) -> None:
+    recording = ("learner.record=true", "learner.steps=6", "checkpoint.every=0")
+    order = ("staleness.batching=first_finished", "staleness.max_staleness=2")
+    with learner(tmp_path, "recorded", 1, *recording, *order, delay_s=some_are_slow) as processes:
+        assert processes.wait(START_S) == [0], processes.log()
+    recorded = tmp_path / "recorded"
+    again = replayed(recorded, "again")
+    lease_ids = [row["lease_id"] for row in rows(recorded / "ledger.jsonl")]
+    assert len(lease_ids) == 8 * 4 and lease_ids != sorted(lease_ids), "another order than that of admission"
+    assert [row["lease_id"] for row in rows(again / "ledger.jsonl")] == lease_ids
+    assert len(numbers(again)) == 8 and {"policy/pg_loss", "critic/value_loss"} <= set(numbers(again)[-1])
+    assert numbers(again) == numbers(recorded)
+    weights = [folder / "checkpoints" / "final" / "model.safetensors" for folder in (recorded, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_what_cannot_be_replayed_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

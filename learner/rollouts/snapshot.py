@@ -141,7 +141,8 @@ def _untrained(ledger: Ledger, snapshot: Snapshot) -> Iterator[Pending]:
         group = groups.get(finished["lease_id"])  # none of them is there when they are of another version
         lease = train_lease(config, finished["lease_id"], prompt, ledger.tokenize(prompt), None)
         if group is None or not is_judged_alike or not _is_same_request(group.lease, lease):
-            ledger.counts.drop(DropReason.CHANGED, finished["lease_id"], finished["actor"])
+            num_tokens = 0 if group is None else len(group.completed.token_ids)
+            ledger.counts.drop(DropReason.CHANGED, finished["lease_id"], finished["actor"], num_tokens)
             group = None
         yield replace(pending, group=group)
 

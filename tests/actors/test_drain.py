@@ -4,6 +4,7 @@ import asyncio
 import signal
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 
 from actors.greeting import Session
 from actors.main import Actor, Departure
+from actors.sampling import Completion, Sampling
 from common.agreement import shared_settings
-from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig
+from common.config import ActorsConfig, AlgorithmConfig, Config, LearnerConfig, RolloutConfig, TransportConfig
 from common.stopping import ECHO_S
 from common.transport import ActorConnection
-from common.types import Bye, CompletedGroup, Draining, Lease, Prompt, Ready, Welcome
+from common.types import Bye, CompletedGroup, Draining, Lease, Progress, Prompt, Ready, Welcome
 from learner.rollouts.service import LearnerService
 from tests.support.fake_actors import FINGERPRINTS, FakeActor, group
 
@@ -41,16 +43,16 @@ ENGINE.forget = ENGINE.progress
 ENGINE.progress_again = lambda: None
 
 
-def take_part(endpoint: str, draining: list[Any]) -> None:
+def take_part(endpoint: str, draining: list[Any], engine: Any = ENGINE, config: Config = CONFIG) -> None:
     """One real actor whose engine stands still, in this thread, until it has drained."""
 
     async def conversation() -> None:
         async with ActorConnection(endpoint, "leaves", 16) as connection:
-            session = Session(CONFIG, connection)
+            session = Session(config, connection)
             await session.begin()
             event = asyncio.Event()
             draining.extend([asyncio.get_running_loop(), event])
-            await Actor(session, ENGINE, None).serve(event)  # type: ignore[arg-type]
+            await Actor(session, engine, None).serve(event)  # type: ignore[arg-type]
             await connection.send(Bye(error=None))
 
     asyncio.run(conversation())
@@ -87,6 +89,89 @@ def test_a_draining_actor_finishes_what_it_can_and_hands_back_the_rest(monkeypat
         assert {item.lease.prompt_uid for item in others} == uids and {item.actor for item in others} == {"other"}
         stats = service.stats()
         assert (stats["dropped/actor_lost"], stats["dropped/failed"]) == (3, 0)
+
+
+class HalfDone:
+    """An engine that has drawn 3 and 2 tokens of the two responses of each lease, and draws no more."""
+
+    version, busy_s = 0, 0.0
+
+    def __init__(self) -> None:
+        self.leases: dict[int, Sampling] = {}
+
+    async def score(self, token_ids: Any) -> Any:
+        return np.empty(0, np.float32)
+
+    async def sample(self, lease: Lease) -> list[Completion]:
+        self.leases[lease.lease_id] = Sampling(lease, [f"{lease.lease_id}/{index}" for index in (0, 1)], self.state_of)
+        await asyncio.sleep(1000.0)
+        return []
+
+    def state_of(self, request_id: str) -> Any:
+        """As vLLM's output processor has it."""
+        lease_id, index = map(int, request_id.split("/"))
+        token_ids = self.drawn(lease_id, index)
+        return SimpleNamespace(
+            detokenizer=SimpleNamespace(output_token_ids=token_ids, num_output_tokens=lambda: len(token_ids)),
+            logprobs_processor=SimpleNamespace(logprobs=SimpleNamespace(logprobs=[-t / 8.0 for t in token_ids])),
+            weight_version_starts=[("0", 0)],
+        )
+
+    def drawn(self, lease_id: int, index: int) -> list[int]:
+        """Tokens that tell whose they are."""
+        return [10 * lease_id + place + 5 * index for place in range(3 - index)]
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(map(self.num_drawn, self.leases))
+
+    def num_drawn(self, lease_id: int) -> int:
+        return self.leases[lease_id].num_drawn()
+
+    def progress(self, lease_id: int) -> Progress | None:
+        return self.leases[lease_id].progress()
+
+    def forget(self, lease_id: int) -> None:
+        del self.leases[lease_id]
+
+
+def continued(lease: Lease, version: int) -> CompletedGroup:
+    """The prefix of a lease, and one token more of each response."""
+    ends, lengths = np.cumsum(lease.prefix_lengths).tolist(), lease.prefix_lengths + np.int32(1)
+    added = {"token_ids": 7, "behavior_logprobs": -1.0, "versions": version}
+    whole = {name: np.insert(getattr(lease, f"prefix_{name}"), ends, value) for name, value in added.items()}
+    return replace(group(lease.lease_id, [version]), lengths=lengths, **whole)
+
+
+def test_the_next_actor_begins_with_the_tokens_of_one_that_has_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No heartbeat has told of them: they are what is sent last."""
+    monkeypatch.setattr("actors.greeting.model_fingerprints", lambda path: FINGERPRINTS)
+    config = replace(CONFIG, transport=TransportConfig(heartbeat_s=60.0, heartbeat_timeout_s=120.0))
+    engine, draining = HalfDone(), list[Any]()
+    with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, []) as service:
+        actor = threading.Thread(target=take_part, args=(service.endpoint, draining, engine, config))
+        actor.start()
+        until(lambda: len(engine.leases) == 4)
+        begun = {sampling.lease.prompt_uid: lease_id for lease_id, sampling in engine.leases.items()}
+        loop, event = draining
+        loop.call_soon_threadsafe(event.set)
+        actor.join(10.0)
+        assert not actor.is_alive() and not engine.leases
+        until(lambda: not service.members())
+        with FakeActor(service.endpoint, "next", complete=continued) as successor:
+            batch = service.take_batch(10.0)
+            leases = {lease.prompt_uid: lease for lease in successor.leases()}
+    assert len(batch) == 4 and {item.lease.prompt_uid for item in batch} == set(begun)
+    for item in batch:
+        uid = item.lease.prompt_uid
+        first, second = (engine.drawn(begun[uid], index) for index in (0, 1))
+        assert leases[uid].prefix_lengths.tolist() == [3, 2]
+        assert leases[uid].prefix_token_ids.tolist() == first + second
+        assert leases[uid].prefix_behavior_logprobs.tolist() == [-token / 8.0 for token in first + second]
+        assert leases[uid].prefix_versions.tolist() == [0] * 5
+        assert leases[uid].prefix_finish_reasons == (None, None)
+        assert (item.actor, item.completed.token_ids.tolist()) == ("next", [*first, 7, *second, 7])
+    assert service.stats()["dropped_tokens/actor_lost"] == 0 and service.stats()["prefix_tokens"] == 20
 
 
 def until(condition: Any) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.scaling import ORDERS, Row, measure, measure_turns, render
+from benchmarks.scaling import BOUND, ORDERS, SIGMA, Row, measure, measure_turns, render
 from common.config import Batching, OverAge
 
 IN_ORDER, FIRST, FIRST_MASKED = ORDERS
@@ -12,10 +12,23 @@ def run(order: tuple[Batching, OverAge], slowness: list[float], places: int = 2,
     return measure(order, places, slowness, steps)
 
 
+@pytest.mark.parametrize("places", [2, 8])
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_run_with_a_slow_actor_is_at_least_as_fast_as_without_it(order: tuple[Batching, OverAge]) -> None:
-    without, beside = run(order, [1.0] * 3), run(order, [1.0] * 3 + [10.0])
-    assert beside.tokens_per_s >= 0.98 * without.tokens_per_s
+def test_a_run_with_a_slow_actor_is_at_least_as_fast_as_without_it(
+    order: tuple[Batching, OverAge], places: int
+) -> None:
+    """But for what it held when it was found out, which a run makes up for with its length."""
+    without, beside = (run(order, [1.0] * 3 + slow, places, steps=60) for slow in ([], [10.0]))
+    assert beside.tokens_per_s >= 0.998 * without.tokens_per_s
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_four_equal_actors_leave_the_learner_idle_for_at_most_15_percent_of_the_time(
+    order: tuple[Batching, OverAge],
+) -> None:
+    assert (BOUND, SIGMA) == (2, 1.0)
+    row = run(order, [1.0] * 4)
+    assert row.idle <= 0.15 and row.dropped == 0
 
 
 @pytest.mark.parametrize("order", [IN_ORDER, FIRST])

@@ -14,8 +14,9 @@ from tests.support.network_engine import NetworkEngine
 from tests.support.transfer_process import start
 
 
-def start_role(host: str, log: Path, arguments: list[str], **environment: str) -> ForkServerProcess:
-    """`run.py ARGUMENTS` in the namespace `host`, with `environment` on top; its output is appended to `log`."""
+def start_role(host: str | None, log: Path, arguments: list[str], **environment: str) -> ForkServerProcess:
+    """`run.py ARGUMENTS` in the namespace `host`, with `environment` on top; its output is appended to `log`. None:
+    where everybody is."""
     return start(_main, log, arguments, environment, host=host)
 
 

@@ -11,14 +11,23 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.config import Config, ConfigError, RewardConfig
-from common.types import CompletedGroup, DropReason, Lease, Prompt, Purpose, TrajectoryGroup
+from common.types import CompletedGroup, DropReason, FinishReason, Lease, Progress, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_archive, write_archive
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.snapshot import Snapshot, read_snapshot, restore, take, write_snapshot
-from tests.learner.rollouts.test_coordinator import HELDOUT, PROMPTS, finish, granted, ids, make, make_config
-from tests.support.fake_actors import NO_PROBE, group
+from tests.learner.rollouts.test_coordinator import (
+    HELDOUT,
+    PROMPTS,
+    finish,
+    granted,
+    ids,
+    logprobs_of,
+    make,
+    make_config,
+)
+from tests.support.fake_actors import NO_PROBE, group, progress
 
 
 def through_a_file(coordinator: Coordinator, path: Path, now: float = 0.0) -> Snapshot:
@@ -74,6 +83,59 @@ def test_a_resume_without_an_actor_trains_what_was_finished(tmp_path: Path) -> N
     restarted.dispatch(0.0)
     batch = restarted.ledger.take_batch()
     assert batch is not None and [g.lease.prompt_uid for g in batch] == [g.prompt_uid for g in _drawn(2)]
+
+
+def half_sampled() -> tuple[Coordinator, list[tuple[str, Lease]]]:
+    """Four leases: one finished, one with tokens of two versions, one with none, one whose first response has ended."""
+    coordinator = make(make_config(max_staleness=3), "a", capacity=4)
+    leases = granted(coordinator)
+    finish(coordinator, leases[:1])
+    coordinator.progress("a", reported(leases[1], [0, 0], [[11, 12], [13]], versions=[0, 0, 0]))
+    coordinator.loaded("a", 1)
+    coordinator.set_version(1, 0)
+    coordinator.progress("a", reported(leases[1], [2, 1], [[14], [15, 16]], versions=[1, 1, 1]))
+    coordinator.progress("a", reported(leases[3], [0, 0], [[17], []], versions=[1], ended=(0,)))
+    return coordinator, leases
+
+
+def reported(
+    item: tuple[str, Lease], starts: list[int], new: list[list[int]], versions: list[int], ended: tuple[int, ...] = ()
+) -> Progress:
+    """Tokens and versions that tell where they have to be, and log-probs that follow from the tokens."""
+    told = progress(item[1].lease_id, starts, new, ended)
+    return replace(told, versions=np.array(versions, np.int32), behavior_logprobs=logprobs_of(told.token_ids))
+
+
+def test_leases_start_from_the_tokens_that_were_reported_before_the_checkpoint(tmp_path: Path) -> None:
+    coordinator, leases = half_sampled()
+    restarted = resumed(through_a_file(coordinator, tmp_path / "kept"), coordinator.ledger.config)
+    restarted.loaded("b", 1)
+    again = granted(restarted)
+    assert uids(again)[:3] == uids(leases[1:]) and restarted.stats()["buffered_groups"] == 1
+    begun, untouched, ended = (lease for _, lease in again[:3])
+    assert begun.prefix_lengths.tolist() == [3, 3]
+    assert begun.prefix_token_ids.tolist() == [11, 12, 14, 13, 15, 16]
+    assert begun.prefix_behavior_logprobs.tolist() == logprobs_of(begun.prefix_token_ids).tolist()
+    assert begun.prefix_versions.tolist() == [0, 0, 1, 0, 1, 1]
+    assert begun.prefix_finish_reasons == (None, None)
+    assert untouched.prefix_token_ids.tolist() == []
+    assert (ended.prefix_token_ids.tolist(), ended.prefix_versions.tolist()) == ([17], [1])
+    assert ended.prefix_finish_reasons == (FinishReason.STOP, None)
+    assert restarted.stats()["prefix_tokens"] == 7
+    once_more = resumed(through_a_file(restarted, tmp_path / "kept"), coordinator.ledger.config)
+    once_more.loaded("b", 1)
+    assert granted(once_more)[0][1].prefix_token_ids.tolist() == begun.prefix_token_ids.tolist()
+
+
+def test_tokens_of_what_is_asked_for_otherwise_now_are_counted_and_not_handed_on(tmp_path: Path) -> None:
+    coordinator, leases = half_sampled()
+    kept = through_a_file(coordinator, tmp_path / "kept")
+    restarted = resumed(kept, _longer(coordinator.ledger.config))
+    restarted.loaded("b", 1)
+    again = granted(restarted)
+    assert uids(again)[:4] == uids(leases)
+    assert [len(lease.prefix_token_ids) for _, lease in again[:4]] == [0] * 4
+    assert restarted.stats()["dropped_tokens/changed"] == 2 + 7, "of the finished group too"
 
 
 def _drawn(count: int) -> list[Lease]:
