@@ -80,7 +80,7 @@ class Engine:
 
     @property
     def busy_s(self) -> float:
-        """Seconds since start with at least one request in the engine and generation not paused."""
+        """Seconds since start with at least one response in the engine and generation not paused."""
         running = time.monotonic() - self._busy_since if self._busy_since is not None else 0.0
         return self._busy_s + running
 
@@ -156,7 +156,8 @@ class Engine:
                 token_ids = np.concatenate([lease.prompt_token_ids, sample.prefix.token_ids])
                 async with self._places:
                     sampling.begin(self.busy_s)
-                    output = (await self._run(token_ids, parameters, sample.request_id)).outputs[0]
+                    with self._drawing():
+                        output = (await self._run(token_ids, parameters, sample.request_id)).outputs[0]
                 sample.completion = self._joined(lease, sample, parameters, output)
         return sample.completion
 
@@ -279,15 +280,20 @@ class Engine:
         from vllm.inputs import tokens_input
 
         prompt = tokens_input(token_ids.tolist(), cache_salt=f"weights-{self._num_updates}")
+        final = None
+        async for output in self._llm.generate(prompt, parameters, request_id):
+            final = output
+        if final is None or not final.finished:
+            raise EngineError(f"request {request_id} ended without an output")
+        return final
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """While one response is in the engine."""
         self._in_flight += 1
         self._track()
         try:
-            final = None
-            async for output in self._llm.generate(prompt, parameters, request_id):
-                final = output
-            if final is None or not final.finished:
-                raise EngineError(f"request {request_id} ended without an output")
-            return final
+            yield
         finally:
             self._in_flight -= 1
             self._track()
@@ -310,7 +316,8 @@ class Engine:
             raise RequestRefused(text[:MAX_REASON]) from error
 
     def _track(self) -> None:
-        """Keeps the busy clock: it runs while a request is in the engine and generation is not paused."""
+        """Keeps the busy clock: it runs while a response is in the engine and generation is not paused. The probe draws
+        no token that counts: who only scores it, once a version, would look like an engine that hangs."""
         now, busy = time.monotonic(), self._in_flight > 0 and not self._paused
         if busy and self._busy_since is None:
             self._busy_since = now

@@ -323,7 +323,7 @@ class Heartbeat:
     lease_ids: Int32Array  # [leases] that it samples or verifies
     lease_tokens: Int32Array  # [leases], tokens that it has drawn for each so far, a prefix not counted
     generated_tokens: int
-    busy_s: float  # time with at least one request scheduled and generation not paused
+    busy_s: float  # time with at least one response in the engine and generation not paused; the probe is none
     uptime_s: float  # time since Ready
 
     def __post_init__(self) -> None:

@@ -21,24 +21,24 @@ class EngineClock:
 
     def __init__(self) -> None:
         self._busy_s = self._grown_s = 0.0
-        self._generated_tokens = 0
+        self._generated_tokens = -1  # the first heartbeat starts the clock: what was before concerns no lease of today
         self._leases: dict[int, tuple[int, float]] = {}  # tokens, and when they became so many
 
     def beat(self, heartbeat: Heartbeat) -> bool:
-        """Whether the engine has drawn a token since the last heartbeat."""
+        """Whether the engine gets on: it has drawn a token since the last heartbeat, or has no lease."""
         self._busy_s = heartbeat.busy_s
-        has_grown = heartbeat.generated_tokens > self._generated_tokens
-        if has_grown:
+        gets_on = heartbeat.generated_tokens > self._generated_tokens or not len(heartbeat.lease_ids)
+        if gets_on:
             self._generated_tokens, self._grown_s = heartbeat.generated_tokens, heartbeat.busy_s
         before, self._leases = self._leases, {}
         for lease_id, tokens in zip(heartbeat.lease_ids.tolist(), heartbeat.lease_tokens.tolist(), strict=False):
             last = before.get(lease_id)
             self._leases[lease_id] = last if last is not None and last[0] == tokens else (tokens, heartbeat.busy_s)
-        return has_grown
+        return gets_on
 
     @property
     def stalled_s(self) -> float:
-        """Since it drew a token."""
+        """Since it drew a token, or had no lease."""
         return self._busy_s - self._grown_s
 
     def stuck_s(self, lease_id: int) -> float:

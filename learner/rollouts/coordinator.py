@@ -11,7 +11,7 @@ Everything to be sent is put into an outbox. learner/rollouts/service.py calls a
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from common.config import Config, ConfigError
 from common.types import (
@@ -100,11 +100,12 @@ class Coordinator:
         member.heard_s = member.greeted_s = now
         member.presence = Presence.READY if member.was_ready else Presence.JOINING
         member.is_fresh &= member.was_ready
-        known, theirs = set(member.held), {*held, *finished}
-        self._revoke(member, [lease_id for lease_id in member.held if lease_id not in theirs])
-        for lease_id in sorted(known ^ theirs):
+        known, sampled, kept = set(member.held), set(held), set(finished)
+        lost = [lease_id for lease_id in member.held if lease_id not in sampled | kept]
+        self._revoke(member, lost)
+        for lease_id in sorted({*lost, *(kept - known), *self._unwanted(member, sampled)}):
             self._send(name, Cancel(lease_id=lease_id))
-        for lease_id in set(finished) - known:
+        for lease_id in kept - known:
             if not self.ledger.counts.has_received(lease_id):
                 self.ledger.counts.drop(DropReason.UNKNOWN_LEASE, lease_id, name)
         self._check_s = NOW
@@ -139,8 +140,11 @@ class Coordinator:
         self._send(name, Pulse(version=self.ledger.version))
         if member.presence is Presence.LOST:
             return
+        if member.clock.beat(heartbeat) and member.is_hung:
+            logger.warning("the engine of actor %s gets on again", name)
+            member.is_hung = False
         listed, grace_s = set(heartbeat.lease_ids.tolist()), self._config.transport.grace_s
-        for lease_id in listed - member.held.keys():
+        for lease_id in self._unwanted(member, listed):
             self._send(name, Cancel(lease_id=lease_id))
         missing = [
             lease_id
@@ -150,11 +154,14 @@ class Coordinator:
         if missing:  # a lease, or a group that is sent again, may be on its way, but not for so long
             self.lose(name, f"it does not sample the leases {missing[:8]}")
             return
-        if member.clock.beat(heartbeat) and member.is_hung:
-            logger.warning("the engine of actor %s gets on again", name)
-            member.is_hung = False
         self._revoke_overdue(member, now)
         self._stand(member, now)
+
+    def _unwanted(self, member: Member, sampled: Set[int]) -> Set[int]:
+        """Leases that it samples and has to stop. An engine that hangs stays with what was taken from it: by that it
+        tells how long it has been hanging, and whether it gets on again. One that drains has only to end."""
+        is_watched = member.is_hung and member.capacity > 0
+        return set() if is_watched else sampled - member.held.keys()
 
     def drain(self, name: str) -> None:
         """It takes no new leases; what it holds may still come."""
@@ -456,5 +463,5 @@ class Coordinator:
 
     def describe(self, now: float) -> str:
         """Who holds what, for the message of a time-out."""
-        members = [self._members.describe(member, now) for member in self._members]
+        members = [self._members.describe(member, self.ledger.version, now) for member in self._members]
         return "; ".join([*self.ledger.describe(), *(members or ["no actor is connected"])])

@@ -52,7 +52,7 @@ class Member:
     tried_s: float = float("-inf")  # when it was last granted a lease
     heartbeat: Heartbeat | None = None
     clock: EngineClock = field(default_factory=EngineClock)
-    is_hung: bool = False  # its engine draws no tokens; its leases were taken from it, and it gets none
+    is_hung: bool = False  # its engine draws no tokens; its leases were taken from it, and it gets none until it does
     rest: Rest = field(default_factory=Rest)
     baseline: Heartbeat | None = None  # what one that greets again had done before, which is counted already
 
@@ -197,13 +197,30 @@ class Members:
             case Presence.LOST if member.held:
                 yield member.lost_s + self._transport.grace_s
 
-    def describe(self, member: Member, now: float) -> str:
+    def describe(self, member: Member, version: int, now: float) -> str:
         held = list(member.held)
         leases = f"holds the leases {held[:8]}" + (f" and {len(held) - 8} more" if len(held) > 8 else "")
         return (
-            f"{member.name} ({member.presence}, version {member.version}, heard {now - member.heard_s:.1f} s "
-            f"ago) {leases if held else 'holds nothing'}"
+            f"{member.name} ({state_of(member, version, now)}, version {member.version}, heard "
+            f"{now - member.heard_s:.1f} s ago) {leases if held else 'holds nothing'}"
         )
+
+
+def state_of(member: Member, version: int, now: float) -> str:
+    """One word, or two, for what a member does."""
+    if member.presence is not Presence.READY:
+        return str(member.presence)
+    if member.is_hung:
+        return "hung"
+    if member.capacity == 0:
+        return "leaving"
+    if not member.is_current(version):
+        return "updating"
+    if member.is_slow:
+        return "too slow"
+    if now < max(member.rest.until_s, member.account.waits_until_s):
+        return "resting"
+    return "sampling" if member.held else "idle"
 
 
 def _add_work(work: dict[str, float], member: Member) -> None:

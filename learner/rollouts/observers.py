@@ -18,7 +18,7 @@ from common.config import Config
 from common.types import MAX_SHOWN_MEMBERS, Heartbeat, MemberId, Refused, RunStatus
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.history import Course
-from learner.rollouts.members import Member, Presence
+from learner.rollouts.members import Member, Presence, state_of
 
 MAX_OBSERVERS = 16
 ANSWER_S = 0.9  # who asks once a second is answered each time
@@ -113,20 +113,3 @@ class Observers:
         if elapsed_s <= 0:
             return heartbeat.generated_tokens / heartbeat.uptime_s
         return (heartbeat.generated_tokens - first.generated_tokens) / elapsed_s
-
-
-def state_of(member: Member, version: int, now: float) -> str:
-    """One word, or two, for what a member does."""
-    if member.presence is not Presence.READY:
-        return str(member.presence)
-    if member.is_hung:
-        return "hung"
-    if member.capacity == 0:
-        return "leaving"
-    if not member.is_current(version):
-        return "updating"
-    if member.is_slow:
-        return "too slow"
-    if now < max(member.rest.until_s, member.account.waits_until_s):
-        return "resting"
-    return "sampling" if member.held else "idle"

@@ -140,6 +140,28 @@ def test_a_group_is_timed_from_its_first_place(monkeypatch: pytest.MonkeyPatch) 
     with_leases(2, check)
 
 
+def test_the_busy_clock_runs_while_a_response_is_drawn_and_not_for_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 10.0
+    monkeypatch.setattr("actors.engine.time", SimpleNamespace(monotonic=lambda: now_s))
+
+    async def check(engine: Engine, llm: Held, tasks: list[asyncio.Task[Any]]) -> None:
+        nonlocal now_s
+        probing = asyncio.create_task(engine.score(lease(4).prompt_token_ids))
+        now_s = 15.0
+        await settled()
+        assert engine.busy_s == 5.0
+        for task in tasks:
+            task.cancel()
+        await settled()
+        now_s = 35.0
+        assert [name.split("-")[0] for name in llm.running] == ["probe"] and engine.busy_s == 5.0
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+        assert engine.busy_s == 5.0
+
+    with_leases(2, check)
+
+
 @pytest.mark.parametrize(
     ("longest_prompt", "device", "expected"), [(63, "cpu", None), (64, "cpu", 32), (900, "cuda", None)]
 )

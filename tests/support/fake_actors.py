@@ -211,9 +211,12 @@ class FakeActor:
         return message
 
     async def _beat(self) -> None:
-        started = time.monotonic()
+        busy_s, before_s = 0.5, time.monotonic()
         while True:
-            busy_s = 0.5 + (time.monotonic() - started if self.is_hung else 0.0)
+            now_s = time.monotonic()
+            if self.is_hung and self._held:  # an engine without a request is not busy
+                busy_s += now_s - before_s
+            before_s = now_s
             await self._send(heartbeat(dict.fromkeys(self._held, 0), generated_tokens=7, busy_s=busy_s, uptime_s=1.0))
             await asyncio.sleep(self.heartbeat_s)
 

@@ -1,6 +1,6 @@
 """Leases that get nowhere: an engine that stands still, a lease that is stuck, an actor that is much slower."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import pytest
@@ -42,6 +42,7 @@ def test_an_engine_that_stands_still_loses_its_leases_and_gets_none_until_it_mov
     assert not coordinator.drops
     coordinator.heartbeat("a", heartbeat(beat, 20, busy_s=101.0 + LIMIT_S), 0.0)
     assert coordinator.drops == {DropReason.HUNG: 4}
+    coordinator.heartbeat("a", heartbeat(beat, 20, busy_s=101.5 + LIMIT_S), 0.0)
     assert cancelled(coordinator) == [], "an engine that hangs obeys no command"
     assert granted(coordinator) == []
     join(coordinator, "b", 3)
@@ -78,10 +79,117 @@ def test_what_has_been_sampled_is_left_to_the_verifier() -> None:
 def test_an_engine_that_goes_on_hanging_has_to_leave() -> None:
     coordinator = make(make_config(), "a")
     beat = dict.fromkeys(held_by(granted(coordinator), "a"), 0)
+    coordinator.heartbeat("a", heartbeat(beat, 0, busy_s=0.0), 0.0)
     coordinator.heartbeat("a", heartbeat(beat, 0, busy_s=1.5 * LIMIT_S), 0.0)
     assert coordinator.drops == {DropReason.HUNG: 4} and coordinator.hung() == []
     coordinator.heartbeat("a", heartbeat(beat, 0, busy_s=2.5 * LIMIT_S), 0.0)
     assert coordinator.hung() == [("a", "its engine has drawn no token in 150 s of sampling")]
+
+
+@dataclass
+class Honest:
+    """An actor that does as it is told, a second at a time: its busy clock runs while it has something to sample."""
+
+    coordinator: Coordinator
+    leases: set[int] = field(default_factory=set)
+    busy_s: float = 0.0
+    tokens: int = 0
+
+    def live(self, seconds: range, *, is_hung: bool) -> None:
+        for now in map(float, seconds):
+            if self.leases:
+                self.busy_s, self.tokens = self.busy_s + 1.0, self.tokens + (not is_hung)
+            self.coordinator.heard("a", now)
+            beat = heartbeat(dict.fromkeys(self.leases, self.tokens), self.tokens, self.busy_s)
+            self.coordinator.heartbeat("a", beat, now)
+            self.coordinator.tick(now)
+            self.coordinator.dispatch(now)
+            while self.coordinator.outbox:
+                match self.coordinator.outbox.popleft()[1]:
+                    case Lease(lease_id=lease_id):
+                        self.leases.add(lease_id)
+                    case Cancel(lease_id=lease_id):
+                        self.leases.discard(lease_id)
+
+
+def test_the_only_actor_that_hangs_for_a_while_gets_on_with_the_same_prompts() -> None:
+    coordinator = make(make_config(), "a")
+    actor, limit_s = Honest(coordinator), int(LIMIT_S)
+    actor.live(range(10), is_hung=False)
+    before = [slot.prompt.uid for slot in coordinator.ledger.slots.train.values()]
+    actor.live(range(10, 10 + limit_s + limit_s // 2), is_hung=True)
+    assert coordinator.drops == {DropReason.HUNG: 4} and not coordinator.member("a").held
+    assert "a (hung, version 0, heard" in coordinator.describe(0.0)
+    assert coordinator.hung() == []
+    actor.live(range(100, 103), is_hung=False)
+    assert actor.leases == coordinator.member("a").held.keys() and len(actor.leases) == 4
+    assert [slot.prompt.uid for slot in coordinator.ledger.slots.train.values()] == before
+
+
+def test_the_only_actor_that_hangs_for_ever_has_to_leave() -> None:
+    coordinator = make(make_config(), "a")
+    actor, limit_s = Honest(coordinator), int(LIMIT_S)
+    actor.live(range(10), is_hung=False)
+    actor.live(range(10, 10 + 2 * limit_s), is_hung=True)
+    assert coordinator.hung() == []
+    actor.live(range(10 + 2 * limit_s, 13 + 2 * limit_s), is_hung=True)
+    assert [name for name, _ in coordinator.hung()] == ["a"]
+
+
+def hanging() -> tuple[Coordinator, dict[int, int]]:
+    """An actor whose engine hangs, and the leases that it lists."""
+    coordinator = make(make_config(), "a", capacity=4)
+    beat = dict.fromkeys(held_by(granted(coordinator), "a"), 5)
+    for busy_s in (0.0, 1.1 * LIMIT_S):
+        coordinator.heartbeat("a", heartbeat(beat, 20, busy_s=busy_s), 0.0)
+    assert coordinator.member("a").is_hung
+    coordinator.outbox.clear()
+    return coordinator, beat
+
+
+def test_an_engine_that_hangs_is_watched_across_a_lost_connection() -> None:
+    coordinator, beat = hanging()
+    first, *others = beat
+    coordinator.lose("a", "test")
+    coordinator.join_again("a", held=others, finished=[first], now=0.0)
+    assert cancelled(coordinator) == [first], "what it has finished tells nothing more"
+    assert granted(coordinator) == []
+    coordinator.heartbeat("a", heartbeat(dict.fromkeys(others, 5), 20, busy_s=2.1 * LIMIT_S), 0.0)
+    assert [name for name, _ in coordinator.hung()] == ["a"]
+
+
+def test_an_actor_that_drains_while_its_engine_hangs_has_nothing_to_wait_for() -> None:
+    coordinator, beat = hanging()
+    coordinator.drain("a")
+    coordinator.heartbeat("a", heartbeat(beat, 20, busy_s=1.2 * LIMIT_S), 0.0)
+    assert cancelled(coordinator) == list(beat)
+
+
+def test_an_actor_whose_engine_has_got_rid_of_its_requests_gets_others() -> None:
+    """It could not show otherwise that it gets on."""
+    coordinator, _ = hanging()
+    coordinator.heartbeat("a", heartbeat({}, 20, busy_s=1.2 * LIMIT_S), 0.0)
+    leases = held_by(granted(coordinator), "a")
+    assert len(leases) == 4
+    coordinator.heartbeat("a", heartbeat(dict.fromkeys(leases, 0), 20, busy_s=2.1 * LIMIT_S), 0.0)
+    assert not coordinator.member("a").is_hung, "its time begins anew"
+
+
+def test_what_an_engine_was_busy_with_before_its_first_lease_does_not_count_against_it() -> None:
+    coordinator = make(make_config())
+    join(coordinator, "a")
+    for busy_s in (0.0, 5 * LIMIT_S):  # without a token
+        coordinator.heartbeat("a", heartbeat({}, 0, busy_s=busy_s), 0.0)
+    beat = dict.fromkeys(held_by(granted(coordinator), "a"), 0)
+    coordinator.heartbeat("a", heartbeat(beat, 0, busy_s=5 * LIMIT_S + 1.0), 0.0)
+    assert not coordinator.drops and not coordinator.member("a").is_hung
+
+
+def test_what_an_engine_was_busy_with_for_an_earlier_learner_does_not_count_against_it() -> None:
+    coordinator = make(make_config(), "a")
+    beat = dict.fromkeys(held_by(granted(coordinator), "a"), 0)
+    coordinator.heartbeat("a", heartbeat(beat, 0, busy_s=5 * LIMIT_S), 0.0)
+    assert not coordinator.drops and not coordinator.member("a").is_hung
 
 
 def test_a_lease_that_is_stuck_in_an_engine_that_gets_on_goes_to_another() -> None:
@@ -109,13 +217,17 @@ def test_with_nobody_else_a_stuck_lease_goes_back_to_its_actor() -> None:
 
 def test_an_engine_clock_counts_busy_seconds_since_growth() -> None:
     clock = EngineClock()
-    assert not clock.beat(heartbeat({1: 0}, 0, busy_s=5.0))
+    assert clock.beat(heartbeat({1: 0}, 0, busy_s=2.0)), "it begins to count"
+    assert not clock.beat(heartbeat({1: 0}, 0, busy_s=7.0))
     assert (clock.stalled_s, clock.stuck_s(1)) == (5.0, 0.0)
     assert clock.beat(heartbeat({1: 3}, 3, busy_s=8.0))
     assert not clock.beat(heartbeat({1: 3, 2: 0}, 3, busy_s=9.5))
     assert (clock.stalled_s, clock.stuck_s(1), clock.stuck_s(2), clock.stuck_s(3)) == (1.5, 1.5, 0.0, 0.0)
     assert clock.beat(heartbeat({2: 1}, 4, busy_s=10.0))
     assert (clock.stalled_s, clock.stuck_s(1)) == (0.0, 0.0)
+    assert clock.beat(heartbeat({}, 4, busy_s=20.0)), "it has nothing to sample"
+    assert not clock.beat(heartbeat({3: 0}, 4, busy_s=21.0))
+    assert clock.stalled_s == 1.0
 
 
 # ---- an actor that is slow

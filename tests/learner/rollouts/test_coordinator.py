@@ -352,9 +352,11 @@ class Interleavings(RuleBasedStateMachine):
     def hang(self, data: st.DataObject) -> None:
         """Its process heartbeats on."""
         name = data.draw(st.sampled_from(self.working()))
+        self.beat(name)
         self.processes[name].is_hung = True
         self.processes[name].busy_s += 2 * self.config.transport.lease_timeout_s
         self.beat(name)
+        assert self.coordinator.member(name).is_hung
 
     def get_on_again(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.present(lambda p: p.is_hung)))
@@ -377,7 +379,8 @@ class Interleavings(RuleBasedStateMachine):
         self.coordinator.lose(name, "test")
         process = self.processes[name]
         process.is_lost = True
-        for lease_id in data.draw(st.sets(st.sampled_from(sorted(process.leases)))) if process.leases else ():
+        leases = [] if process.is_hung else sorted(process.leases)
+        for lease_id in data.draw(st.sets(st.sampled_from(leases))) if leases else ():
             process.kept[lease_id] = self.finished(name, lease_id, num_correct=1)
 
     def come_back(self, data: st.DataObject) -> None:
@@ -1264,8 +1267,12 @@ def test_the_description_names_who_holds_what() -> None:
     coordinator.join("b", 1, 0.0)
     text = coordinator.describe(2.5)
     assert "0 groups are buffered, 4 of 4 admitted" in text
-    assert "a (ready, version 0, heard 2.5 s ago) holds the leases [0, 1, 2, 3]" in text
+    assert "a (sampling, version 0, heard 2.5 s ago) holds the leases [0, 1, 2, 3]" in text
     assert "b (joining, version None, heard 2.5 s ago) holds nothing" in text
+    coordinator.member("a").rest.begin(0.0, 3.0)
+    assert "a (resting, version 0, " in coordinator.describe(2.5)
+    coordinator.member("a").is_slow = True
+    assert "a (too slow, version 0, " in coordinator.describe(2.5)
 
 
 # ---- the prompt stream

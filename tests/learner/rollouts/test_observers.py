@@ -11,7 +11,8 @@ from common.types import Heartbeat, LearnerMessage, Prompt, Ready, Refused, RunS
 from common.wire import decode, encode
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.history import MAX_ALARMS, MAX_STEPS, History
-from learner.rollouts.observers import ANSWER_S, FORGET_S, MAX_OBSERVERS, state_of
+from learner.rollouts.members import state_of
+from learner.rollouts.observers import ANSWER_S, FORGET_S, MAX_OBSERVERS
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.reception import Reception
 from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, heartbeat, hello

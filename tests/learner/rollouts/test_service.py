@@ -652,7 +652,7 @@ def test_a_batch_that_does_not_come_says_who_holds_what(service: LearnerService)
     with FakeActor(service.endpoint, "slow", 3, delay_s=lambda lease: FOREVER_S):
         service.wait_for_members(1, 10.0)
         until(lambda: service.stats()["in_flight_groups"] == 3)
-        with pytest.raises(BatchTimeout, match=r"slow \(ready, version 0, .*\) holds the leases \[0, 1, 2\]"):
+        with pytest.raises(BatchTimeout, match=r"slow \(sampling, version 0, .*\) holds the leases \[0, 1, 2\]"):
             service.take_batch(0.05)
 
 
