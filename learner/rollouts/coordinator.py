@@ -340,7 +340,7 @@ class Coordinator:
         """Of those whose time is over; of all, when nobody else would get leases."""
         if not self._resting:
             return
-        able = [member for member in self._members if member.is_current(self.ledger.version) and not member.is_hung]
+        able = [member for member in self._members if member.is_able and member.is_current(self.ledger.version)]
         if all(member.rest.until_s > now for member in able):
             for member in able:
                 member.rest.until_s = now

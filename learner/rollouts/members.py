@@ -63,6 +63,11 @@ class Member:
     def is_current(self, version: int) -> bool:
         return self.presence is Presence.READY and self.version is not None and self.version >= version
 
+    @property
+    def is_able(self) -> bool:
+        """Whether leases go to it as long as it holds the current version and neither waits nor rests."""
+        return self.presence is Presence.READY and self.capacity > 0 and not self.is_hung and not self.is_slow
+
     def free(self, version: int, now: float) -> int:
         """Leases of `version` that it may be granted now."""
         if not self.is_current(version) or self.is_hung or now < self.rest.until_s:

@@ -40,8 +40,9 @@ class Speed:
 
     def judge(self, members: Iterable[Member]) -> None:
         """Says which ready members are too slow. One that is stays so until it would make versions shorter. Those that
-        drain get no leases anyway."""
-        present = [member for member in members if member.presence is Presence.READY and member.capacity > 0]
+        drain or hang get no leases anyway."""
+        ready = [member for member in members if member.presence is Presence.READY]
+        present = [member for member in ready if member.capacity > 0 and not member.is_hung]
         measured = [
             (member.token_s, member)
             for member in present

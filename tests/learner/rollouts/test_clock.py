@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,13 @@ LIMIT_S = TransportConfig().lease_timeout_s
 def join(coordinator: Coordinator, name: str, capacity: int = 100) -> None:
     coordinator.join(name, capacity, 0.0)
     coordinator.ready(name, 0, NO_PROBE)
+
+
+def disable(coordinator: Coordinator, name: str, state: dict[str, Any]) -> None:
+    """Puts a member into a state in which it gets no leases."""
+    for attribute, value in state.items():
+        setattr(coordinator.member(name), attribute, value)
+    coordinator._stand(coordinator.member(name), 0.0)
 
 
 def held_by(leases: list[tuple[str, Lease]], name: str) -> list[int]:
@@ -206,9 +214,17 @@ def test_a_lease_that_is_stuck_in_an_engine_that_gets_on_goes_to_another() -> No
     assert (name, again.prompt_uid) == ("b", leases[0][1].prompt_uid)
 
 
-def test_with_nobody_else_a_stuck_lease_goes_back_to_its_actor() -> None:
+NO_OTHERS: list[dict[str, Any]] = [{"capacity": 0}, {"is_hung": True}, {"is_slow": True, "tried_s": 0.0}]
+
+
+@pytest.mark.parametrize("other", [None, *NO_OTHERS])
+def test_with_nobody_else_a_stuck_lease_goes_back_to_its_actor(other: dict[str, Any] | None) -> None:
+    """One that is there but gets no leases is nobody."""
     coordinator = make(make_config(), "a", capacity=4)
     ids = held_by(granted(coordinator), "a")
+    if other is not None:
+        join(coordinator, "b")
+        disable(coordinator, "b", other)
     for step in range(1, 5):
         beat = {ids[0]: 5} | dict.fromkeys(ids[1:], 10 * step)
         coordinator.heartbeat("a", heartbeat(beat, 100 * step, busy_s=step * LIMIT_S / 2), 0.0)

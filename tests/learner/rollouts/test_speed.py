@@ -112,6 +112,19 @@ def test_a_slow_actor_takes_over_when_the_fast_ones_have_left() -> None:
     assert set(clock.round()) == {"slow"}
 
 
+def test_a_slow_actor_takes_over_while_the_fast_one_hangs() -> None:
+    clock = Clock()
+    for _ in range(3):
+        clock.round()
+    fast = clock.coordinator.member("fast")
+    fast.is_hung = True
+    clock.now += 1.0
+    assert set(clock.round()) == {"slow"} and clock.coordinator.stats()["actors_too_slow"] == 0
+    fast.is_hung = False
+    clock.now += 1.0
+    assert set(clock.round()) == {"fast"}
+
+
 def test_actors_that_drain_are_not_judged() -> None:
     """They have no places, of which a version's time would be a fraction."""
     clock = Clock()
