@@ -430,7 +430,8 @@ class Coordinator:
         self._check_s = NOW
         if (verdict := member.account.verdict) is not None:
             self.condemn(member.name, f"{verdict}, the last one: {problem}")
-        self.ledger.fail(slot, reason, problem, len(self.members()))
+        able = [other.name for other in self._members if other.is_able and now >= other.rest.until_s]
+        self.ledger.fail(slot, reason, problem, able)
 
     def _send(self, name: str, message: LearnerMessage) -> None:
         self.outbox.append(name, message)

@@ -1,6 +1,6 @@
 """Leases: making one, and keeping those that are out or buffered."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Slots:
     `untrained` and `arrived` count the groups in `train` and in `buffered` by their oldest version; none is 0.
 
     `train` is in the order in which the prompts came from the stream: one that is leased again has a new id and its old
-    turn.
+    turn, or a later one when it has failed.
 
     Ids count up and are never used twice in a run: each life (incarnation) of its learner begins a range of its own.
     """
@@ -90,9 +90,18 @@ class Slots:
         self._num_turns += 1
         return self._num_turns
 
+    def turn_behind(self, num_fresh: int) -> int:
+        """The place behind all others and behind so many prompts that are still to be drawn. It is also the last one's
+        of these, which comes first."""
+        return self._num_turns + num_fresh
+
+    def is_due(self, turn: int) -> bool:
+        """Whether no prompt that is still to be drawn comes before it."""
+        return turn <= self._num_turns
+
     def num_before(self, turn: int) -> int:
         """Training leases that are consumed before a prompt of this turn."""
-        return bisect_left(list(self.train.values()), turn, key=lambda slot: slot.turn)
+        return bisect_right(list(self.train.values()), turn, key=lambda slot: slot.turn)
 
     def add(self, slot: Slot) -> Slot:
         """`slot` under next_lease_id, which its lease must have."""

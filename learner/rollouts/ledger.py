@@ -12,14 +12,15 @@ A training prompt goes   pending -> leased(actor) -> buffered -> trained | dropp
   consumption holds for whatever an actor sends.
 - Evaluation leases count nowhere in the above. They have all the room before the first step and whenever no training
   lease may go out.
-- A prompt is given up when several actors, or the only one there is, have failed on it.
+- A prompt on which an actor failed goes behind others, so that the actor may try one of them, and is given up when
+  several actors, or all that could sample it, have failed on it.
 """
 
 import logging
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from common.config import Batching, Config, OverAge
 from common.types import CompletedGroup, DropReason, Int32Array, Prompt, Purpose, TrajectoryGroup
@@ -36,7 +37,7 @@ from learner.rollouts.verdicts import Verdicts, is_informative
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # of one prompt, and on as many actors if there are so many, before it is given up
+MAX_FAILURES = 3  # of one prompt, and on as many actors if so many could sample it, before it is given up
 
 
 class Ledger:
@@ -119,7 +120,7 @@ class Ledger:
         return self.slots.add(slot)
 
     def _next_pending(self) -> Pending:
-        if self.pending:
+        if self.pending and self.slots.is_due(self.pending[0].turn):
             return self.pending.popleft()
         return Pending(prompt=self.stream.next(), turn=self.slots.next_turn())
 
@@ -156,12 +157,14 @@ class Ledger:
         if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
             self._forget(slot, reason)
 
-    def fail(self, slot: Slot, reason: DropReason | None, problem: str, num_actors: int) -> None:
-        """The prompt is leased again, unless it has failed too often. `reason`: why a group of it is dropped, if one
-        has come. `num_actors` take part."""
+    def fail(self, slot: Slot, reason: DropReason | None, problem: str, able: Collection[str]) -> None:
+        """The prompt is leased again, behind others, unless it has failed too often. `reason`: why a group of it is
+        dropped, if one has come. `able`: the actors that it could be leased to."""
         uid, failures = slot.prompt.uid, self.counts.fail(slot.prompt.uid, slot.actor)
         logger.warning("prompt %s, failure %d on actor %s: %s", uid, failures.total(), slot.actor, problem)
-        if failures.total() < MAX_FAILURES or len(failures) < min(MAX_FAILURES, max(1, num_actors)):
+        has_untried = len(failures) < MAX_FAILURES and any(actor not in failures for actor in able)
+        if failures.total() < MAX_FAILURES or has_untried:
+            slot.turn = self._turn_behind(slot)
             self.withdraw(slot, reason)
             return
         del self.counts.failures[uid]
@@ -173,6 +176,13 @@ class Ledger:
         self._remove(slot, reason, 0 if keeps_partial else slot.num_tokens)
         pending = Pending(prompt=slot.prompt, partial=slot.partial if keeps_partial else None, turn=slot.turn)
         insort(self._queue_of(slot), pending, key=lambda waiting: waiting.turn)
+
+    def _turn_behind(self, slot: Slot) -> int:
+        """Behind the prompts of one more step, or behind the evaluation's others."""
+        if slot.lease.purpose is Purpose.TRAIN:
+            return self.slots.turn_behind(self.config.rollout.prompts_per_step)
+        queue = self._queue_of(slot)
+        return queue[-1].turn + 1 if queue else slot.turn
 
     def distrust(self, actor: str, lease_ids: Sequence[int], version: int) -> None:
         """What this actor may have sampled with wrong weights, called `version`, is neither trained on nor handed on,

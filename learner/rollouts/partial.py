@@ -141,7 +141,7 @@ class Pending:
     """A prompt that waits to be leased, with what is known of its responses; or, after a resume, to be buffered with
     the group that was sampled for it.
 
-    `turn` is its place in the order of the stream, which it keeps when it comes back.
+    `turn` is its place in the order of the stream, which it keeps when it comes back, unless it has failed.
     """
 
     prompt: Prompt

@@ -53,6 +53,7 @@ from learner.rollouts.snapshot import Snapshot, restore, take
 from tests.support.fake_actors import NO_PROBE, group, heartbeat, progress
 
 PROMPTS = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(7)]
+MANY = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(100)]
 HELDOUT = [Prompt(uid=f"h{i}", text=f"{i}", reference="") for i in range(3)]
 NAMES = ("ann", "bob", "cyd")
 
@@ -872,14 +873,14 @@ def test_a_group_of_another_actors_lease_is_not_taken() -> None:
     ],
 )
 def test_a_group_that_is_not_what_was_leased_is_refused_and_sampled_again(spoil) -> None:
-    coordinator = make(make_config(), "a")
+    coordinator = make(make_config(max_staleness=9), "a", capacity=2)
     ((_, lease), *others) = granted(coordinator)
     coordinator.receive("a", spoil(group(lease.lease_id, [0])), 0.0)
     assert coordinator.drops == {DropReason.MALFORMED: 1}
     assert any(isinstance(message, Refused) and not message.fatal for _, message in coordinator.outbox)
     finish(coordinator, others)
-    ((_, again),) = granted(coordinator)
-    assert again.prompt_uid == lease.prompt_uid
+    finish(coordinator, granted(coordinator))
+    assert lease.prompt_uid in [again.prompt_uid for _, again in granted(coordinator)]
 
 
 def test_after_three_groups_that_were_refused_an_actor_has_to_leave() -> None:
@@ -895,21 +896,25 @@ def test_after_three_groups_that_were_refused_an_actor_has_to_leave() -> None:
 def test_a_prompt_that_keeps_failing_on_the_only_actor_is_given_up_and_replaced(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a")
-    ((_, lease),) = granted(coordinator)
-    for i in range(MAX_FAILURES):
-        coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="too long"), now=20.0 * i)
-        failed, ((_, lease),) = lease, granted(coordinator, now=20.0 * (i + 1))
-    assert lease.prompt_uid != failed.prompt_uid
+    coordinator = make(make_config(prompts_per_step=2, max_staleness=9), "a", capacity=1, prompts=MANY)
+    order = []
+    for i in range(9):
+        ((_, lease),) = granted(coordinator, now=20.0 * i)
+        order.append(lease.prompt_uid)
+        if lease.prompt_uid == order[0]:
+            coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="too long"), now=20.0 * i)
+        else:
+            finish(coordinator, [("a", lease)])
+    failed, is_failed = order[0], [uid == order[0] for uid in order]
+    assert is_failed == [True, False, False, True, False, False, True, False, False], "others come in between"
     assert coordinator.drops == {DropReason.FAILED: 1}
     assert coordinator.stats()["lease_failures"] == MAX_FAILURES
-    assert f"prompt {failed.prompt_uid} is given up after 3 failures: too long" in caplog.text
+    assert f"prompt {failed} is given up after 3 failures: too long" in caplog.text
     assert not coordinator.condemned, "one prompt that cannot be sampled is not the actor's fault"
 
 
 def test_an_actor_that_fails_every_lease_costs_no_prompt_beside_good_ones_and_has_to_leave() -> None:
-    prompts = [Prompt(uid=f"p{i}", text=f"{i}", reference="") for i in range(100)]
-    coordinator = make(make_config(max_staleness=10_000), "bad", "good", capacity=3, prompts=prompts)
+    coordinator = make(make_config(max_staleness=10_000), "bad", "good", capacity=3, prompts=MANY)
     now, num_taken, sampled = 0.0, 0, list[tuple[str, Lease]]()
     while not coordinator.condemned:
         assert now < 60.0, "it is still there"
@@ -926,16 +931,86 @@ def test_an_actor_that_fails_every_lease_costs_no_prompt_beside_good_ones_and_ha
     assert coordinator.stats()["lease_failures"] < 20
 
 
-def test_a_prompt_is_given_up_when_every_actor_there_is_has_failed_on_it() -> None:
-    coordinator = make(make_config(prompts_per_step=1, max_staleness=0), "a", "b", capacity=1)
-    now, failed = 0.0, Counter[str]()
+def test_a_prompt_that_failed_is_trained_behind_those_that_it_let_pass() -> None:
+    coordinator = make(make_config(prompts_per_step=1, max_staleness=3), "a", capacity=1, prompts=MANY)
+    ((_, bad),) = granted(coordinator)
+    coordinator.fail("a", LeaseFailed(lease_id=bad.lease_id, reason="no"), now=0.0)
+    ((_, other),) = granted(coordinator, now=2.0)
+    assert coordinator.ledger.slots.num_before(coordinator.ledger.pending[0].turn) == 1
+    finish(coordinator, [("a", other)])
+    ((_, again),) = granted(coordinator, now=2.0)
+    assert again.prompt_uid == bad.prompt_uid
+    finish(coordinator, [("a", again)])
+    assert [ids(coordinator.ledger.take_batch()) for _ in range(2)] == [[other.lease_id], [again.lease_id]]
+
+
+def test_a_held_out_prompt_that_failed_goes_behind_the_others() -> None:
+    coordinator = make(make_config(), "a", capacity=1)
+    coordinator.ledger.evaluate(Evaluation(HELDOUT, 2, 1.0, version=0))
+    order = []
+    for i in range(4):
+        ((_, lease),) = granted(coordinator, now=20.0 * i)
+        order.append(lease.prompt_uid)
+        if i == 0:
+            coordinator.fail("a", LeaseFailed(lease_id=lease.lease_id, reason="no"), now=0.0)
+        else:
+            finish(coordinator, [("a", lease)])
+    assert order == ["h0", "h1", "h2", "h0"]
+
+
+def tries_of_the_first_prompt(coordinator: Coordinator, bad: str | None = None, now: float = 0.0) -> Counter[str]:
+    """How often each actor fails on it, or on `bad`, before it is given up; all others are sampled at once."""
+    end_s, failed = now + 60.0, Counter[str]()
     while not coordinator.drops[DropReason.FAILED]:
-        ((name, lease),) = granted(coordinator, now) or [("", None)]
-        if lease is not None:
-            coordinator.fail(name, LeaseFailed(lease_id=lease.lease_id, reason="no"), now)
-            failed[name] += 1
+        assert now < end_s, f"it is not given up after {failed}"
+        for name, lease in granted(coordinator, now):
+            bad = bad or lease.prompt_uid
+            if lease.prompt_uid == bad:
+                coordinator.fail(name, LeaseFailed(lease_id=lease.lease_id, reason="no"), now)
+                failed[name] += 1
+            else:
+                finish(coordinator, [(name, lease)])
         now += 0.5
+    return failed
+
+
+def test_a_prompt_is_given_up_when_every_actor_there_is_has_failed_on_it() -> None:
+    coordinator = make(make_config(max_staleness=10_000), "a", "b", capacity=1, prompts=MANY)
+    failed = tries_of_the_first_prompt(coordinator)
     assert len(failed) == 2 and failed.total() == MAX_FAILURES
+
+
+def test_one_actor_condemns_no_prompt_while_another_has_only_no_room_for_it() -> None:
+    coordinator = make(make_config(max_staleness=10_000), "a", "b", capacity=1, prompts=MANY)
+    bad, num_failures = None, 0
+    for i in range(30):
+        for name, lease in granted(coordinator, now=20.0 * i):
+            bad = bad or (lease.prompt_uid if name == "a" else None)
+            if lease.prompt_uid == bad:
+                coordinator.fail(name, LeaseFailed(lease_id=lease.lease_id, reason="no"), now=20.0 * i)
+                num_failures += 1
+            elif name == "a":
+                finish(coordinator, [(name, lease)])
+        assert not coordinator.drops
+        if num_failures == 2 * MAX_FAILURES:
+            break
+    assert num_failures == 2 * MAX_FAILURES and len(coordinator.member("b").held) == 1
+    coordinator.drain("b")
+    assert tries_of_the_first_prompt(coordinator, bad, now=1000.0) == {"a": 1}, "nobody else is left to try it"
+
+
+@pytest.mark.parametrize(
+    "other", [{"capacity": 0}, {"is_hung": True}, {"is_slow": True, "tried_s": 0.0, "group_s": 9.0}, {"rest": 1000.0}]
+)
+def test_a_prompt_does_not_wait_for_an_actor_that_gets_no_leases(other: dict[str, Any]) -> None:
+    coordinator = make(make_config(max_staleness=10_000), "a", "b", capacity=1, prompts=MANY)
+    if "rest" in other:
+        coordinator.member("b").rest.begin(0.0, other["rest"])
+    else:
+        for attribute, value in other.items():
+            setattr(coordinator.member("b"), attribute, value)
+    coordinator._stand(coordinator.member("b"), 0.0)
+    assert tries_of_the_first_prompt(coordinator) == {"a": MAX_FAILURES}
 
 
 def test_a_group_that_got_too_old_is_dropped_and_its_prompt_sampled_again() -> None:

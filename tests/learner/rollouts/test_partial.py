@@ -96,18 +96,18 @@ def test_a_group_must_begin_with_what_was_known_of_it() -> None:
 # ---- in the coordinator
 
 
-def with_another(coordinator: Coordinator) -> Coordinator:
-    coordinator.join("b", 100, 0.0)
+def with_another(coordinator: Coordinator, capacity: int = 100) -> Coordinator:
+    coordinator.join("b", capacity, 0.0)
     coordinator.ready("b", 0, NO_PROBE)
     return coordinator
 
 
 def test_the_next_holder_goes_on_from_what_the_last_one_reported() -> None:
-    coordinator = make(make_config(), "a", capacity=2)
+    coordinator = make(make_config(max_staleness=9), "a", capacity=2)
     first, second = granted(coordinator)
     coordinator.progress("a", progress(first[1].lease_id, [0, 0], [[0, 0, 0], [0]], ended=(1,)))
     coordinator.remove("a", "test")
-    again = granted(with_another(coordinator))
+    again = granted(with_another(coordinator, capacity=2))
     assert [lease.prompt_uid for _, lease in again[:2]] == [first[1].prompt_uid, second[1].prompt_uid]
     assert again[0][1].prefix_lengths.tolist() == [3, 1] and again[1][1].prefix_lengths.tolist() == [0, 0]
     assert again[0][1].prefix_finish_reasons == (None, FinishReason.STOP)
@@ -115,7 +115,7 @@ def test_the_next_holder_goes_on_from_what_the_last_one_reported() -> None:
     assert coordinator.stats()["dropped_tokens/actor_lost"] == 0
     coordinator.receive("b", replace(group(again[0][1].lease_id, [0, 0, 0]), token_ids=np.ones(6, np.int32)), 0.0)
     assert coordinator.drops[DropReason.MALFORMED] == 1, "it does not begin with what was handed on"
-    coordinator.join("c", 1, 0.0)
+    coordinator.join("c", 3, 0.0)
     coordinator.ready("c", 0, NO_PROBE)
     ((_, third),) = [item for item in granted(coordinator) if item[1].prompt_uid == first[1].prompt_uid]
     assert third.prefix_lengths.tolist() == [0, 0] and coordinator.stats()["dropped_tokens/malformed"] == 4
