@@ -1,4 +1,7 @@
-"""Joiners are served over a group of their own, in several buckets; nobody who holds the version hears of it."""
+"""Joiners are served over a group of their own, in several buckets; nobody who holds the version hears of it.
+
+What a joiner that fails in any phase costs is in test_faults.py.
+"""
 
 import os
 from dataclasses import dataclass
@@ -14,22 +17,12 @@ from common.types import MemberId, WeightsPhase
 from learner.networks.parallel import process_group
 from learner.publication.control import PublishError
 from learner.publication.publisher import FRUITLESS_ATTEMPTS, Publisher
-from tests.learner.publication.test_publisher import TIMEOUT_S, actor, has_arrived, make_publisher, make_run, train
+from tests.learner.publication.test_publisher import actor, has_arrived, make_publisher, make_run, train
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import write_tiny_model
-from tests.support.transfer_actors import BREAKS, FAILS, FORGETS, KILLED, SILENT, LocalActors, TransferActor
+from tests.support.transfer_actors import BREAKS, FAILS, FORGETS, KILLED, LocalActors, TransferActor
 
 FIRST, LATE = MemberId("first", 1), MemberId("late", 2)
-SHORT_S = 4.5  # for faults that only a time-out finds
-
-PHASES = [phase for phase in WeightsPhase if phase not in (WeightsPhase.SLEEP, WeightsPhase.WAKE)]
-FAULTS = [
-    *((fault, phase, 0) for phase in PHASES for fault in (KILLED, FAILS)),
-    (KILLED, WeightsPhase.UPDATE, 3),
-    (FAILS, WeightsPhase.UPDATE, 3),
-    (SILENT, WeightsPhase.PAUSE, 0),
-    (SILENT, WeightsPhase.UPDATE, 1),
-]
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +61,6 @@ def test_two_joiners_are_served_together_and_belong_to_the_next_publication(path
         assert one.received[-1] is WeightsPhase.RESUME
     assert_next_version_reaches(actors, publisher, FIRST, *served.members)
     assert [one.received.count(WeightsPhase.INIT) for one in (first, *late)] == [1, 2, 2]
-
-
-@pytest.mark.parametrize(("fault", "phase", "at"), FAULTS)
-def test_a_joiner_that_is_lost_in_any_phase_loses_only_itself(
-    path: str, fault: str, phase: WeightsPhase, at: int
-) -> None:
-    is_silence = fault == SILENT or phase is WeightsPhase.INIT
-    actors, first, publisher = running(path, timeout_s=SHORT_S if is_silence else TIMEOUT_S)
-    late = actors.add("late", 2, actor(path))
-    actors.add("lost", 3, actor(path, fault, phase, at))
-    assert publisher.serve(1).members == (LATE,)
-    assert first.received == [] and late.received[-1] is WeightsPhase.RESUME
-    assert set(actors.actors) == {FIRST, LATE} and has_arrived(publisher, actors)
-    assert set(actors.dismissed) <= {"lost"}
-    assert_next_version_reaches(actors, publisher, FIRST, LATE)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [(KILLED, WeightsPhase.UPDATE), (FAILS, WeightsPhase.FINISH)])
