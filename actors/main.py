@@ -101,6 +101,7 @@ class Actor:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._has_less_to_do = asyncio.Event()  # than before: a lease is done, or a group has arrived
         self._is_draining = False
+        self._is_asleep = False
 
     async def serve(self, is_draining: asyncio.Event) -> None:
         """Takes part until the learner says stop, or it is asked to drain and has. Raises ActorError, EngineError or
@@ -167,11 +168,6 @@ class Actor:
         """The learner has been started again: what an earlier life of it had asked for is void."""
         while not self._phases.empty():
             self._phases.get_nowait()
-        if self._session.config.actors.sleep_while_training:
-            wake = WeightsCommand(
-                command_id=self._newest_command, phase=WeightsPhase.WAKE, version=self._engine.version, payload={}
-            )
-            self._phases.put_nowait(wake)
 
     async def _take(self, command: WeightsCommand) -> None:
         """Each command once; the learner repeats one that it has no report of."""
@@ -241,6 +237,7 @@ class Actor:
     async def _phase(self, command: WeightsCommand) -> np.ndarray[Any, np.dtype[np.float32]]:
         match command.phase:
             case WeightsPhase.PAUSE:
+                await self._wake()  # who was to say so may have died, or this actor was lost then
                 await self._engine.pause()
             case WeightsPhase.INIT:
                 await self._engine.init_transfer(command.payload)
@@ -254,10 +251,16 @@ class Actor:
                 await self._engine.resume()
                 return await self._engine.score(self._session.welcome.probe_token_ids)
             case WeightsPhase.SLEEP:
+                self._is_asleep = True
                 await self._engine.sleep()
             case WeightsPhase.WAKE:
-                await self._engine.wake()
+                await self._wake()
         return NO_PROBE
+
+    async def _wake(self) -> None:
+        if self._is_asleep:
+            await self._engine.wake()
+            self._is_asleep = False
 
     async def flush_progress(self) -> None:
         """Sends all that was drawn for the leases under way: whoever gets them next goes on from there."""

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 def actors_asleep(config: Config, control: ActorControl | None, version: int) -> Iterator[None]:
     """For the time of a training step; nothing without the setting, or on ranks other than 0 (control is None).
 
-    Who does not go to sleep, or does not wake up, is dismissed.
+    Who does not go to sleep, or does not wake up, is dismissed. Who is lost when it should wake up does so when it is
+    served with weights, as whoever has missed a command is.
     """
     if not config.actors.sleep_while_training or control is None:
         yield
@@ -31,7 +32,6 @@ def actors_asleep(config: Config, control: ActorControl | None, version: int) ->
     _run(channel, WeightsPhase.SLEEP)
     yield
     torch.cuda.empty_cache()  # what training has freed goes back to the GPU, for the actors to take
-    channel.members = tuple(member for member in control.member_ids() if member in channel.members)
     _run(channel, WeightsPhase.WAKE)
 
 

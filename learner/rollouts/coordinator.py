@@ -69,6 +69,7 @@ class Coordinator:
         self.outbox = Outbox()
         self.condemned: dict[str, str] = {}  # members that have to leave, and why; whoever dismisses them empties it
         self._places = Places()
+        self._announced = 0  # newest version that was on its way to anybody
         self._outdated: set[str] = set()  # ready members without the current version
         self._resting: dict[str, float] = {}  # members that get no leases for a while, and until when
         self._check_s = NOW  # when to look at every member next
@@ -169,10 +170,17 @@ class Coordinator:
         member.capacity = 0
         self._stand(member, member.heard_s)
 
+    def updating(self, name: str, version: int) -> None:
+        """Its engine stops for `version`. Until it is known to go on it is in no state to sample, wherever it is lost;
+        but it may go on, and draw tokens of `version`, before that is known."""
+        self._announced = max(self._announced, version)
+        self.loaded(name, None)
+
     def loaded(self, name: str, version: int | None) -> None:
-        """The actor holds `version` now, or (None) no whole one."""
+        """The actor samples with `version` now, or (None) it is not known whether with any."""
         member = self._members[name]
         member.version = version
+        self._announced = max(self._announced, version or 0)
         self._stand(member, member.heard_s)
 
     def lose(self, name: str, reason: str) -> None:
@@ -195,8 +203,9 @@ class Coordinator:
         self._places.set(name, 0)
         self._outdated.discard(name)
         self._resting.pop(name, None)
-        if distrust and member.version is not None:
-            self.ledger.distrust(name, list(member.held), member.version)
+        if distrust:
+            version = self._newest_version if member.version is None else member.version
+            self.ledger.distrust(name, list(member.held), version)
         self._revoke(member, list(member.held))
 
     def tick(self, now: float) -> None:
@@ -320,6 +329,11 @@ class Coordinator:
             self._send(member.name, Cancel(lease_id=slot.lease.lease_id))
             self._stand(member, now)
 
+    @property
+    def _newest_version(self) -> int:
+        """That a token can have, whoever drew it: a prefix is another actor's, which may be further."""
+        return max(self.ledger.version, self._announced)
+
     # ---- leases out
 
     def dispatch(self, now: float) -> None:
@@ -367,8 +381,7 @@ class Coordinator:
             self.ledger.counts.drop(DropReason.DUPLICATE if is_copy else DropReason.UNKNOWN_LEASE, group.lease_id, name)
             return
         slot = self.ledger.slots[group.lease_id]
-        newest = max(self.ledger.version, member.version or 0)
-        problem = problem_with(group, slot.lease, newest, self._config, self._vocab_size)
+        problem = problem_with(group, slot.lease, self._newest_version, self._config, self._vocab_size)
         if problem is None and slot.partial is not None:
             problem = slot.partial.problem_with(group)
         if problem is not None:
@@ -388,9 +401,8 @@ class Coordinator:
             return
         slot, problem = self.ledger.slots[progress.lease_id], None
         if len(progress.token_ids):
-            newest = max(self.ledger.version, member.version or 0)
             drawn = (progress.token_ids, progress.behavior_logprobs, progress.versions)
-            problem = problem_with_tokens(*drawn, newest, self._vocab_size)
+            problem = problem_with_tokens(*drawn, self._newest_version, self._vocab_size)
         if problem is None:
             slot.partial = slot.partial or Partial(slot.lease.num_samples)
             problem = slot.partial.add(progress, slot.lease)

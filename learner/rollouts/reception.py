@@ -369,20 +369,20 @@ class Reception:
 
     def begin(self, phase: WeightsPhase, version: int, payloads: Mapping[MemberId, dict[str, JSON]]) -> Command:
         """Send a phase to the ready actors among those named; the others count as gone."""
-        present = set(self._coordinator.member_ids())
         self._num_commands += 1
-        command = Command(self._num_commands, phase, version, dict(payloads), gone=set(payloads) - present)
+        command = Command(self._num_commands, phase, version, dict(payloads))
         self._commands[command.id] = command
+        self.note_losses()
         for member in sorted(command.missing()):
             self._direct.append((self._identities[member.name], command.message(member)))
-            if phase is WeightsPhase.START:
-                self._coordinator.loaded(member.name, None)  # no version is whole until FINISH
+            if phase not in (WeightsPhase.SLEEP, WeightsPhase.WAKE):
+                self._coordinator.updating(member.name, version)
         return command
 
     def note_losses(self) -> None:
         """Nobody waits for the report of an actor that is lost, or that has left.
 
-        One that comes back from the middle of a publication may be paused, or hold half a version: it is served again.
+        What one that comes back has done of the command is not known: it may be asleep, and it is served again.
         """
         if not self._commands:
             return
@@ -410,7 +410,7 @@ class Reception:
             logger.info("actor %s reports %s of version %d late", name, report.phase, report.version)
             return
         command.reports[member] = report
-        if command.phase is WeightsPhase.FINISH and report.error is None:
+        if command.phase is WeightsPhase.RESUME and report.error is None:
             self._coordinator.loaded(name, command.version)
 
     # ---- out

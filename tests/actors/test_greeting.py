@@ -343,6 +343,18 @@ def test_an_engine_that_slept_when_its_learner_died_is_awake_for_the_next() -> N
             assert actor.engine.phases == [WeightsPhase.SLEEP, WeightsPhase.WAKE, *PUBLICATION]
 
 
+def test_an_engine_that_was_not_told_to_wake_up_does_so_before_it_takes_weights() -> None:
+    """Its connection was lost when the step ended."""
+    config = make_config()
+    with make_service(config) as service, LiveActor(config, service.endpoint) as actor:
+        service.wait_for_members(1, 10.0)
+        for _ in range(2):
+            service.command(WeightsPhase.SLEEP, 0, {member: {} for member in service.member_ids()}, 10.0)
+            publish(service, 0)
+        assert actor.engine.phases == [WeightsPhase.SLEEP, WeightsPhase.WAKE, *PUBLICATION] * 2
+        assert len(train(service, 0)) == 4
+
+
 def test_a_name_that_is_taken_ends_the_second_actor_with_one_sentence() -> None:
     config = make_config()
     with make_service(config) as service, LiveActor(config, service.endpoint):

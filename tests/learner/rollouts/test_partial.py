@@ -222,6 +222,19 @@ def test_progress_that_cannot_be_is_refused_and_the_lease_goes_on(spoil: Any) ->
     assert coordinator.stats()["buffered_groups"] == 1
 
 
+def test_a_prefix_with_tokens_of_a_version_on_its_way_makes_no_group_of_another_actor_malformed() -> None:
+    """The one who drew them was resumed while the learner still waited for others."""
+    coordinator = make(make_config(), "a", capacity=1)
+    ((_, lease),) = granted(coordinator)
+    coordinator.updating("a", 1)
+    coordinator.progress("a", progress(lease.lease_id, [0, 0], [[0, 1], [0]]))
+    coordinator.remove("a", "test")
+    again = granted(with_another(coordinator))[0][1]
+    assert again.prefix_versions.tolist() == [0, 1, 0]
+    coordinator.receive("b", group(again.lease_id, [0, 1]), 0.0)
+    assert coordinator.drops == {DropReason.ACTOR_LOST: 1} and coordinator.stats()["buffered_groups"] == 1
+
+
 def test_progress_of_a_lease_that_was_taken_away_is_not_wanted() -> None:
     coordinator = make(make_config(), "a", capacity=1)
     coordinator.progress("a", progress(5, [0], [[0]]))

@@ -1,5 +1,6 @@
 """The reception without sockets: whatever actors say in whatever order, it answers and goes on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -234,16 +235,115 @@ def test_a_member_goes_on_over_a_new_connection_and_is_told_again_what_it_has_no
     assert replies(reception, b"old") == []
 
 
-def test_who_is_lost_in_the_middle_of_a_publication_is_served_again() -> None:
+PUBLICATION = (
+    WeightsPhase.PAUSE,
+    WeightsPhase.START,
+    WeightsPhase.UPDATE,
+    WeightsPhase.FINISH,
+    WeightsPhase.RESUME,
+)
+
+
+def begin(reception: Reception, phase: WeightsPhase, version: int) -> Command:
+    return reception.begin(phase, version, {MemberId("a", 1): {}, MemberId("b", 2): {}})
+
+
+def report(reception: Reception, command: Command, name: str) -> None:
+    reception.handle(
+        name.encode(),
+        WeightsReport(
+            command_id=command.id,
+            phase=command.phase,
+            version=command.version,
+            error=None,
+            is_shared=False,
+            probe_logprobs=NO_PROBE,
+        ),
+        0.5,
+    )
+
+
+def publish(reception: Reception, version: int, phases: Sequence[WeightsPhase]) -> None:
+    """To `a` and `b`."""
+    for phase in phases:
+        command = begin(reception, phase, version)
+        for name in "ab":
+            report(reception, command, name)
+        assert not command.missing()
+        reception.end(command)
+
+
+@pytest.mark.parametrize("version", [0, 1], ids=["that it holds", "that is new"])
+@pytest.mark.parametrize("goes_on", [True, False], ids=["without it", "not at all"])
+@pytest.mark.parametrize("num_done", range(1, 5))
+def test_who_is_lost_between_two_phases_is_served_again(num_done: int, goes_on: bool, version: int) -> None:
+    """Its engine is paused, and nobody would tell it to go on."""
     coordinator, reception = make_reception()
-    welcome = welcomed(reception, "a", b"1")
-    command = reception.begin(WeightsPhase.PAUSE, 1, {member: {} for member in coordinator.member_ids()})
-    reception.undeliverable(b"1")
+    welcome = welcomed(reception, "a", b"a")
+    welcomed(reception, "b", b"b")
+    publish(reception, version, PUBLICATION[:num_done])
+    reception.undeliverable(b"a")
+    if goes_on:
+        for phase in PUBLICATION[num_done:]:
+            command = begin(reception, phase, version)
+            assert command.gone == {MemberId("a", 1)}
+            report(reception, command, "b")
+            reception.end(command)
+        assert reception.lost == (MemberId("a", 1),)
+    coordinator.set_version(version, 1)
+    reception.handle(b"a", hello("a", welcome=welcome), 1.0)
+    assert coordinator.waiting_for_weights() == (("a",) if goes_on else ("a", "b"))
+    publish(reception, version, PUBLICATION)
+    assert coordinator.waiting_for_weights() == ()
+
+
+@pytest.mark.parametrize("phase", [*PUBLICATION, WeightsPhase.SLEEP, WeightsPhase.WAKE])
+def test_who_is_lost_before_it_could_report_is_served_again(phase: WeightsPhase) -> None:
+    coordinator, reception = make_reception()
+    welcome = welcomed(reception, "a", b"a")
+    command = reception.begin(phase, 0, {member: {} for member in coordinator.member_ids()})
+    reception.undeliverable(b"a")
     reception.note_losses()
     assert not command.missing()
     reception.end(command)
-    reception.handle(b"1", hello("a", welcome=welcome), 1.0)
-    assert coordinator.waiting_for_weights() == ("a",), "its engine may be paused"
+    reception.handle(b"a", hello("a", welcome=welcome), 1.0)
+    assert coordinator.waiting_for_weights() == ("a",), "its engine may be paused, or asleep"
+
+
+def test_an_actor_that_was_resumed_and_then_lost_is_honest_while_others_are_waited_for() -> None:
+    """It comes back before the publication is over, with tokens of the version that it got."""
+    coordinator, reception = make_reception()
+    welcome = welcomed(reception, "a", b"a")
+    welcomed(reception, "b", b"b")
+    coordinator.dispatch(0.0)
+    held = [message.lease_id for message in replies(reception, b"a") if isinstance(message, Lease)]
+    assert len(held) >= 3
+    publish(reception, 1, PUBLICATION[:-1])
+    begin(reception, WeightsPhase.RESUME, 1)
+    reception.undeliverable(b"a")
+    reception.note_losses()
+    reception.handle(b"a", hello("a", welcome=welcome, held=held), 2.0)
+    reception.handle(b"a", progress(held[0], [0, 0], [[0, 1], [1]]), 2.0)
+    for lease_id in held[1:]:
+        reception.handle(b"a", group(lease_id, [0, 1]), 3.0)
+    assert coordinator.members() == ("a", "b") and not coordinator.drops
+    stats = coordinator.stats()
+    assert (stats["actors_dismissed"], stats["dropped_tokens/malformed"]) == (0, 0)
+    assert stats["buffered_groups"] == len(held) - 1
+
+
+def test_what_was_sampled_after_a_resume_that_was_not_reported_goes_with_an_actor_that_is_distrusted() -> None:
+    coordinator, reception = make_reception()
+    welcomed(reception, "a", b"a")
+    welcomed(reception, "b", b"b")
+    coordinator.dispatch(0.0)
+    first, second, *_ = [message.lease_id for message in replies(reception, b"a") if isinstance(message, Lease)]
+    publish(reception, 1, PUBLICATION[:-1])
+    reception.end(begin(reception, WeightsPhase.RESUME, 1))
+    reception.handle(b"a", group(first, [0, 0]), 1.0)
+    reception.handle(b"a", group(second, [0, 1]), 1.0)
+    reception.dismiss_member(MemberId("a", 1), "no probe", distrust=True)
+    assert coordinator.stats()["buffered_groups"] == 1
 
 
 def test_a_greeting_that_is_repeated_on_its_connection_is_no_other_process() -> None:
