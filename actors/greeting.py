@@ -1,8 +1,10 @@
 """How an actor and its learner come to know each other, and find each other again.
 
-The actor says Hello when it starts, and the answer is Welcome or Refused. It says Hello again when the learner asks for
-it (SayHello), because it was started again or has lost sight of the actor; and on a new connection, when the learner
-was not heard for a while, because the old one may be half open, or the learner at another address.
+The actor says Hello when it starts, and the answer is Welcome or Refused. It says Hello again on every connection,
+since what was on its way over the one before is lost: on one that libzmq has made again by itself, and on one that the
+actor makes when the learner was not heard for a while, because the old one may be half open, or the learner at another
+address. And it does so when the learner asks for it (SayHello), because it was started again, has lost sight of the
+actor, or misses something of it.
 """
 
 import logging
@@ -13,7 +15,7 @@ import numpy as np
 
 from common.agreement import agreed, agreed_again
 from common.config import Config, ConfigError
-from common.transport import ActorConnection, model_fingerprints
+from common.transport import ActorConnection, ConnectionRenewed, model_fingerprints
 from common.types import PROTOCOL_VERSION, Hello, LearnerMessage, Refused, SayHello, Stop, Welcome
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,8 @@ class Session:
                 raise ActorError(f"the learner answered the greeting with {type(other).__name__}")
 
     async def _first_answer(self) -> LearnerMessage:
-        """To the greeting, which is repeated on a new connection after each silence: a learner that is just being
-        started again may have lost it, or be elsewhere by now. Raises TimeoutError."""
+        """To the greeting, which is repeated on every connection, and on a new one after each silence: a learner that
+        is just being started again may have lost it, or be elsewhere by now. Raises TimeoutError."""
         began_s, patience_s = time.monotonic(), self.config.actors.start_timeout_s
         silence_s = self.config.transport.heartbeat_timeout_s
         while True:
@@ -70,6 +72,8 @@ class Session:
             remaining_s = max(0.0, began_s + patience_s - time.monotonic())
             try:
                 return await self.connection.receive(min(silence_s, remaining_s))
+            except ConnectionRenewed:
+                continue
             except TimeoutError:
                 place = f"the learner at {self.connection.endpoint}"
                 if remaining_s <= silence_s:
@@ -90,6 +94,10 @@ class Session:
             remaining_s = heard_s + max(patience_s, self.welcome.timeout_s) - time.monotonic()
             try:
                 message = await self.connection.receive(min(self.welcome.timeout_s, max(0.0, remaining_s)))
+            except ConnectionRenewed:
+                logger.warning("the connection to the learner was interrupted")
+                await self._greet(self.welcome, held, finished)
+                continue
             except TimeoutError:
                 if remaining_s <= self.welcome.timeout_s:
                     raise TimeoutError(

@@ -86,6 +86,11 @@ class HandshakeError(ConfigError):
     """Learner and actor do not accept each other; what to do about it."""
 
 
+class ConnectionRenewed(Exception):
+    """libzmq has connected again by itself, under the same identity: neither side takes the other for lost, but what
+    was on its way is lost, in either direction."""
+
+
 class LearnerSocket:
     """The ROUTER. One thread binds, polls, receives, sends and closes; any thread may call `wake`.
 
@@ -213,7 +218,7 @@ class LearnerSocket:
 
 
 class ActorConnection:
-    """The DEALER, an async context manager. It reconnects by itself and delivers what was sent meanwhile.
+    """The DEALER, an async context manager. It reconnects by itself, says so, and delivers what was sent meanwhile.
 
     With `keys` it speaks to the learner of that key and to nobody else.
     """
@@ -245,6 +250,7 @@ class ActorConnection:
 
     def _connected(self) -> zmq.asyncio.Socket:
         channel = open_dealer(self._context, self.endpoint, self.name, self._max_bytes, self._keys)
+        self._has_met = False  # the learner, over this socket
         self._monitor = channel.get_monitor_socket(HANDSHAKES)
         connect(channel, self.endpoint, self._context)
         self._poller = zmq.asyncio.Poller()
@@ -268,7 +274,8 @@ class ActorConnection:
         await self._channel.send(packed, copy=False)
 
     async def receive(self, timeout_s: float) -> LearnerMessage:
-        """The next message. Raises TimeoutError naming the learner's endpoint, HandshakeError, or WireError."""
+        """The next message. Raises TimeoutError naming the learner's endpoint, HandshakeError, WireError, or
+        ConnectionRenewed before the first message of another connection than that of the greeting."""
         deadline = time.monotonic() + timeout_s
         channel = self._channel
         while True:
@@ -277,6 +284,10 @@ class ActorConnection:
             if self._monitor in ready:
                 event = (await recv_monitor_message(self._monitor))["event"]
                 self._handshakes.note(event, self.endpoint)
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    is_renewed, self._has_met = self._has_met, True
+                    if is_renewed:
+                        raise ConnectionRenewed
             elif channel in ready:
                 break
             elif time.monotonic() >= deadline:

@@ -30,6 +30,7 @@ from common.types import (
     Pulse,
     Purpose,
     Refused,
+    SayHello,
 )
 from learner.rollouts import overdue
 from learner.rollouts.clock import LeaseTimes
@@ -99,6 +100,8 @@ class Coordinator:
         """
         member = self._members[name]
         member.heard_s = member.greeted_s = now
+        if member.presence is Presence.LOST:
+            member.joining_s = now
         member.presence = Presence.READY if member.was_ready else Presence.JOINING
         member.is_fresh &= member.was_ready
         known, sampled, kept = set(member.held), set(held), set(finished)
@@ -405,6 +408,9 @@ class Coordinator:
             problem = problem_with_tokens(*drawn, self._newest_version, self._vocab_size)
         if problem is None:
             slot.partial = slot.partial or Partial(slot.lease.num_samples)
+            if slot.partial.lacks(progress):
+                self._send(name, SayHello(reason=f"earlier progress of lease {progress.lease_id} has not come"))
+                return
             problem = slot.partial.add(progress, slot.lease)
         if problem is not None:
             logger.warning("progress of lease %d of actor %s: %s", progress.lease_id, name, problem)

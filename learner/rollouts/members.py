@@ -14,7 +14,7 @@ RETRY = 50.0  # an actor that is too slow is tried with one lease again after th
 
 
 class Presence(StrEnum):
-    """JOINING (greeted, engine not up yet) -> READY <-> LOST (silent or disconnected).
+    """JOINING (greeted, engine not up yet) -> READY <-> LOST (silent or disconnected, or joining for too long).
 
     A lost member comes back with a Hello that says what it holds. Its leases are kept for transport.grace_s, and it is
     remembered for transport.reconnect_s.
@@ -33,6 +33,7 @@ class Member:
     number: int  # see MemberId
     capacity: int  # groups
     heard_s: float
+    joining_s: float  # since when it is joining, if it is
     is_fresh: bool = True  # until it is ready: its engine can have no other weights than the model folder's
     presence: Presence = Presence.JOINING
     greeted_s: float = float("-inf")  # the last time that it did so again
@@ -124,7 +125,7 @@ class Members:
 
     def add(self, name: str, capacity: int, now: float) -> None:
         self._num_joined += 1
-        self._members[name] = Member(name, self._num_joined, min(capacity, MAX_CAPACITY), heard_s=now)
+        self._members[name] = Member(name, self._num_joined, min(capacity, MAX_CAPACITY), now, now)
 
     def pop(self, name: str) -> Member | None:
         member = self._members.pop(name, None)
@@ -149,8 +150,9 @@ class Members:
             silent_s = now - member.heard_s
             if member.presence is Presence.READY and silent_s > self._transport.heartbeat_timeout_s:
                 found.append((member.name, f"silent for {silent_s:.1f} s"))
-            if member.presence is Presence.JOINING and silent_s > self._start_timeout_s:
-                found.append((member.name, f"not ready {silent_s:.0f} s after its greeting"))
+            joining_s = now - member.joining_s
+            if member.presence is Presence.JOINING and joining_s > self._start_timeout_s:
+                found.append((member.name, f"not ready {joining_s:.0f} s after its greeting"))
         return found
 
     def bereft(self, now: float) -> list[Member]:
@@ -196,7 +198,7 @@ class Members:
         silence_s, beat_s = self._transport.heartbeat_timeout_s, self._transport.heartbeat_s
         match member.presence:
             case Presence.JOINING:
-                yield member.heard_s + self._start_timeout_s
+                yield member.joining_s + self._start_timeout_s
             case Presence.READY:
                 yield min(member.heard_s + silence_s, max(member.heard_s + 2 * beat_s, member.nudged_s + beat_s))
             case Presence.LOST if member.held:

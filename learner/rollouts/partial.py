@@ -66,6 +66,10 @@ class Partial:
         """Of at least one token."""
         return max(int(piece.versions.max()) for pieces in self._pieces for piece in pieces)
 
+    def lacks(self, progress: Progress) -> bool:
+        """Whether tokens before these have not come: an earlier report got lost."""
+        return len(progress.starts) == len(self._lengths) and bool((progress.starts > self.lengths).any())
+
     def add(self, progress: Progress, lease: Lease) -> str | None:
         """Takes the new tokens in, or none of them and says why. What was reported before may be reported again."""
         if len(progress.lengths) != len(self._lengths):

@@ -115,8 +115,8 @@ class Reception:
         else:
             self._coordinator.heard(name, now)
             self._route(name, message, now)
-            if name in self._identities and self._coordinator.is_lost(name):
-                self._direct.append((identity, SayHello(reason="it was lost from sight")))
+            if name in self._identities and (reason := self._reason_to_greet(name, message)) is not None:
+                self._direct.append((identity, SayHello(reason=reason)))
         self._dismiss_condemned()
 
     def _route(self, name: str, message: ActorMessage, now: float) -> None:
@@ -139,6 +139,14 @@ class Reception:
             case Bye(error=error):
                 logger.info("actor %s says bye: %s", name, error or "as asked")
                 self._part(name, f"bye: {error or 'as asked'}")
+
+    def _reason_to_greet(self, name: str, message: ActorMessage) -> str | None:
+        """Why a member has to greet again, after this message of its, or None."""
+        if self._coordinator.is_lost(name):
+            return "it was lost from sight"
+        if isinstance(message, Heartbeat) and self._coordinator.is_joining(name):
+            return "it takes part without having said that it is ready"
+        return None
 
     def _greet(self, identity: bytes, hello: Hello, now: float) -> None:
         if self._stop is not None:

@@ -1,9 +1,12 @@
 """An actor that loses its connection or its learner, and finds them again. No engine is started."""
 
+import asyncio
 import json
 import multiprocessing
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from actors import main as actor_main
-from actors.greeting import ActorError
+from actors.greeting import ActorError, LearnerStops, Session
 from common.config import (
     ActorsConfig,
     AlgorithmConfig,
@@ -27,13 +30,14 @@ from common.config import (
     VerifierConfig,
 )
 from common.launcher import moved_to, reserve_port
-from common.transport import model_fingerprints
-from common.types import Bye, DropReason, Prompt, Stop, WeightsPhase
+from common.transport import ConnectionRenewed, model_fingerprints
+from common.types import Bye, DropReason, Hello, Progress, Prompt, Stop, WeightsPhase, WeightsReport
 from learner.rollouts.archive import read_about
 from learner.rollouts.service import LearnerService, MembersWaiting
 from learner.rollouts.snapshot import read_snapshot, write_snapshot
-from tests.support.live_actor import LiveActor
-from tests.support.proxy import Proxy
+from tests.support.fake_actors import progress
+from tests.support.live_actor import FakeEngine, LiveActor
+from tests.support.proxy import Direction, Proxy
 from tests.support.runs import ROOT
 
 PROMPTS = [Prompt(uid=f"p{i}", text=str(i), reference="") for i in range(400)]
@@ -166,6 +170,146 @@ def test_a_half_open_connection_is_replaced_and_the_leases_stay() -> None:
         assert len(train(service, 0)) == 4
         assert drops(service) == {}
         assert [member.number for member in service.member_ids()] == [1]
+
+
+# ---- messages that go down with a connection that libzmq makes again by itself: neither side takes the other for lost
+
+TO_LEARNER: Direction = "to the learner"
+TO_ACTORS: Direction = "to the actors"
+RARELY = make_config(heartbeat_s=30.0, heartbeat_timeout_s=90.0, grace_s=60.0)  # no heartbeat mends anything
+
+
+class Line:
+    """The way between a learner and an actor `a`, whose next message in one direction can get lost."""
+
+    def __init__(self, stack: ExitStack, config: Config = RARELY) -> None:
+        self._stack, self._config = stack, config
+        self.service = stack.enter_context(make_service(config))
+        self.proxy = stack.enter_context(Proxy(self.service.endpoint))
+
+    def connect(self, delay_s: float = 0.02) -> LiveActor:
+        return self._stack.enter_context(LiveActor(self._config, self.proxy.endpoint, delay_s=delay_s))
+
+    def lose(self, direction: Direction, num_bytes: int = 1) -> None:
+        """The rest of what has been sent since it was frozen."""
+        until(lambda: self.proxy.num_swallowed[direction] >= num_bytes)
+        self.proxy.cut()
+
+    def command(self, phase: WeightsPhase, loses: Direction) -> WeightsReport:
+        """The report of `a`, although something of this phase gets lost."""
+        (member,) = members = self.service.member_ids()
+        self.proxy.freeze(loses)
+        reports = self.service.command(phase, 1, {member: {}}, 10.0, lambda: self.lose(loses))
+        assert self.service.member_ids() == members and self.service.lost_ids() == ()
+        return reports[member]
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    with ExitStack() as stack:
+        yield Line(stack)
+
+
+def test_a_command_or_its_report_that_gets_lost_is_sent_again(line: Line) -> None:
+    actor = line.connect()
+    until(lambda: line.service.stats()["received_groups"] == 12 and not actor.actor._unacknowledged)
+    assert line.command(WeightsPhase.PAUSE, TO_ACTORS).error is None
+    assert line.command(WeightsPhase.START, TO_LEARNER).error is None
+    assert actor.engine.phases == [WeightsPhase.PAUSE, WeightsPhase.START], "each once"
+
+
+@pytest.mark.parametrize("direction", [TO_LEARNER, TO_ACTORS])
+def test_a_ready_and_the_leases_that_answer_it_are_sent_again_when_they_get_lost(
+    line: Line, direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = FakeEngine.score
+
+    async def freeze_and_score(self: FakeEngine, token_ids: Any) -> Any:
+        line.proxy.freeze(direction)
+        return await score(self, token_ids)
+
+    monkeypatch.setattr(FakeEngine, "score", freeze_and_score)
+    line.connect()
+    line.lose(direction)
+    monkeypatch.undo()
+    assert line.service.wait_for_members(1, 10.0) == ("a",)
+    assert len(train(line.service, 0)) == 4
+
+
+def test_a_group_whose_acknowledgement_gets_lost_is_not_kept(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator = line.service._coordinator
+    take, was_frozen = coordinator.receive, threading.Event()
+
+    def freeze_and_take(*arguments: Any) -> None:
+        if not was_frozen.is_set():
+            line.proxy.freeze(TO_ACTORS)
+            was_frozen.set()
+        take(*arguments)
+
+    monkeypatch.setattr(coordinator, "receive", freeze_and_take)
+    actor = line.connect()
+    line.lose(TO_ACTORS)
+    until(lambda: line.service.stats()["received_groups"] == 12 and not actor.actor._unacknowledged)
+
+
+def test_who_leaves_says_so_again_when_that_got_lost(line: Line) -> None:
+    actor = line.connect(delay_s=1000.0)
+    until(lambda: len(actor.actor._tasks) == 12)
+    line.proxy.freeze(TO_LEARNER)
+    actor.drain()
+    line.lose(TO_LEARNER)
+    until(lambda: line.service._coordinator.member("a").capacity == 0)
+
+
+def test_progress_that_gets_lost_is_reported_again_and_nothing_is_held_against_its_actor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, told = Counter[int](), Counter[int]()
+
+    def draw(self: FakeEngine, lease_id: int) -> Progress:
+        """A token of each completion, at each heartbeat."""
+        drawn[lease_id] += 1
+        start, told[lease_id] = told[lease_id], drawn[lease_id]
+        return progress(lease_id, [start] * 2, [[0] * (drawn[lease_id] - start)] * 2)
+
+    monkeypatch.setattr(FakeEngine, "progress", draw)
+    monkeypatch.setattr(FakeEngine, "progress_again", lambda self: told.clear())
+    config = make_config()
+    with ExitStack() as stack:
+        line = Line(stack, replace(config, rollout=replace(config.rollout, max_tokens=1000)))
+        line.connect(delay_s=1000.0)
+        slots = line.service._coordinator.ledger.slots
+
+        def known() -> list[int]:
+            return [slot.partial.num_tokens if slot.partial else 0 for slot in list(slots.train.values())]
+
+        until(lambda: len(known()) == 12 and min(known()) >= 2)
+        line.proxy.freeze(TO_LEARNER)
+        before = max(known())
+        line.lose(TO_LEARNER, 3000)  # more than all but the progress of two heartbeats
+        until(lambda: min(known()) > 2 * before + 4)
+        assert line.service.stats()["dropped_tokens/malformed"] == 0
+        assert line.service.stats()["dropped/straggler"] == 0
+
+
+def test_the_first_greeting_is_repeated_on_every_connection() -> None:
+    sent: list[Any] = []
+    answers = iter([ConnectionRenewed(), ConnectionRenewed(), Stop(reason="enough")])
+
+    class Interrupted:
+        name, endpoint = "a", "tcp://127.0.0.1:1"
+
+        async def send(self, message: Any) -> None:
+            sent.append(message)
+
+        async def receive(self, timeout_s: float) -> Stop:
+            if isinstance(answer := next(answers), Exception):
+                raise answer
+            return answer
+
+    with pytest.raises(LearnerStops, match="enough"):
+        asyncio.run(Session(make_config(), Interrupted()).begin())  # type: ignore[arg-type]
+    assert [type(message) for message in sent] == [Hello] * 3
 
 
 def test_an_actor_that_comes_while_the_learner_is_being_started_waits_for_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,10 +12,11 @@ import pytest
 import zmq
 
 from common.config import ConfigError
-from common.transport import ActorConnection, LearnerSocket, model_fingerprints
+from common.transport import ActorConnection, ConnectionRenewed, LearnerSocket, model_fingerprints
 from common.types import Ack, ActorMessage, Bye, Ready, Stop, WeightsCommand, WeightsPhase
 from common.wire import WireError
 from tests.support.fake_actors import group
+from tests.support.proxy import Proxy
 
 
 @pytest.fixture
@@ -100,6 +101,32 @@ def test_an_actor_that_connects_before_the_learner_listens_is_heard_later() -> N
             ((_, message),) = await asyncio.to_thread(received, learner, 1)
             learner.close()
             assert message == Bye(error=None)
+
+    asyncio.run(talk())
+
+
+def test_a_connection_that_libzmq_makes_again_by_itself_is_told_of_before_its_first_message(
+    learner: LearnerSocket,
+) -> None:
+    """And neither the first one, nor one that the actor makes, which greets by then."""
+
+    async def talk() -> None:
+        with Proxy(learner.endpoint) as proxy:
+            async with ActorConnection(proxy.endpoint, "a", 1) as connection:
+                for lease_id in range(2):
+                    await connection.send(Bye(error=None))
+                    ((identity, _),) = await asyncio.to_thread(received, learner, 1)
+                    learner.send(identity, Ack(lease_id=lease_id))
+                    assert await connection.receive(5.0) == Ack(lease_id=lease_id)
+                    proxy.cut()
+                    await connection.send(Bye(error=None))
+                    ((again, _),) = await asyncio.to_thread(received, learner, 1)
+                    learner.send(again, Ack(lease_id=lease_id))
+                    assert again == identity
+                    with pytest.raises(ConnectionRenewed):
+                        await connection.receive(5.0)
+                    assert await connection.receive(5.0) == Ack(lease_id=lease_id)
+                    connection.reopen(proxy.endpoint)
 
     asyncio.run(talk())
 

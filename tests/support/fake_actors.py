@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from common.keys import ActorKeys
-from common.transport import ActorConnection
+from common.transport import ActorConnection, ConnectionRenewed
 from common.types import (
     PROTOCOL_VERSION,
     Ack,
@@ -139,6 +139,7 @@ class FakeActor:
     received: list[LearnerMessage] = field(default_factory=list)
     sent: list[ActorMessage] = field(default_factory=list)
     failure: BaseException | None = None
+    welcome: Welcome | None = None
 
     def __enter__(self) -> Self:
         self._ready = threading.Event()
@@ -206,9 +207,17 @@ class FakeActor:
         await self._connection.send(message)
 
     async def _receive(self) -> LearnerMessage:
-        message = await self._connection.receive(10.0)
-        self.received.append(message)
-        return message
+        while True:
+            try:
+                message = await self._connection.receive(10.0)
+            except ConnectionRenewed:
+                await self._greet_again()
+                continue
+            self.received.append(message)
+            return message
+
+    async def _greet_again(self) -> None:
+        await self._send(hello(self.name, self.capacity, self.fingerprints, self.welcome, self._held))
 
     async def _beat(self) -> None:
         busy_s, before_s = 0.5, time.monotonic()
@@ -234,8 +243,7 @@ class FakeActor:
                     await self._send(Bye(error=None))
                     return
                 case SayHello():
-                    again = hello(self.name, self.capacity, self.fingerprints, self.welcome, self._held)
-                    await self._send(again)
+                    await self._greet_again()
                 case Welcome() as welcome:
                     self.welcome = welcome
                     await self._send(Ready(version=self.version, probe_logprobs=NO_PROBE))

@@ -126,6 +126,10 @@ class LiveActor:
             self._loop.call_soon_threadsafe(self._task.cancel)
         self.join()
 
+    def drain(self) -> None:
+        """As SIGTERM asks for."""
+        self._loop.call_soon_threadsafe(self._is_draining.set)
+
     def join(self, timeout_s: float = 10.0) -> None:
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"{self.name} did not end"
@@ -142,10 +146,10 @@ class LiveActor:
         self._loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         self._task = task
-        self.engine = FakeEngine(self.delay_s)
+        self.engine, self._is_draining = FakeEngine(self.delay_s), asyncio.Event()
         async with ActorConnection(self.endpoint, self.name, 16) as connection:
             session = Session(self.config, connection, self.locate)
             await session.begin()
             self.actor = Actor(session, self.engine, FakeVerifier())  # type: ignore[arg-type]
             self._began.set()
-            await self.actor.serve(asyncio.Event())
+            await self.actor.serve(self._is_draining)

@@ -3,7 +3,11 @@
 import contextlib
 import socket
 import threading
-from typing import Self
+from collections import Counter
+from typing import Literal, Self
+
+Direction = Literal["to the learner", "to the actors"]
+BOTH: tuple[Direction, ...] = ("to the learner", "to the actors")
 
 
 class Proxy:
@@ -17,6 +21,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._frozen: set[socket.socket] = set()
+        self.num_swallowed = Counter[Direction]()  # bytes that did not pass, because their connection is frozen
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -41,10 +46,11 @@ class Proxy:
                         end.shutdown(socket.SHUT_RDWR)
             self._pairs.clear()
 
-    def freeze(self) -> None:
-        """Nothing passes any more over the connections of now; new ones work."""
+    def freeze(self, *directions: Direction) -> None:
+        """Nothing passes any more over the connections of now, in these directions, or in both; new ones work."""
+        ends = [BOTH.index(direction) for direction in directions or BOTH]
         with self._lock:
-            self._frozen.update(end for pair in self._pairs for end in pair)
+            self._frozen.update(pair[end] for pair in self._pairs for end in ends)
 
     def _accept(self) -> None:
         while True:
@@ -55,14 +61,16 @@ class Proxy:
                 return
             with self._lock:
                 self._pairs.append((near, far))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+            for source, sink, direction in zip((near, far), (far, near), BOTH, strict=True):
+                threading.Thread(target=self._forward, args=(source, sink, direction), daemon=True).start()
 
-    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, direction: Direction) -> None:
         with contextlib.suppress(OSError):  # cut
             while data := source.recv(1 << 16):
                 if source not in self._frozen:
                     sink.sendall(data)
+                else:
+                    self.num_swallowed[direction] += len(data)
         if source not in self._frozen:
             with contextlib.suppress(OSError):
                 sink.shutdown(socket.SHUT_RDWR)

@@ -833,8 +833,15 @@ def test_an_actor_may_take_longer_to_start_than_to_answer() -> None:
     coordinator.join("a", 1, 0.0)
     coordinator.tick(200.0)
     assert coordinator.is_joining("a")
+    coordinator.heard("a", 250.0)
+    coordinator.tick(299.0)
+    assert coordinator.is_joining("a")
+    coordinator.join_again("a", held=[], finished=[], now=299.0)
     coordinator.tick(301.0)
-    assert not coordinator.is_joining("a")
+    assert not coordinator.is_joining("a"), "it has to be ready by then, whatever it says"
+    coordinator.join_again("a", held=[], finished=[], now=302.0)
+    coordinator.tick(303.0)
+    assert coordinator.is_joining("a")
 
 
 def test_a_second_copy_is_acknowledged_and_counted_but_not_trained() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import Config, OverAge, RolloutConfig
-from common.types import DropReason, FinishReason, Lease, LeaseFailed, Prompt, Refused
+from common.types import DropReason, FinishReason, Lease, LeaseFailed, Prompt, Refused, SayHello
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.leases import train_lease
@@ -209,7 +209,7 @@ def test_tokens_of_a_lease_that_failed_are_not_handed_on() -> None:
         lambda p: replace(p, token_ids=np.full_like(p.token_ids, -1)),
         lambda p: replace(p, versions=np.full_like(p.versions, 9)),
         lambda p: replace(p, behavior_logprobs=np.full_like(p.behavior_logprobs, np.nan)),
-        lambda p: replace(p, starts=p.starts + 1),
+        lambda p: progress(p.lease_id, [3], [[0, 0]]),
     ],
 )
 def test_progress_that_cannot_be_is_refused_and_the_lease_goes_on(spoil: Any) -> None:
@@ -220,6 +220,18 @@ def test_progress_that_cannot_be_is_refused_and_the_lease_goes_on(spoil: Any) ->
     assert coordinator.stats()["dropped_tokens/malformed"] == 2
     finish(coordinator, leases)
     assert coordinator.stats()["buffered_groups"] == 1
+
+
+def test_progress_before_which_some_got_lost_asks_for_a_greeting_and_is_no_malformed_message() -> None:
+    """The greeting's answer lets the actor report from the beginning."""
+    coordinator = make(make_config(), "a", capacity=1)
+    ((_, lease),) = granted(coordinator)
+    coordinator.progress("a", progress(lease.lease_id, [0, 1], [[0], [0]]))
+    assert [type(message) for _, message in coordinator.outbox] == [SayHello]
+    assert coordinator.stats()["dropped_tokens/malformed"] == 0
+    coordinator.progress("a", progress(lease.lease_id, [0, 0], [[0], [0, 0]]))
+    coordinator.remove("a", "test")
+    assert granted(with_another(coordinator))[0][1].prefix_lengths.tolist() == [1, 2]
 
 
 def test_a_prefix_with_tokens_of_a_version_on_its_way_makes_no_group_of_another_actor_malformed() -> None:

@@ -19,6 +19,7 @@ from common.types import (
     Prompt,
     Ready,
     Refused,
+    SayHello,
     Stop,
     Watch,
     WeightsPhase,
@@ -344,6 +345,18 @@ def test_what_was_sampled_after_a_resume_that_was_not_reported_goes_with_an_acto
     reception.handle(b"a", group(second, [0, 1]), 1.0)
     reception.dismiss_member(MemberId("a", 1), "no probe", distrust=True)
     assert coordinator.stats()["buffered_groups"] == 1
+
+
+def test_a_member_that_takes_part_without_having_said_that_it_is_ready_is_asked_to_greet() -> None:
+    """Its Ready got lost."""
+    _, reception = make_reception()
+    reception.handle(b"a", hello("a"), 0.0)
+    assert [type(message) for message in replies(reception, b"a")] == [Welcome]
+    reception.handle(b"a", heartbeat({}), 1.0)
+    assert SayHello in map(type, replies(reception, b"a"))
+    reception.handle(b"a", Ready(version=0, probe_logprobs=NO_PROBE), 2.0)
+    reception.handle(b"a", heartbeat({}), 3.0)
+    assert SayHello not in map(type, replies(reception, b"a"))
 
 
 def test_a_greeting_that_is_repeated_on_its_connection_is_no_other_process() -> None:

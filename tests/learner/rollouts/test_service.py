@@ -176,7 +176,7 @@ def test_actors_stay_when_the_learner_crashes_and_find_the_next_one_at_the_same_
         assert actor.received_any(Stop) is None
         with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], former_port=port) as second:
             assert second.endpoint.endswith(f":{port}")
-            until(lambda: actor.received_any(SayHello) is not None)
+            assert second.wait_for_members(1, 10.0) == ("a",)
             with LearnerService(config, PROMPTS, lambda prompt: [1], FINGERPRINTS, [1], former_port=port) as third:
                 assert not third.endpoint.endswith(f":{port}"), "taken: any other one will do"
 

@@ -148,7 +148,7 @@ def judged(token_s: list[list[float]], capacity: int = 8) -> list[bool]:
     group of a version is what all wait for."""
     speed, members = Speed(Config(staleness=StalenessConfig(max_staleness=0))), []
     for number, groups in enumerate(token_s):
-        member = Member(f"actor-{number}", number, capacity, heard_s=0.0, presence=Presence.READY)
+        member = Member(f"actor-{number}", number, capacity, 0.0, 0.0, presence=Presence.READY)
         for seconds in groups:
             member.measure(100 * seconds, 100)
         members.append(member)
