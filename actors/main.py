@@ -11,6 +11,7 @@ while, the actor greets again with what it holds, and goes on with what the lear
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -39,6 +40,7 @@ from common.types import (
     Cancel,
     CompletedGroup,
     Draining,
+    Float32Array,
     Heartbeat,
     Lease,
     LeaseFailed,
@@ -66,6 +68,7 @@ class Departure:
 
     task: "asyncio.Task[None]"
     is_draining: asyncio.Event = field(default_factory=asyncio.Event)
+    is_broken_off: bool = False  # the start of the engine, which goes on in its thread
     takes_part: bool = False
     number: int | None = None  # of the signal that has ended it at once
     drains_since_s: float = 0.0  # monotonic
@@ -103,12 +106,11 @@ class Actor:
         self._is_draining = False
         self._is_asleep = False
 
-    async def serve(self, is_draining: asyncio.Event) -> None:
-        """Takes part until the learner says stop, or it is asked to drain and has. Raises ActorError, EngineError or
-        TimeoutError."""
+    async def serve(self, is_draining: asyncio.Event, probe_logprobs: Float32Array) -> None:
+        """Takes part until the learner says stop, or it is asked to drain and has. `probe_logprobs` are the engine's of
+        the learner's probe. Raises ActorError, EngineError or TimeoutError."""
         ready_at = time.monotonic()
-        probe = await self._engine.score(self._session.welcome.probe_token_ids)
-        await self._connection.send(Ready(version=self._engine.version, probe_logprobs=probe))
+        await self._connection.send(Ready(version=self._engine.version, probe_logprobs=probe_logprobs))
         announce_ready()
         background = [
             asyncio.create_task(self._beat(ready_at)),
@@ -290,6 +292,23 @@ class Actor:
             await asyncio.sleep(self._session.welcome.heartbeat_s)
 
 
+async def _started(engine: Engine, session: Session, departure: Departure) -> Float32Array:
+    """The log-probs of the probe, from the engine that is up. Raises EngineError, or TimeoutError when it takes too
+    long: a remote actor has nobody else who would end it."""
+    limit_s = session.config.actors.start_timeout_s
+    departure.is_broken_off = True
+    try:
+        async with asyncio.timeout(limit_s):
+            await engine.start()
+            departure.is_broken_off = False
+            return await engine.score(session.welcome.probe_token_ids)
+    except EngineError:
+        departure.is_broken_off = False
+        raise
+    except TimeoutError as error:
+        raise TimeoutError(f"the engine was not ready within actors.start_timeout_s={limit_s:g}") from error
+
+
 async def _take_part(
     config: Config,
     endpoint: str,
@@ -311,9 +330,9 @@ async def _take_part(
             verifier = await stack.enter_async_context(pool_of(config))
             engine = Engine(config)
             stack.push_async_callback(engine.shutdown)
-            await engine.start()
+            probe_logprobs = await _started(engine, session, departure)
             departure.takes_part = True
-            await Actor(session, engine, verifier).serve(departure.is_draining)
+            await Actor(session, engine, verifier).serve(departure.is_draining, probe_logprobs)
             error = None
         except LearnerStops as stop:
             logger.info("stopping: %s", stop)
@@ -343,17 +362,20 @@ def main(
         departure = Departure(task)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, departure.handle, number)
+        code = 0
         try:
             await _take_part(config, endpoint, name, keys, locate, departure)
         except asyncio.CancelledError:
             if departure.number is None:
                 raise
-            return 128 + departure.number
-        return 0
+            code = 128 + departure.number
+        except (ActorError, EngineError, VerifierError, TimeoutError, ValueError) as error:
+            logger.error("actor %s: %s", name, error)
+            print(f"error: actor {name}: {error}", file=sys.stderr, flush=True)
+            code = 2 if isinstance(error, ConfigError) else 1
+        if departure.is_broken_off:  # nothing ends that thread, and Python would wait for it
+            logging.shutdown()
+            os._exit(code)  # the guardian ends what the engine has started
+        return code
 
-    try:
-        return asyncio.run(run())
-    except (ActorError, EngineError, VerifierError, TimeoutError, ValueError) as error:
-        logger.error("actor %s: %s", name, error)
-        print(f"error: actor {name}: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigError) else 1
+    return asyncio.run(run())

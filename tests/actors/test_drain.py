@@ -32,11 +32,6 @@ CONFIG = Config(
 ENGINE = SimpleNamespace(version=0, generated_tokens=0, busy_s=0.0)
 
 
-async def scored(_: Any) -> Any:
-    return np.empty(0, np.float32)
-
-
-ENGINE.score = scored
 ENGINE.progress = lambda lease_id: None
 ENGINE.num_drawn = lambda lease_id: 0
 ENGINE.forget = ENGINE.progress
@@ -52,7 +47,7 @@ def take_part(endpoint: str, draining: list[Any], engine: Any = ENGINE, config: 
             await session.begin()
             event = asyncio.Event()
             draining.extend([asyncio.get_running_loop(), event])
-            await Actor(session, engine, None).serve(event)  # type: ignore[arg-type]
+            await Actor(session, engine, None).serve(event, np.empty(0, np.float32))  # type: ignore[arg-type]
             await connection.send(Bye(error=None))
 
     asyncio.run(conversation())

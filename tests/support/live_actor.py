@@ -152,4 +152,5 @@ class LiveActor:
             await session.begin()
             self.actor = Actor(session, self.engine, FakeVerifier())  # type: ignore[arg-type]
             self._began.set()
-            await self.actor.serve(self._is_draining)
+            probe = await self.engine.score(session.welcome.probe_token_ids)
+            await self.actor.serve(self._is_draining, probe)
