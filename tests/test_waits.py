@@ -5,8 +5,9 @@ A call is known by how it is written: by WAITS, less NO_WAITS. Its key is its fu
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -33,12 +34,12 @@ WAITS = {
     r".*\.(poll|select)": "sockets and pipes",
     r".*\.(recv\w*|receive|readline|accept|connect)|recv_monitor_message|os\.read|.*\.stdout\.read": "a peer",
     r".*\.(sendall|send_multipart)|.*(socket|channel|waker)\.send|write_all": "room on the way to a peer",
-    r"fcntl\.\w+|.*\.acquire|with .*(lock|changed|limit)": "a lock or semaphore",
+    r"fcntl\.\w+|.*\.acquire|with .*": "a lock, a semaphore, a condition, whatever its name",
     r"dist\.\w+|.*\.(full_tensor|barrier)|distribute_tensor|init_device_mesh|TCPStore": "other ranks",
     r"dcp\.(save|async_save|load)": "other ranks, and the disk",
     r".*\.synchronize": "the device",
     r"socket\.getaddrinfo|snapshot_download": "a name server, the Hub",
-    r".*\.(term|shutdown)|.*authenticator\.stop|\w+PoolExecutor": "the end of what is closed",
+    r".*\.(term|shutdown)|.*authenticator\.(start|stop)|\w+PoolExecutor": "the end of what is closed, a thread",
     r"self\._llm\.[\w.]+": "vLLM's engine core",
 }
 NO_WAITS = {
@@ -49,12 +50,18 @@ NO_WAITS = {
     r"self\.(accept|term)": "of a parser",
     r"finished\.result|self\.evaluation\.result": "of what is done",
     r"channel\.connect|probe\.connect": "ZeroMQ connects in the background, a datagram socket only notes the address",
-    r"connection\.shutdown": "tells the kernel",
+    r"connection\.shutdown|logging\.shutdown": "tells the kernel; writes what there is",
+    r"with (file|connection)": "closes it",
     # Ours; where they wait is found in themselves.
+    r"with (pool|observer|service|self\._family|nullcontext\(\) if .*)": "ours",
     r".*(_coordinator|_receiver|_control|ledger|counts)\.\w+|self\._session\.accept": "ours",
     r"socket\.send|(worker|socket)\.receive": "ours",
     r"observer\.wait|feed\.join|self\.(checkpointer\.)?wait|(self|publisher)\.shutdown": "ours",
 }
+SETTING = r"[a-z]+\.[a-z_]+"
+CONSTANT = r"_?[A-Z][A-Z_]+"
+NO_LIMITS = ("--timeout", "to_thread", "wait", "wait_for")  # in the last column, besides
+Assigns = ast.Assign | ast.AnnAssign
 AT_ONCE = ("NOBLOCK", "WNOHANG", "LOCK_NB")  # in the arguments: it does not wait
 
 
@@ -67,6 +74,12 @@ class Row:
     limit: str  # the last column
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@cache
 def rows() -> list[Row]:
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -125,9 +138,7 @@ def shown(words: str) -> str:
 
 def waits() -> set[tuple[str, str]]:
     return {
-        (f"{file.relative_to(ROOT)}:{function}", words)
-        for file in FILES
-        for function, words in found(ast.parse(file.read_text()))
+        (f"{file.relative_to(ROOT)}:{function}", words) for file in FILES for function, words in found(tree_of(file))
     }
 
 
@@ -139,22 +150,119 @@ def test_every_wait_is_a_row_and_every_row_is_a_wait() -> None:
     assert sorted(set(written) - found_waits) == [], "rows of docs/waits.md without a wait in the code"
 
 
-def test_a_limit_names_settings_and_constants_that_exist() -> None:
+@cache
+def settings() -> set[str]:
     sections = get_type_hints(Config)
-    settings = {
+    return {
         f"{section}.{field.name}" for section, kind in sections.items() if is_dataclass(kind) for field in fields(kind)
     }
-    code = "\n".join(file.read_text() for file in FILES)
-    constants = set(re.findall(r"^([A-Z_]+) = ", code, re.MULTILINE))
-    named = {name for row in rows() for name in code_in(row.limit)}
-    assert {name for name in named if re.fullmatch(r"[a-z]+\.[a-z_]+", name)} <= settings
-    assert {
-        name for name in named if re.fullmatch(r"_?[A-Z][A-Z_]+", name) and not name.startswith("VLLM_")
-    } <= constants
+
+
+def module_named(stem: str) -> Path:
+    """The one file of that name."""
+    (file,) = [file for file in FILES if file.stem == stem]
+    return file
+
+
+@dataclass(frozen=True)
+class Names:
+    """Of constants, in one file."""
+
+    own: frozenset[str]  # given a value at its top
+    imported: frozenset[tuple[str, str]]  # module, name
+    used: frozenset[str]
+
+    @property
+    def known(self) -> set[str]:
+        return {*self.own, *(name for _, name in self.imported)}
+
+
+@cache
+def names_in(file: Path) -> Names:
+    tree = tree_of(file)
+    top = [node for statement in tree.body for node in ast.walk(statement) if isinstance(statement, Assigns)]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return Names(
+        own=frozenset(n.id for n in top if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)),
+        imported=frozenset((node.module or "", alias.name) for node in imports for alias in node.names),
+        used=frozenset(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)),
+    )
+
+
+def is_used(name: str, file: Path) -> bool:
+    """Whether anything in `file`, or in one that has `name` from there, depends on it."""
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    users = [names_in(user) for user in FILES if user == file or (module, name) in names_in(user).imported]
+    return any(name in user.used for user in users)
+
+
+def refusal(name: str, files: Collection[Path], functions: Collection[str]) -> str | None:
+    """Why a reader of a row about functions in `files` could not tell what `name` is; None if it is plain.
+
+    A constant stands alone where those files hold it, else behind the name of the one file that does. `functions` are
+    those that have rows.
+    """
+    if re.fullmatch(SETTING, name):
+        return None if name in settings() else f"{name} is no setting"
+    if re.fullmatch(CONSTANT, name):
+        lacking = [file.stem for file in files if name not in names_in(file).known or not is_used(name, file)]
+        return f"{', '.join(lacking) or 'prose'} knows no {name}" if lacking or not files else None
+    if re.fullmatch(rf"\w+\.{CONSTANT}", name):
+        stem, _, constant = name.partition(".")
+        file = module_named(stem)
+        is_there = constant in names_in(file).own and is_used(constant, file)
+        return None if is_there else f"{stem} does not say what {constant} is"
+    if name in functions or name in NO_LIMITS:
+        return None
+    return f"{name} is nothing that a limit can name"
+
+
+def test_what_a_limit_names_is_known_where_its_row_waits() -> None:
+    """A constant of the same name in another file is another one."""
+    functions = {function.partition(":")[2] for row in rows() for function in row.functions}
+    refused = [
+        f"{row.functions[0]}: {problem}"
+        for row in rows()
+        for name in code_in(row.limit)
+        if (problem := refusal(name, {ROOT / f.partition(":")[0] for f in row.functions}, functions)) is not None
+    ]
+    assert refused == []
+
+
+def test_every_limit_says_something() -> None:
+    """A name in the code, a number, whose limit it is; or that there is none, and what ends it then."""
+    words = r"`|\d+ s|^at once$|group's limit|group that is given|what the caller says"
+    without = r"^None( here| as a whole| before the first)?: "
+    assert [row.limit for row in rows() if not re.search(f"{words}|{without}", row.limit)] == []
+
+
+def test_prose_names_settings_and_constants_that_exist() -> None:
+    prose = [line for line in PAGE.read_text().splitlines() if not line.startswith("| ")]
+    names = [name for line in prose for name in code_in(line) if re.fullmatch(rf"{SETTING}|(\w+\.)?{CONSTANT}", name)]
+    assert [problem for name in names if (problem := refusal(name, (), ())) is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "problem"),
+    [
+        ("STOP_S", "common/processes.py", None),
+        ("STOP_S", "common/family.py", "family knows no STOP_S"),
+        ("processes.STOP_S", "common/family.py", None),
+        ("service.STOP_S", "common/family.py", None),
+        ("family.STOP_S", "common/family.py", "family does not say what STOP_S is"),
+        ("LINGER_MS", "learner/rollouts/service.py", None),  # imported
+        ("weights.timeout_s", "common/family.py", None),
+        ("weights.time_out_s", "common/family.py", "weights.time_out_s is no setting"),
+        ("SOON", "common/family.py", "family knows no SOON"),
+        ("soon", "common/family.py", "soon is nothing that a limit can name"),
+    ],
+)
+def test_whether_a_limit_is_known(name: str, file: str, problem: str | None) -> None:
+    assert refusal(name, {ROOT / file}, ()) == problem
 
 
 def test_each_exclusion_is_needed() -> None:
-    nodes = [node for file in FILES for node in ast.walk(ast.parse(file.read_text()))]
+    nodes = [node for file in FILES for node in ast.walk(tree_of(file))]
     words = {words for node in nodes for words in words_of(node) if matches(WAITS, words)}
     assert [pattern for pattern in NO_WAITS if not any(re.fullmatch(pattern, each) for each in words)] == []
 
@@ -168,6 +276,10 @@ def test_each_exclusion_is_needed() -> None:
         ("await future", ["await future"]),
         ("await self._engine.pause()", []),
         ("async with self._start_lock: pass", ["with self._start_lock"]),
+        ("async with self._places: pass", ["with self._places"]),
+        ("with gate, door: pass", ["with gate", "with door"]),
+        ("with connection: pass", []),
+        ("authenticator.start()", ["authenticator.start"]),
         ("', '.join(names)", []),
         ("thread.join(3)", ["thread.join"]),
         ("os.waitpid(pid, 0)", ["os.waitpid"]),
