@@ -3,7 +3,8 @@
     python benchmarks/fuzz.py [--count N] [--seed N]
 
 Starts from real messages of every kind that an actor sends. A mutation changes bytes, lengths, or the structure of
-the header, so that some get deep into the checks. Prints what became of them.
+the header, so that some get deep into the checks. Prints what became of them. Exit code 1 when anything else comes out,
+or memory grows by more than CAP_MB.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,12 +36,14 @@ from common.types import (
     Progress,
     Ready,
     Verdict,
+    Watch,
     WeightsPhase,
     WeightsReport,
 )
 from common.wire import Frame, WireError, decode, encode, pack, unpack
 
 MAX_BYTES = 1 << 20
+CAP_MB = 4.0  # that memory may grow by, however many mutations there are
 ODD_VALUES: list[Any] = [
     None, True, -1, 0, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), 0.0, float("nan"), float("inf"), "", "x" * 1000, b"\xff",
     [], {}, [[]] * 50, {"": {}}, [2**40], [-1], ["int32"], "int32", "object", "Lease", "correct",
@@ -49,7 +53,12 @@ ODD_NUMBERS = (0, 1, 3, 4, 63, 64, 65, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
 def messages() -> list[Message]:
-    """One of every kind that an actor sends."""
+    """One of every kind that an actor, or an observer, may send. KeyError for a kind that has none here."""
+    made = {type(message): message for message in _made_up()}
+    return [made[kind] for kind in get_args(ActorMessage)]
+
+
+def _made_up() -> list[Message]:
     probe = np.linspace(-3.0, 0.0, 9, dtype=np.float32)
     group = CompletedGroup(
         lease_id=7,
@@ -92,7 +101,7 @@ def messages() -> list[Message]:
     )
     return [
         group, report, hello, beat, progress, Draining(), Ready(version=0, probe_logprobs=probe),
-        LeaseFailed(lease_id=3, reason="long"), Bye(error=None),
+        LeaseFailed(lease_id=3, reason="long"), Bye(error=None), Watch(),
     ]  # fmt: skip
 
 
@@ -163,28 +172,44 @@ def outcome(packed: Frame) -> str:
     return "decoded" if isinstance(message, get_args(ActorMessage)) else "refused: a message of the learner"
 
 
-def fuzz(count: int, seed: int) -> Counter[str]:
-    """Outcomes of `count` mutations."""
+def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """`count` mutated messages, each with its kind."""
     draw = random.Random(seed)
-    sources = [[bytes(frame) for frame in encode(message)] for message in messages()]
-    return Counter(outcome(mutated(draw.choice(sources), draw)) for _ in range(count))
+    sources = [(type(message).__name__, [bytes(frame) for frame in encode(message)]) for message in messages()]
+    for _ in range(count):
+        kind, frames = draw.choice(sources)
+        yield kind, mutated(frames, draw)
 
 
-def main() -> int:
+def fuzz(count: int, seed: int) -> Counter[str]:
+    """Outcomes of `count` mutations. Raises what the decoder must not raise, with a note on which one it was."""
+    outcomes: Counter[str] = Counter()
+    for number, (kind, packed) in enumerate(mutations(count, seed)):
+        try:
+            outcomes[outcome(packed)] += 1
+        except Exception as error:
+            error.add_note(f"mutation {number} of seed {seed}, of a {kind}")
+            raise
+    return outcomes
+
+
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     fuzz(1000, arguments.seed + 1)  # what is loaded late is loaded
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     outcomes = fuzz(arguments.count, arguments.seed)
     grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert sum(outcomes.values()) == arguments.count
     refused = arguments.count - outcomes["decoded"]
     print(f"{arguments.count} mutations in {time.monotonic() - started:.0f} s, memory grew by {grown_mb:.1f} MiB")
     print(f"{outcomes['decoded']} decoded, {refused} refused, for {len(outcomes) - 1} reasons; the most frequent:")
     for reason, number in outcomes.most_common(12):
         print(f"  {number:8} {reason}")
+    if sum(outcomes.values()) != arguments.count or grown_mb > CAP_MB:
+        print(f"error: {sum(outcomes.values())} counted, and memory may grow by {CAP_MB:g} MiB", file=sys.stderr)
+        return 1
     return 0
 
 

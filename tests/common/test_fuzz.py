@@ -3,10 +3,14 @@
 import random
 import time
 import tracemalloc
+from collections import Counter
+from typing import get_args
 
-from benchmarks.fuzz import fuzz, messages, mutated, outcome
+import pytest
+
+from benchmarks.fuzz import fuzz, main, messages, mutated, mutations, outcome
 from common.config import Config
-from common.types import CompletedGroup, Prompt
+from common.types import ActorMessage, CompletedGroup, Prompt
 from common.wire import encode, pack
 from learner.rollouts.service import LearnerService
 from tests.support import strangers
@@ -29,6 +33,30 @@ def test_mutated_messages_are_refused_and_take_little_memory() -> None:
 
 def test_what_is_not_mutated_is_decoded() -> None:
     assert {outcome(pack(encode(message))) for message in messages()} == {"decoded"}
+
+
+def test_every_kind_of_message_that_may_arrive_is_mutated() -> None:
+    refused = Counter(kind for kind, packed in mutations(1000, seed=0) if outcome(packed) != "decoded")
+    assert refused.keys() == {kind.__name__ for kind in get_args(ActorMessage)}
+    assert min(refused.values()) > 10
+
+
+def test_the_script_fails_above_its_cap_of_memory_and_on_any_exception(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--count", "200"]
+    assert main(few) == 0
+    monkeypatch.setattr("benchmarks.fuzz.CAP_MB", -1.0)
+    assert main(few) == 1
+    assert "memory may grow by -1 MiB" in capsys.readouterr().err
+
+    def decode(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("benchmarks.fuzz.decode", decode)
+    with pytest.raises(MemoryError) as raised:
+        main(few)
+    assert "of seed 1, of a " in raised.value.__notes__[0]
 
 
 def test_a_frame_that_claims_to_be_huge_takes_no_memory() -> None:
