@@ -1,6 +1,9 @@
-"""The manifests: what they name is there, what they start parses, and its configuration loads. No cluster is asked."""
+"""The manifests: they fit the API's own schemas, what they name is there, what they start parses, and its configuration
+loads. No cluster is asked."""
 
 import re
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,10 @@ import yaml
 
 from common.loading import load_config
 from tests.support.deployments import Actor, Learner, actor_of, check_keys_fit, learner_of
+from tests.support.kubernetes_schema import KINDS, problems
 from tests.support.runs import ROOT
 
 FOLDER = ROOT / "deploy" / "kubernetes"
-REQUIRED = {  # of each kind's spec
-    "Service": ["selector", "ports"],
-    "Job": ["template"],
-    "Deployment": ["selector", "template"],
-    "PersistentVolumeClaim": ["accessModes", "resources"],
-}
 DOCUMENTS: list[dict[str, Any]] = [
     document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
 ]
@@ -64,10 +62,83 @@ def actor() -> Actor:
     return actor_of(arguments("Deployment", {"POD_NAME": "actors-7c9d-x2x"}))
 
 
+FREE = {"data", "labels", "matchLabels", "selector", "limits", "requests"}  # maps with keys of one's own
+
+
+def places(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The way to every key of a map of the API's."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        if isinstance(node, dict):
+            yield (*path, key)
+        if key not in FREE or (key == "selector" and "matchLabels" in value):
+            yield from places(value, (*path, key))
+
+
+def changed(
+    document: dict[str, Any], path: tuple[str | int, ...], change: Callable[[Any, Any], None]
+) -> dict[str, Any]:
+    """A copy in which `change` was done to the map that holds the last key of `path`, and that key."""
+    node = copy = deepcopy(document)
+    for key in path[:-1]:
+        node = node[key]  # type: ignore[index]
+    change(node, path[-1])
+    return copy
+
+
+def misspell(node: Any, key: Any) -> None:
+    node[f"{key}z"] = node.pop(key)
+
+
+def mistype(node: Any, key: Any) -> None:
+    """A map for what is none, and the other way round."""
+    node[key] = "many" if isinstance(node[key], dict | list) else {"many": 1}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document["kind"])
-def test_a_document_has_what_its_kind_requires(document: dict[str, Any]) -> None:
-    assert document["apiVersion"] and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
-    assert set(REQUIRED.get(document["kind"], ())) <= document.get("spec", {}).keys()
+def test_a_document_is_one_of_the_api_and_no_key_or_type_could_be_another(document: dict[str, Any]) -> None:
+    assert problems(document) == []
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
+    for path in places(document):
+        assert problems(changed(document, path, misspell)), f"a misspelt {path} is accepted"
+        assert problems(changed(document, path, mistype)), f"a mistyped {path} is accepted"
+
+
+def test_every_kind_is_there() -> None:
+    assert {document["kind"] for document in DOCUMENTS} == KINDS.keys()
+
+
+POD = ("spec", "template", "spec")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (("spec", "completionz"), 2, "'completionz' was unexpected"),
+        ((*POD, "containers", 0, "imagge"), "async-vapo:latest", "'imagge' was unexpected"),
+        (("spec", "backoffLimit"), "many", "'many' is not of type 'integer'"),
+        ((*POD, "restartPolicy"), "Sometimes", r"'Sometimes' is not one of \['Always', 'OnFailure', 'Never'\]"),
+        (("spec", "completionMode"), "indexed", "'indexed' is not one of"),
+        (("spec", "podFailurePolicy", "rules", 0, "action"), "Forget", "'Forget' is not one of"),
+        ((*POD, "containers", 0, "ports", 0, "containerPort"), "5555", "'5555' is not of type 'integer'"),
+        ((*POD, "containers", 0, "resources", "limits", "nvidia.com/gpu"), "one", "'one' is not valid under any"),
+        ((*POD, "containers"), None, "None is not of type 'array'"),
+        (("apiVersion",), "v1", "'batch/v1' was expected"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_a_job_with_a_mistake_is_refused(path: tuple[str | int, ...], value: Any, sentence: str) -> None:
+    job = changed(only("Job"), path, lambda node, key: node.update({key: value}))
+    (problem,) = problems(job)
+    assert re.search(sentence, problem)
+
+
+def test_pods_are_started_again_by_whom_their_kind_allows() -> None:
+    """Those of a Job with a policy for failures never by the kubelet, those of a Deployment always."""
+    assert pod("Job")["restartPolicy"] == "Never"
+    assert pod("Deployment").get("restartPolicy", "Always") == "Always"
+    for kind in ("Job", "Deployment"):
+        assert container(kind)["image"] == "async-vapo:latest"
 
 
 def test_there_is_one_rank_for_each_process_of_each_pod(learner: Learner) -> None:
