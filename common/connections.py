@@ -1,8 +1,8 @@
 """The TCP connections of the learner's ROUTER, as libzmq's monitor and the kernel tell of them.
 
 libzmq bounds a frame (MAXMSGSIZE) and the number of whole messages that wait (RCVHWM). It bounds neither what it keeps
-of a message whose last frame never comes, nor how many strangers are in the handshake at once. The kernel knows how
-much each connection has brought; whoever exceeds what an honest peer can need is cut off, and may connect again.
+of a message whose last frame never comes, nor how many connections there are, in the handshake or after it. The kernel
+knows how much each has brought; whoever exceeds what an honest peer can need is cut off, and may connect again.
 """
 
 import logging
@@ -22,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 logger = logging.getLogger(__name__)
 
 MAX_STRANGERS = 1024  # connections in the handshake; the oldest go first
+MAX_CONNECTIONS = 4096  # after it, twice as many as there may be actors; the newest go first
 STRANGER_BYTES = 16 << 10  # a handshake takes below 1 KiB
 IN_FLIGHT_BYTES = 16 << 20  # may lie in the kernel and in libzmq, as whole messages that nobody has seen yet
 MAX_STRIKES = 10  # malformed messages of one connection
@@ -41,6 +42,7 @@ class Refusal(StrEnum):
     KEY = "refused_keys"  # no key of an actor that may take part
     HANDSHAKE = "failed_handshakes"  # another learner's key, no encryption, another protocol, or too slow
     STRANGER = "cut_strangers"  # too many of them, or too much sent before the handshake
+    CROWD = "cut_crowd"  # more than MAX_CONNECTIONS that got through the handshake
     ENDLESS = "cut_endless"  # more bytes than the largest message takes, and no message
     MALFORMED = "cut_malformed"  # MAX_STRIKES messages that are none
 
@@ -57,6 +59,7 @@ class _Peer:
     base: int | None = None
     strikes: int = 0
     is_known: bool = False  # the handshake is over
+    is_suspect: bool = False  # it has brought too much, or whole messages that were not read yet
     since_s: float = field(default_factory=time.monotonic)
 
 
@@ -80,6 +83,9 @@ class Connections:
         self._left_over: dict[int, int] = {}  # of who was cut off: messages that may still be read, at most
         self._ended: set[int] = set()  # descriptors that were closed since the last `check`
 
+    def __len__(self) -> int:
+        return len(self._peers)
+
     def follow(self) -> None:
         """Read what the monitor has told since the last call."""
         while int(self.monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -99,7 +105,7 @@ class Connections:
     def delivered(self, descriptor: int) -> None:
         """A whole message has come over this connection, which may still be to be told of."""
         peer = self._peers.setdefault(descriptor, _Peer())
-        peer.base, peer.is_known = None, True
+        peer.base, peer.is_known, peer.is_suspect = None, True, False
 
     def strike(self, descriptor: int) -> None:
         """What has come was no message.
@@ -116,10 +122,14 @@ class Connections:
                 self._ended.discard(descriptor)  # that was the one before it
                 self.cut(descriptor, Refusal.MALFORMED)
 
-    def check(self, now: float) -> None:
+    def check(self, now: float, *, is_all_read: bool = True) -> None:
         """Look at as many connections as are due by `now`, a monotonic time, and cut off who sends too much: each once
-        in CHECK_S, since all at once would keep everybody waiting. To be called when all messages that have come are
-        read."""
+        in CHECK_S, since all at once would keep everybody waiting.
+
+        To be called when all messages that have come are read: what somebody has brought since its last one is a part
+        of the next. Under a flood that may never be. Then it is enough that since the last call a message of everybody
+        was read who had one waiting: two looks are too much without one in between.
+        """
         for descriptor in self._ended:
             self._left_over.pop(descriptor, None)
         self._ended.clear()
@@ -130,12 +140,13 @@ class Connections:
         self._checked_s = max(self._checked_s + num_due * each_s, now - CHECK_S)
         for descriptor in list(islice(self._peers, num_due)):
             self._peers.move_to_end(descriptor)
-            self._look(descriptor)
+            self._look(descriptor, is_all_read)
         if now - self._limited_s >= CHECK_S:
             self._limited_s = now
             self._limit_strangers()
+            self._limit_crowd()
 
-    def _look(self, descriptor: int) -> None:
+    def _look(self, descriptor: int, is_all_read: bool) -> None:
         peer = self._peers[descriptor]
         if (traffic := self._traffic(descriptor)) is None:
             del self._peers[descriptor]  # closed
@@ -146,15 +157,24 @@ class Connections:
         if not peer.is_known and traffic.received > STRANGER_BYTES:
             self.cut(descriptor, Refusal.STRANGER)
         elif traffic.received - peer.base > self._max_bytes:
-            self.cut(descriptor, Refusal.ENDLESS)
+            if is_all_read or peer.is_suspect:
+                self.cut(descriptor, Refusal.ENDLESS)
+            peer.is_suspect = True
 
     def _limit_strangers(self) -> None:
         strangers = [descriptor for descriptor, peer in self._peers.items() if not peer.is_known]
         strangers.sort(key=lambda descriptor: self._peers[descriptor].since_s)
         for descriptor in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
-            self._look(descriptor)  # the handshake may be over by now
+            self._look(descriptor, False)  # the handshake may be over by now
             if (peer := self._peers.get(descriptor)) is not None and not peer.is_known:
                 self.cut(descriptor, Refusal.STRANGER)
+
+    def _limit_crowd(self) -> None:
+        crowd = [descriptor for descriptor, peer in self._peers.items() if peer.is_known]
+        crowd.sort(key=lambda descriptor: self._peers[descriptor].since_s)
+        for descriptor in crowd[MAX_CONNECTIONS:]:
+            self._look(descriptor, False)  # it may have been closed by now
+            self.cut(descriptor, Refusal.CROWD)
 
     def cut(self, descriptor: int, reason: Refusal) -> None:
         """End the connection; libzmq frees what it kept of it."""

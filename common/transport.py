@@ -118,6 +118,7 @@ class LearnerSocket:
             raise ConfigError(_bind_sentence(host, port, error)) from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # as bound; a wildcard stays one
         self.port = self._connections.port = int(self.endpoint.rpartition(":")[2])
+        self._num_read = 0  # messages since the last look at connections
         self._is_skipping = False  # the rest of a message of many frames
         self._awake, self._waker = socket.socketpair()
         for end in (self._awake, self._waker):
@@ -153,17 +154,24 @@ class LearnerSocket:
         At most MESSAGES_PER_TURN, and of BYTES_PER_TURN, taken from the senders in turn.
         """
         self._connections.follow()
+        if self._num_read > len(self._connections):  # each of them had its turn: what is left unread is a flood
+            self._check(is_all_read=False)
         num_bytes = 0
         for _ in range(MESSAGES_PER_TURN):
             try:
                 identity, frame = self._next_frame()
             except zmq.Again:
-                self._connections.check(time.monotonic())  # what one has brought beyond its messages is a part of one
+                self._check(is_all_read=True)
                 return
             num_bytes += len(frame)
+            self._num_read += 1
             yield identity, self._decoded(frame)
             if num_bytes > BYTES_PER_TURN:
                 return
+
+    def _check(self, *, is_all_read: bool) -> None:
+        self._num_read = 0
+        self._connections.check(time.monotonic(), is_all_read=is_all_read)
 
     def _next_frame(self) -> tuple[bytes, zmq.Frame]:
         """Sender and first frame of the next message. Raises zmq.Again when there is none yet."""

@@ -104,6 +104,7 @@ DATA = _rows(
     ("verifier/num_timed_out", "count", "responses since the last step that it did not judge in time"),
     ("transport/{refusal}", "count", "connections refused or cut off since the run began"),
     ("transport/ignored_watches", "count", "questions of `run.py top` that came too often, since the learner began"),
+    ("transport/refused_greetings", "count", "of actors that do not fit or are too many, since the learner began"),
     ("trackers/{tracker}_lost", "count", "steps that this tracker will not have, since the learner began"),
 )  # fmt: skip
 

@@ -46,6 +46,7 @@ from learner.rollouts.speed import Speed
 logger = logging.getLogger(__name__)
 
 NOW = float("-inf")
+CANCELS_PER_BEAT = 64  # answers to one heartbeat; what else it lists is in the next one too
 
 
 class Coordinator:
@@ -148,7 +149,7 @@ class Coordinator:
             logger.warning("the engine of actor %s gets on again", name)
             member.is_hung = False
         listed, grace_s = set(heartbeat.lease_ids.tolist()), self._config.transport.grace_s
-        for lease_id in self._unwanted(member, listed):
+        for lease_id in sorted(self._unwanted(member, listed))[:CANCELS_PER_BEAT]:
             self._send(name, Cancel(lease_id=lease_id))
         missing = [
             lease_id

@@ -51,6 +51,7 @@ from learner.rollouts.observers import Observers
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # between two looks at all members: there may be hundreds
+MAX_MEMBERS = 2048  # actors, lost ones included, so that who has a key cannot fill the memory with names
 REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected
 
 
@@ -89,6 +90,7 @@ class Reception:
         self._settings = shared_settings(config)
         self._direct: list[tuple[bytes, LearnerMessage]] = []
         self._commands: dict[int, Command] = {}  # by id, under way
+        self.num_refused = 0  # greetings
         self.lost: tuple[MemberId, ...] = ()  # before they could report on the last command
         self._num_commands = incarnation * COMMANDS_PER_LIFE  # an actor tells those of an earlier life by their ids
         self._stop: Stop | None = None
@@ -155,6 +157,7 @@ class Reception:
         problem = self._dismissed.get(identity) or self._misfit(hello)
         if problem is not None:
             logger.warning("actor %r refused: %s", hello.name[:100], problem)
+            self.num_refused += 1
             self._refuse(identity, problem, fatal=True)
             return
         if self._names.get(identity, hello.name) != hello.name:
@@ -253,6 +256,8 @@ class Reception:
             return "its model has another architecture; give it the learner's model.path"
         if hello.tokenizer_fingerprint != tokenizer:
             return "its tokenizer is another one; give it the learner's model.path"
+        if hello.name not in self._identities and len(self._identities) >= MAX_MEMBERS:
+            return f"{MAX_MEMBERS} actors take part already, lost ones included, and that is the most there may be"
         return None
 
     def _ready(self, name: str, ready: Ready) -> None:

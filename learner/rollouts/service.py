@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -53,6 +54,9 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25  # longest sleep of the thread: silence is noticed this late
 PERIOD_S = 0.003  # from the beginning of a turn to that of the next, at least
+LONGEST_TURN_S = 0.1  # of handling what arrived; what is left then is the next turn's
+AT_ONCE = 8  # messages that are handled before their answers leave
+BEHIND_S = 2.0  # for which nobody counts as silent, because what arrived is not read yet
 STOP_S = 5.0  # how long actors may take to say bye
 
 T = TypeVar("T")
@@ -119,6 +123,7 @@ class LearnerService:
         self._socket: LearnerSocket | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._ticked_s = float("-inf")
         self._is_stopping = False
         self._is_closing = False
 
@@ -308,8 +313,9 @@ class LearnerService:
         with self._changed:
             refusals = self._socket.refusals if self._socket is not None else Counter[Refusal]()
             counts = {f"transport/{reason}": float(refusals[reason]) for reason in Refusal}
-            ignored = {"transport/ignored_watches": float(self._reception.observers.num_ignored)}
-            return self._coordinator.stats() | counts | ignored
+            counts["transport/ignored_watches"] = float(self._reception.observers.num_ignored)
+            counts["transport/refused_greetings"] = float(self._reception.num_refused)
+            return self._coordinator.stats() | counts
 
     def show(self, course: Course) -> None:
         """What observers are told of training from now on."""
@@ -465,19 +471,33 @@ class LearnerService:
             socket.close()
 
     def _turn(self, socket: LearnerSocket, now: float) -> None:
-        """Handle what arrived, then what time brings, then send: a peer is never lost while its message waits."""
-        arrived = list(socket.receive())  # decoded before the lock is taken
+        """Handle what arrived, then what time brings, and send: a peer is not lost while its message waits.
+
+        The socket takes messages from the senders in turn. So nobody waits for more than AT_ONCE of those that somebody
+        floods it with, however much work each of them makes.
+        """
+        arriving, is_behind = socket.receive(), False
+        while arrived := list(islice(arriving, AT_ONCE)):  # decoded before the lock is taken
+            with self._changed:
+                for identity, message in arrived:
+                    self._reception.handle(identity, message, now)
+                self._send(socket)
+            if is_behind := time.monotonic() - now > LONGEST_TURN_S:
+                break
         with self._changed:
-            for identity, message in arrived:
-                self._reception.handle(identity, message, now)
-            self._reception.tick(now)
+            if not is_behind or now - self._ticked_s > BEHIND_S:
+                self._ticked_s = now
+                self._reception.tick(now)
             if not self._is_stopping:
                 self._coordinator.dispatch(now)
-            for identity, reply in self._reception.outgoing():
-                if not socket.send(identity, reply):
-                    self._reception.undeliverable(identity)
+            self._send(socket)
             self._reception.note_losses()
             self._changed.notify_all()
+
+    def _send(self, socket: LearnerSocket) -> None:
+        for identity, reply in self._reception.outgoing():
+            if not socket.send(identity, reply):
+                self._reception.undeliverable(identity)
 
 
 def _step_aside() -> None:

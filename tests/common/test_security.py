@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile
+from dataclasses import replace
+from itertools import islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,22 @@ from common.config import Config, TransportConfig
 from common.connections import MAX_STRIKES, Refusal
 from common.keys import ActorKeys, LearnerKeys, actor_keys, make_keys
 from common.transport import ActorConnection, HandshakeError, LearnerSocket
-from common.types import Ack, ActorMessage, Bye, Ready, WeightsCommand, WeightsPhase
+from common.types import (
+    MAX_LISTED,
+    Ack,
+    ActorMessage,
+    Bye,
+    Prompt,
+    Pulse,
+    Ready,
+    WeightsCommand,
+    WeightsPhase,
+)
 from common.wire import WireError, encode, pack
+from learner.rollouts.service import LearnerService
 from tests.support import strangers
+from tests.support.fake_actors import FINGERPRINTS, heartbeat, hello
+from tests.support.flood import Flood, Honest
 
 
 class Served:
@@ -131,11 +145,11 @@ def test_without_its_authenticator_a_learner_accepts_nobody(tmp_path: Path) -> N
 
 
 def test_a_message_that_never_ends_is_cut_off_and_the_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 MB/s for three seconds, from a peer that has not said hello."""
+    """100 MB/s for three seconds, from a peer that has not said hello, while another one asks all the time."""
     monkeypatch.setattr(connections, "IN_FLIGHT_BYTES", 4 << 20)
     process, chunk = psutil.Process(), strangers.frame(bytes(1 << 20), strangers.MORE)
-    with serving(None) as served:
-        greet(served, None)
+    with serving(None) as served, Honest(served.socket.endpoint, [], Bye(error=None), Ack) as honest:
+        before_it = honest.num_answers
         started, before, largest, cuts = time.monotonic(), process.memory_info().rss, 0, 0
         peer = None
         while (elapsed_s := time.monotonic() - started) < 3.0 or peer is not None:  # the last one has seen its end
@@ -150,8 +164,80 @@ def test_a_message_that_never_ends_is_cut_off_and_the_others_are_served(monkeypa
             time.sleep(max(0.0, 0.01 - (time.monotonic() - started - elapsed_s)))
         assert cuts == served.socket.refusals[Refusal.ENDLESS] >= 2
         assert largest < 100 << 20, "5 MB, and what half a second brings, twice at most"
-        greet(served, None)
+        assert honest.num_answers >= before_it + 20
         assert not any(isinstance(message, WireError) for _, message in served.arrived)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        heartbeat(dict.fromkeys(range(MAX_LISTED), 1)),
+        replace(hello("flood", held=range(MAX_LISTED)), run_id="another", incarnation=0, number=1),
+    ],
+    ids=["heartbeat", "hello"],
+)
+def test_a_flood_of_messages_does_not_keep_another_actor_from_its_answers(message: ActorMessage) -> None:
+    """Each of them lists as many leases as one may that the learner does not know of, and thus has to cancel."""
+    prompts = [Prompt(uid="p", text="", reference="")]
+    with LearnerService(Config(), prompts, lambda prompt: [1], FINGERPRINTS, [1]) as service:
+        port = int(service.endpoint.rpartition(":")[2])
+        with (
+            Honest(service.endpoint, [hello("honest")], heartbeat({}), Pulse) as honest,
+            Flood(port, [hello("flood")], message) as flood,
+        ):
+            honest.until(honest.num_answers + 50)
+            assert flood.is_on and flood.num_sent > 50
+
+
+def test_a_message_that_never_ends_is_cut_off_in_a_flood_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look counts here at which all that has come is read: a flood may leave none. Who sends whole ones stays."""
+    monkeypatch.setattr(connections, "IN_FLIGHT_BYTES", 1 << 20)
+    large = Ready(version=0, probe_logprobs=np.zeros(1 << 16, np.float32))
+    learner = LearnerSocket("127.0.0.1", 0, 1)
+    check = learner._connections.check
+
+    def check_if_behind(now: float, *, is_all_read: bool) -> None:
+        if not is_all_read:
+            check(now, is_all_read=False)
+
+    monkeypatch.setattr(learner._connections, "check", check_if_behind)
+    with Flood(learner.port, [], large, "one") as one, Flood(learner.port, [], large, "two") as two:
+        endless = strangers.connect(learner.port)
+        strangers.ready(endless, b"endless")
+        sending = threading.Thread(target=send_without_end, args=(endless,), daemon=True)
+        sending.start()
+        deadline = time.monotonic() + 30.0
+        while not learner.refusals and time.monotonic() < deadline:
+            deque(islice(learner.receive(), 10), maxlen=0)  # a part of what is there
+        assert learner.refusals == {Refusal.ENDLESS: 1}
+        assert one.is_on and two.is_on and min(one.num_sent, two.num_sent) > 8, "more than the endless one might bring"
+        sending.join(10.0)
+    learner.close()
+
+
+def send_without_end(peer: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            peer.sendall(strangers.frame(bytes(1 << 18), strangers.MORE))
+    peer.close()
+
+
+def test_of_too_many_connections_the_newest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
+    with serving(None) as served:
+        crowd = [strangers.connect(served.socket.port) for _ in range(5)]
+        for number, peer in enumerate(crowd):
+            strangers.ready(peer, f"p{number}".encode())
+            peer.sendall(strangers.frame(pack(encode(Bye(error=None))), 0))
+        served.until(lambda: len(served.arrived) == 5, "they are there")
+        for number in range(1, 4):
+            late = strangers.connect(served.socket.port)
+            strangers.ready(late, b"late")
+            late.sendall(strangers.frame(pack(encode(Bye(error=None))), 0))
+            assert strangers.is_closed(late)
+            assert served.socket.refusals == {Refusal.CROWD: number}
+        for peer in crowd:
+            assert not strangers.is_closed(peer, 0.05)
 
 
 def test_a_message_of_many_frames_from_a_peer_with_a_key_is_skipped(tmp_path: Path) -> None:
@@ -200,7 +286,7 @@ def test_every_connection_is_looked_at_in_time_but_not_all_at_once(monkeypatch: 
         assert time.monotonic() < deadline, f"{len(table._peers)} of {len(crowd)} were told of"
         table.follow()
     looks: list[int] = []
-    monkeypatch.setattr(table, "_look", looks.append)
+    monkeypatch.setattr(table, "_look", lambda descriptor, is_all_read: looks.append(descriptor))
     table._checked_s = 0.0
     for step in range(1, 21):
         before = len(looks)
@@ -226,7 +312,7 @@ def test_strangers_that_come_and_go_do_not_keep_others_from_being_looked_at(monk
     monkeypatch.setattr(connections, "recv_monitor_message", told)
     table = connections.Connections(router, 1)  # type: ignore[arg-type]
     looks: list[int] = []
-    monkeypatch.setattr(table, "_look", looks.append)
+    monkeypatch.setattr(table, "_look", lambda descriptor, is_all_read: looks.append(descriptor))
     table._checked_s = 0.0
     for step in range(1, 101):
         table.follow()

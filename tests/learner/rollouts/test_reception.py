@@ -50,6 +50,31 @@ def welcome(run_id: str, incarnation: int, number: int) -> Welcome:
     )
 
 
+def test_there_are_no_more_members_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a key can make up names without an end. Lost members keep their places until they are forgotten."""
+    monkeypatch.setattr("learner.rollouts.reception.MAX_MEMBERS", 3)
+    config = Config()
+    coordinator = Coordinator(config, PromptStream(PROMPTS, 0), lambda prompt: [1])
+    reception = Reception(config, coordinator, FINGERPRINTS, [1])
+    for number in range(20):
+        reception.handle(f"{number}".encode(), hello(f"a{number}"), 0.0)
+    answers = reception.outgoing()
+    assert [identity for identity, answer in answers if isinstance(answer, Welcome)] == [b"0", b"1", b"2"]
+    refused = [(identity, answer) for identity, answer in answers if isinstance(answer, Refused)]
+    assert [identity for identity, _ in refused] == [f"{number}".encode() for number in range(3, 20)]
+    assert {answer for _, answer in refused} == {
+        Refused(reason="3 actors take part already, lost ones included, and that is the most there may be", fatal=True)
+    }
+    assert reception.num_refused == 17
+    reception.undeliverable(b"0")
+    reception.handle(b"x", hello("x"), 1.0)
+    assert reception.num_refused == 18, "a lost one may come back"
+    reception.handle(b"y", hello("a0"), 1.0)
+    reception.handle(b"1", Bye(error=None), 1.0)
+    reception.handle(b"z", hello("x"), 1.0)
+    assert reception.names == ("a0", "a2", "x")
+
+
 small = st.integers(-1, 6)
 phases = st.sampled_from(WeightsPhase)
 sayings: st.SearchStrategy[Any] = st.one_of(
