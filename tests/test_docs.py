@@ -80,6 +80,9 @@ RUN_BY = {
     r"\.|tensorboard": "not ours",
     r"git|pip install": "network",
     r"sbatch|scancel|docker|kubectl": "cluster",
+    r"sky jobs launch more\.yaml": (
+        "tests/deploy/test_skypilot.py::test_more_actors_are_a_job_of_their_own_as_the_page_says"
+    ),
     r"torchrun": "tests/test_multinode.py::test_two_ranks_and_two_actors_on_four_hosts",
     r"train .*device=cuda|train -c (one_gpu|vapo_qwen)|eval .* -c eval_aime24": "GPU",
     r"train --resume": (

@@ -1,5 +1,6 @@
 """The SkyPilot group: its commands, run by bash with stand-ins for torchrun and python, parse and fit each other."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.support.deployments import Programs, actor_of, check_keys_fit, learne
 from tests.support.runs import ROOT
 
 HEADER, LEARNER, ACTORS = yaml.safe_load_all((ROOT / "deploy" / "skypilot.yaml").read_text())
+GROUP = {"SKYPILOT_JOBGROUP_NAME": HEADER["name"]}
 
 
 @pytest.fixture
@@ -21,17 +23,20 @@ def programs(tmp_path: Path) -> Programs:
     return made
 
 
-def run_task(programs: Programs, task: dict[str, Any], node_rank: int) -> None:
-    """The task's `run` on one of its nodes, with the variables that SkyPilot sets."""
+def run_task(
+    programs: Programs, task: dict[str, Any], node_rank: int, group: dict[str, str] = GROUP, **environment: str
+) -> None:
+    """The task's `run` on one of its nodes, with the variables that SkyPilot sets, and those of --env."""
+    assert environment.keys() <= task["envs"].keys(), "SkyPilot takes no others"
     script = programs.folder / "run.sh"
-    script.write_text(task["run"])
+    script.write_text(f"set -u\n{task['run']}")
     process = programs.start(
         script,
-        SKYPILOT_JOBGROUP_NAME=HEADER["name"],
+        **group,
         SKYPILOT_NUM_NODES=str(task["num_nodes"]),
         SKYPILOT_NUM_GPUS_PER_NODE=task["resources"]["accelerators"].partition(":")[2],
         SKYPILOT_NODE_RANK=str(node_rank),
-        **task["envs"],
+        **task["envs"] | environment,
     )
     _, errors = process.communicate(timeout=30.0)
     assert (process.returncode, errors) == (0, "")
@@ -72,6 +77,20 @@ def test_learner_and_actors_fit_each_other(programs: Programs, tmp_path: Path) -
         learner.config.device,
         learner.config.reward,
     )
+
+
+def test_more_actors_are_a_job_of_their_own_as_the_page_says(programs: Programs) -> None:
+    """Outside the group, so that they do not know its name, with node ranks that begin at 0 again."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    (command,) = re.findall(r"^sky jobs launch more\.yaml (.*)$", page, re.MULTILINE)
+    settings = dict(re.findall(r"--env (\w+)=(\S+)", command.replace("ADDRESS", "10.0.0.7")))
+    for rank in range(2):
+        run_task(programs, ACTORS, rank)
+        run_task(programs, ACTORS, rank, group={}, **settings)
+    inside, outside, *_ = actors = [actor_of(call) for call in programs.calls(".venv/bin/python")]
+    assert len({actor.name for actor in actors}) == 4
+    assert outside.connect == "tcp://10.0.0.7:5555" != inside.connect
+    assert (outside.keys, outside.config_files) == (inside.keys, inside.config_files)
 
 
 def test_what_is_installed_can_be_installed() -> None:
