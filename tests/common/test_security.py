@@ -321,6 +321,35 @@ def test_strangers_that_come_and_go_do_not_keep_others_from_being_looked_at(monk
     assert looks.count(3) >= 9, "ten rounds are over"
 
 
+def test_what_may_be_whole_messages_that_wait_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of a peer, as the kernel would tell of them, at looks before which not all was read."""
+    monitor = SimpleNamespace(getsockopt=lambda option: 0)
+    router = SimpleNamespace(get_monitor_socket=lambda kinds: monitor, getsockopt=lambda option: 1)
+    table = connections.Connections(router, 1)  # type: ignore[arg-type]
+    cut: list[int] = []
+    monkeypatch.setattr(table, "cut", lambda descriptor, reason: cut.append(descriptor))
+    received = 0
+    monkeypatch.setattr(table, "_traffic", lambda descriptor: connections._Traffic(1 << 20, received))
+    table.delivered(3)
+    table._look(3, False)
+    for _ in range(5):
+        received += 2 * connections.IN_FLIGHT_BYTES
+        table._look(3, False)
+        table.delivered(3)
+        table._look(3, False)
+    assert cut == []
+    received += 2 * connections.IN_FLIGHT_BYTES
+    table._look(3, False)
+    assert cut == []
+    table._look(3, False)
+    assert cut == [3]
+    table.delivered(3)
+    table._look(3, True)
+    received += 2 * connections.IN_FLIGHT_BYTES
+    table._look(3, True)
+    assert cut == [3, 3]
+
+
 def test_a_slow_handshake_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "HANDSHAKE_MS", 200)
     with serving(None) as served:
