@@ -18,7 +18,7 @@ from tempfile import mkdtemp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.aftermath import Found, Kind
-from tests.support.chaos import STEPS_A_MINUTE, Chaos
+from tests.support.chaos import Chaos
 
 
 def run(seed: int, minutes: float, folder: Path) -> Found:
@@ -28,7 +28,7 @@ def run(seed: int, minutes: float, folder: Path) -> Found:
     chaos = Chaos(
         place,
         seed,
-        steps=round(STEPS_A_MINUTE * minutes),
+        minutes,
         learner_kills=max(2, round(minutes)),
         limit_s=60.0 * (3.0 * minutes + 2.0),
     )
@@ -52,6 +52,7 @@ def table(runs: Sequence[Found]) -> str:
         ("oldest token", [f"{found.max_age} of {found.bound}" for found in runs]),
         ("tokens", [f"{found.tokens} ({found.prefix_tokens} handed on)" for found in runs]),
         ("dropped", [", ".join(f"{n} {reason}" for reason, n in found.dropped.items()) or "-" for found in runs]),
+        ("a dismissal would be excused", [f"{found.excused:.0%} of the time" for found in runs]),
         ("dismissed", [str(found.dismissed) for found in runs]),
         ("faults", [str(len(found.faults)) for found in runs]),
     ]

@@ -7,7 +7,7 @@ successor did them.
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -28,6 +28,7 @@ from learner.rollouts.record import Record
 from learner.rollouts.snapshot import read_snapshot
 from tests.support.network_engine import stamp
 
+WEIGHTS_TIMEOUT_S = 6.0
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S,%f"
 
 
@@ -43,21 +44,67 @@ class Kind(StrEnum):
     LEARNER = "kill the learner"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Event:
     at_s: float  # of the clock on the wall
     kind: Kind
     name: str  # of whom; empty for RESIZE
     detail: str = ""
-    until_s: float = 0.0  # of STOP and FREEZE
+    pid: int = 0  # of that actor's process
+    until_s: float = float("inf")  # STOP and FREEZE: when it went on; HANG and WEDGE: when that process ended
 
     def __str__(self) -> str:
         at = datetime.fromtimestamp(self.at_s).strftime("%H:%M:%S.%f")[:-3]
         return f"{at}  {self.kind:<16} {self.name} {self.detail}".rstrip()
 
 
-UNHEARD = {Kind.FREEZE, Kind.HANG, Kind.WEDGE}  # who may be dismissed after it, and then says so itself
-GUILTY = UNHEARD | {Kind.KILL}
+HUNG = (Kind.HANG, Kind.WEDGE)
+
+
+@dataclass(frozen=True)
+class Excuse:
+    """An actor may be dismissed for `reason` while it suffers one of `kinds`, and for `after_s` seconds more.
+
+    Who hangs does so until its process ends, and that process alone is excused; so is one that was frozen, for as long
+    as the learner may have waited for it.
+    """
+
+    reason: str  # how it begins
+    kinds: tuple[Kind, ...]
+    after_s: float = 0.0
+    count: int = 1  # of these events, to the same process
+
+
+# Nothing excuses any other reason: a malformed message, refused groups, other weights, an error of its own.
+EXCUSES = (
+    Excuse("its engine has drawn no token in ", HUNG),
+    Excuse("it did not answer within ", (Kind.WEDGE,)),
+    Excuse("it did not answer within ", (Kind.FREEZE,), after_s=WEIGHTS_TIMEOUT_S),
+    Excuse("others hold the weights, and they could not be sent to it: ", (Kind.WEDGE,)),
+    Excuse("others hold the weights, and they could not be sent to it: ", (Kind.FREEZE,), after_s=WEIGHTS_TIMEOUT_S),
+    Excuse("its connection was lost in ", (Kind.FREEZE,), after_s=WEIGHTS_TIMEOUT_S, count=3),
+)
+REFUSED = "the learner refused this actor: "  # what a dismissed one says, before the reason
+
+
+def is_excused(events: Collection[Event], name: str, reason: str, at_s: float) -> bool:
+    """Whether what has happened to this actor explains why it was dismissed."""
+    for excuse in EXCUSES:
+        theirs = [e for e in events if e.name == name and e.kind in excuse.kinds and e.at_s <= at_s]
+        for last in theirs:
+            of_it = [event for event in theirs if event.pid == last.pid]
+            is_in_time = at_s <= last.until_s + excuse.after_s
+            if reason.startswith(excuse.reason) and is_in_time and len(of_it) >= excuse.count:
+                return True
+    return False
+
+
+def excused_share(events: Collection[Event], names: Collection[str], began_s: float, ended_s: float) -> float:
+    """Of all (actor, second): those in which a dismissal would be excused, for whatever reason is excused then."""
+    seconds = np.arange(began_s, ended_s)
+    reasons = {excuse.reason for excuse in EXCUSES}
+    excused = [any(is_excused(events, name, reason, at_s) for reason in reasons) for name in names for at_s in seconds]
+    return float(np.mean(excused)) if excused else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +125,7 @@ class Found:
     bound: int  # max_staleness
     tokens: int
     dismissed: int
+    excused: float  # share of (actor, second) in which a dismissal would have been
     faults: list[str]
 
 
@@ -85,17 +133,18 @@ class Aftermath:
     """Of the run in `run_dir`, which was to train `steps` steps, the first of them the critic's warm-up, and with them
     every prompt of one epoch.
 
-    `guilt_s` is the longest from what happens to an actor until it is dismissed for it.
+    The chaos was to last `minutes`.
     """
 
-    def __init__(self, run_dir: Path, steps: int, events: Collection[Event], guilt_s: float) -> None:
+    def __init__(self, run_dir: Path, steps: int, events: Sequence[Event], minutes: float) -> None:
         self._run_dir = run_dir
         self._steps = steps
         self._events = events
-        self._guilt_s = guilt_s
+        self._minutes = minutes
         self._config = read_config(run_dir / "config.yaml")
         self._ledger = list(read_jsonl(run_dir / "ledger.jsonl"))
         rows = list(read_jsonl(run_dir / "metrics.jsonl"))
+        self._done_s = max(row["time"] for row in rows if "time/step_s" in row)  # the last step
         self._last = next(row for row in reversed(rows) if "time/step_s" in row)
         record = Record(run_dir)
         self._groups = {step: record.groups(step) for step in range(1, record.last_step + 1)}
@@ -122,8 +171,34 @@ class Aftermath:
             bound=self._config.staleness.max_staleness,
             tokens=len(self._ages),
             dismissed=self._learner_log.count(" is dismissed: "),
-            faults=[*faults, *self._wrong_history(), *self._wrong_ages(), *self._unfinished(), *self._innocents()],
+            excused=round(excused_share(self._events, self._actors(), self._began_s, self._done_s), 3),
+            faults=[
+                *faults,
+                *self._too_little_chaos(),
+                *self._wrong_history(),
+                *self._wrong_ages(),
+                *self._unfinished(),
+                *self._innocents(),
+            ],
         )
+
+    @property
+    def _began_s(self) -> float:
+        """The first event of the chaos."""
+        return min((event.at_s for event in self._events), default=self._done_s)
+
+    def _actors(self) -> set[str]:
+        return {path.stem for path in (self._run_dir / "logs").glob("actor-*.log")}
+
+    def _too_little_chaos(self) -> Iterator[str]:
+        """Events or steps that end too early, or a minute in which no engine hung."""
+        wanted_s, ends_s = 60.0 * self._minutes, {"events": max((event.at_s for event in self._events), default=0.0)}
+        for what, end_s in (ends_s | {"steps": self._done_s}).items():
+            if end_s - self._began_s < wanted_s:
+                yield f"{what} end {end_s - self._began_s:.0f} s after the first event, and not {wanted_s:.0f} s"
+        hung = {int((event.at_s - self._began_s) // 60) for event in self._events if event.kind in HUNG}
+        if lacking := set(range(int((self._done_s - self._began_s) // 60))) - hung:
+            yield f"no engine hung in the minutes {sorted(lacking)}"
 
     def _wrong_history(self) -> Iterator[str]:
         """Not each prompt of the epoch once, in whole steps, or something of a future that was undone."""
@@ -173,25 +248,15 @@ class Aftermath:
 
     def _innocents(self) -> Iterator[str]:
         """Who was dismissed, or ended with an error, although nothing had happened to it that would explain it."""
-        guilty = [event for event in self._events if event.kind in GUILTY]
         for at_s, name, reason in _lines(self._learner_log, r"WARNING .* actor (\S+) is dismissed: (.*)"):
-            if not self._take(guilty, name, at_s):
-                yield f"{name} is dismissed although nothing had happened to it: {reason}"
-        guilty = [event for event in self._events if event.kind in UNHEARD]
+            if not is_excused(self._events, name, reason, at_s):
+                yield f"{name} is dismissed although nothing had happened to it that explains it: {reason}"
         for path in sorted((self._run_dir / "logs").glob("actor-*.log")):
             for at_s, name, reason in _lines(
                 path.read_text(errors="replace"), r"ERROR actors\.main: actor (\S+): (.*)"
             ):
-                if not self._take(guilty, name, at_s):
-                    yield f"{name} failed although nothing had happened to it: {reason}"
-
-    def _take(self, guilty: list[Event], name: str, at_s: float) -> bool:
-        """Whether this actor had it coming; each event excuses one dismissal."""
-        for event in guilty:
-            if event.name == name and event.at_s <= at_s <= max(event.at_s, event.until_s) + self._guilt_s:
-                guilty.remove(event)
-                return True
-        return False
+                if not is_excused(self._events, name, reason.removeprefix(REFUSED), at_s):
+                    yield f"{name} failed although nothing had happened to it that explains it: {reason}"
 
 
 def _lines(log: str, pattern: str) -> Iterator[tuple[float, str, str]]:

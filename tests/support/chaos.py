@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +19,14 @@ from common.config import Batching, ConfigError
 from common.control import ask
 from common.metrics import read_jsonl
 from learner.checkpoint import complete_steps
-from tests.support.aftermath import Aftermath, Event, Found, Kind, Leftovers
+from tests.support.aftermath import HUNG, WEIGHTS_TIMEOUT_S, Aftermath, Event, Found, Kind, Leftovers
 from tests.support.runs import ROOT
 
 NUM_ACTORS, FEWEST_ACTORS = 6, 3
 PROMPTS_PER_STEP = 4
-STEPS_A_MINUTE = 24  # on a free core, chaos included
-HEARTBEAT_TIMEOUT_S, LEASE_TIMEOUT_S, WEIGHTS_TIMEOUT_S, DRAIN_S = 3.0, 2.5, 6.0, 2.0
-GUILT_S = HEARTBEAT_TIMEOUT_S + 2 * WEIGHTS_TIMEOUT_S + 10.0  # silence, two phases of a publication, a slow machine
+STEPS_A_MINUTE = 32  # more than free cores do in one, chaos included
+HEARTBEAT_TIMEOUT_S, LEASE_TIMEOUT_S, DRAIN_S = 3.0, 2.5, 2.0
+HANGS_S = (5.0, 35.0)  # in each minute of chaos, the time at which an engine hangs in any case
 SETTINGS = (
     "name=run",
     "model.path=configs/models/chain_sum",
@@ -70,17 +71,20 @@ STOPPED_FOR = {Kind.STOP: (0.1, 0.75), Kind.FREEZE: (1.3, 2.0)}  # times HEARTBE
 
 @dataclass
 class Chaos:
-    """One run in `folder`/run, and what happens to it. `pause_s` is the range of the time between two events."""
+    """One run in `folder`/run, and what happens to it, for `minutes` at least. `pause_s` is the range of the time
+    between two events."""
 
     folder: Path
     seed: int
-    steps: int
+    minutes: float = 1.0
     learner_kills: int = 2
-    limit_s: float = 240.0
+    limit_s: float = 300.0
     pause_s: tuple[float, float] = (0.8, 2.4)
     events: list[Event] = field(default_factory=list)
+    steps: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.steps = round(STEPS_A_MINUTE * self.minutes)
         self.steps += 1 - self.steps % 2  # one of warm-up, and publish_every has to divide the others
         draw = self._draw = random.Random(self.seed)
         self.settings = [
@@ -94,6 +98,10 @@ class Chaos:
         part = self.steps / (self.learner_kills + 1)
         self._learner_kills_at = [int(part * (i + draw.uniform(0.6, 1.2))) for i in range(self.learner_kills)]
         self._stopped: dict[psutil.Process, float] = {}  # and until when (monotonic)
+        self._suffering: dict[psutil.Process, list[Event]] = {}  # whose end is to come
+        self._began_s = 0.0  # of the first event (monotonic)
+        self._num_hangs = 0  # that were due
+        self._hang_s = draw.uniform(*HANGS_S)  # when the next one is, after that
         self.run_dir = self.folder / "run"
         self._leftovers = Leftovers(self.run_dir)
 
@@ -119,7 +127,7 @@ class Chaos:
         if self._learner_kills_at:
             faults.append(f"the learner was not killed after the steps {self._learner_kills_at}")
         faults += self._leftovers.faults()
-        return Aftermath(self.run_dir, self.steps, self.events, GUILT_S).found(
+        return Aftermath(self.run_dir, self.steps, self.events, self.minutes).found(
             self.seed, self.settings, seconds, faults
         )
 
@@ -142,6 +150,9 @@ class Chaos:
             for process in [process for process, until in self._stopped.items() if now >= until]:
                 _signal(process, signal.SIGCONT)
                 del self._stopped[process]
+                self._end(process, (Kind.STOP, Kind.FREEZE))
+            for process in [process for process in self._suffering if not process.is_running()]:
+                self._end(process, tuple(Kind))
             if now >= next_at:
                 next_at = now + self._draw.uniform(*self.pause_s)
                 self._strike()
@@ -157,6 +168,14 @@ class Chaos:
             _signal(children["learner-0"], signal.SIGKILL)
             self._note(Kind.LEARNER, "learner-0", "")
             return
+        if self._is_hang_due() and (
+            free := sorted(name for name, child in ready.items() if child not in self._stopped)
+        ):
+            self._num_hangs += 1
+            self._hang_s = 60.0 * self._num_hangs + self._draw.uniform(*HANGS_S)
+            name = self._draw.choice(free)
+            self._do(self._draw.choice(HUNG), name, ready[name])
+            return
         (kind,) = self._draw.choices(list(FREQUENCIES), list(FREQUENCIES.values()))
         if kind is Kind.RESIZE:
             self._resize(self._draw.randint(FEWEST_ACTORS, NUM_ACTORS))
@@ -171,7 +190,21 @@ class Chaos:
         if seconds:
             self._stopped[process] = time.monotonic() + seconds
         _signal(process, SIGNALS[kind])
-        self._note(kind, name, f"process {process.pid}" + (f" for {seconds:.1f} s" if seconds else ""), seconds)
+        event = self._note(kind, name, f"process {process.pid}" + (f" for {seconds:.1f} s" if seconds else ""))
+        event.pid = process.pid
+        self._suffering.setdefault(process, []).append(event)
+
+    def _end(self, process: psutil.Process, kinds: Collection[Kind]) -> None:
+        """Of what this process suffers."""
+        events = self._suffering.pop(process, [])
+        for event in events:
+            if event.kind in kinds:
+                event.until_s = time.time()
+        if left := [event for event in events if event.kind not in kinds]:
+            self._suffering[process] = left
+
+    def _is_hang_due(self) -> bool:
+        return bool(self.events) and time.monotonic() - self._began_s >= self._hang_s
 
     def _resize(self, count: int) -> None:
         try:
@@ -180,9 +213,11 @@ class Chaos:
             done = [str(error)]
         self._note(Kind.RESIZE, "", f"to {count}: {'; '.join(done) or 'as it is'}")
 
-    def _note(self, kind: Kind, name: str, detail: str, seconds: float = 0.0) -> None:
-        now = time.time()
-        self.events.append(Event(now, kind, name, detail, now + seconds))
+    def _note(self, kind: Kind, name: str, detail: str) -> Event:
+        if not self.events:
+            self._began_s = time.monotonic()
+        self.events.append(Event(time.time(), kind, name, detail))
+        return self.events[-1]
 
     def _children(self) -> dict[str, psutil.Process]:
         """The learner and the actors that live, by name."""
