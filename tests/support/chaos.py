@@ -78,7 +78,7 @@ class Chaos:
     seed: int
     minutes: float = 1.0
     learner_kills: int = 2
-    limit_s: float = 300.0
+    limit_s: float = 330.0
     pause_s: tuple[float, float] = (0.8, 2.4)
     events: list[Event] = field(default_factory=list)
     steps: int = field(init=False)
