@@ -22,6 +22,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from common.fields import ArraySpec, Count, Seconds, Text
+
 PROTOCOL_VERSION = 5
 BYTES_PER_TOKEN = 12  # of a group on its way: id, log-prob and version of each token
 LARGEST_REWARD = 1e6  # in magnitude, of one response: sums of squares over a batch stay far inside float32
@@ -32,13 +34,6 @@ MAX_LISTED = 4 * MAX_CAPACITY  # lease ids in one list of an actor's
 MAX_SHOWN_MEMBERS = 256  # in a status
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
-
-
-class ArraySpec(NamedTuple):
-    """How an array field travels: its dtype and number of dimensions."""
-
-    dtype: str
-    ndim: int
 
 
 Int32Array: TypeAlias = Annotated[npt.NDArray[np.int32], ArraySpec("int32", 1)]
@@ -221,10 +216,10 @@ class CompletedGroup:
     versions: Int32Array  # [T]
     rewards: Float32Array  # [n]
     verdicts: tuple[Verdict, ...]  # [n]
-    verifier_error: str | None  # what the verifier raised or returned, of the first completion that has Verdict.ERROR
+    verifier_error: Text | None  # what the verifier raised or returned, of the first completion that has Verdict.ERROR
     finish_reasons: tuple[FinishReason, ...]  # [n]
-    generation_s: float  # for which the engine was busy; publications, in which it is paused, do not count
-    verification_s: float
+    generation_s: Seconds  # for which the engine was busy; publications, in which it is paused, do not count
+    verification_s: Seconds
 
     def __post_init__(self) -> None:
         num_tokens, n = int(self.lengths.sum()), len(self.lengths)
@@ -297,14 +292,14 @@ class Welcome:
 class SayHello:
     """Learner -> actor: the last message came from somebody that the learner does not know, or has lost sight of."""
 
-    reason: str
+    reason: Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
     """Learner -> actor: the last message was not accepted; `fatal` means leave."""
 
-    reason: str
+    reason: Text
     fatal: bool
 
 
@@ -322,12 +317,14 @@ class Heartbeat:
 
     lease_ids: Int32Array  # [leases] that it samples or verifies
     lease_tokens: Int32Array  # [leases], tokens that it has drawn for each so far, a prefix not counted
-    generated_tokens: int
-    busy_s: float  # time with at least one response in the engine and generation not paused; the probe is none
-    uptime_s: float  # time since Ready
+    generated_tokens: Count
+    busy_s: Seconds  # time with at least one response in the engine and generation not paused; the probe is none
+    uptime_s: Seconds  # time since Ready
 
     def __post_init__(self) -> None:
         _check_listed(self.lease_ids)
+        if len(self.lease_tokens) != len(self.lease_ids) or min(self.lease_tokens.tolist(), default=0) < 0:
+            raise ValueError(f"{len(self.lease_ids)} leases with the tokens {self.lease_tokens[:8].tolist()}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +372,7 @@ class WeightsReport:
     command_id: int  # of the command that this answers
     phase: WeightsPhase
     version: int
-    error: str | None
+    error: Text | None
     is_shared: bool  # the error is a collective's, which fails for all when it fails for one
     probe_logprobs: Float32Array  # [probe tokens - 1] after RESUME, else empty
 
@@ -385,14 +382,14 @@ class LeaseFailed:
     """Actor -> learner: this lease could not be sampled (for example a prompt longer than the model allows)."""
 
     lease_id: int
-    reason: str
+    reason: Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
     """Learner -> actor: the run is over; leave with exit code 0."""
 
-    reason: str
+    reason: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,7 +401,7 @@ class Draining:
 class Bye:
     """Actor -> learner: leaving; what it held is leased to others. `error` is None when that was asked for."""
 
-    error: str | None
+    error: Text | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from common.types import PROTOCOL_VERSION, ArraySpec, Message
+from common.fields import ArraySpec, Length, Range
+from common.types import PROTOCOL_VERSION, Message
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 Check: TypeAlias = Callable[[Any, str], Any]  # (value, name of its field): the value as its type wants it, or WireError
@@ -81,8 +82,8 @@ def _schema(kind: type) -> _Schema:
     schema = _Schema({}, {})
     for field in fields(kind):
         hint = hints[field.name]
-        if get_origin(hint) is Annotated:
-            schema.arrays[field.name] = get_args(hint)[1]
+        if get_origin(hint) is Annotated and isinstance(spec := get_args(hint)[1], ArraySpec):
+            schema.arrays[field.name] = spec
         else:
             schema.plain[field.name] = _check_of(hint)
     return schema
@@ -188,6 +189,8 @@ def _check_of(hint: Any) -> Check:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return _check_any
+    if origin is Annotated:
+        return _limited(_check_of(args[0]), args[1])
     if origin in (Union, UnionType):  # X | None is the only union in use
         (inner,) = (_check_of(arg) for arg in args if arg is not NoneType)
         return lambda value, where: None if value is None else inner(value, where)
@@ -197,12 +200,31 @@ def _check_of(hint: Any) -> Check:
     if origin is dict:
         item = _check_of(args[1])
         return lambda value, where: {
-            key: item(one, f"{where}[{_text(key, where)!r}]") for key, one in _of(dict, hint, value, where).items()
+            key: item(one, _place(where, key)) for key, one in _of(dict, hint, value, where).items()
         }
     if issubclass(hint, StrEnum):
         members: dict[Any, StrEnum] = {member.value: member for member in hint}
         return lambda value, where: members.get(_of(str, hint, value, where)) or _refuse(hint, value, where)
     return {str: _check_str, bool: _check_bool, int: _check_int, float: _check_float}[hint]
+
+
+def _limited(check: Check, limit: Range | Length) -> Check:
+    if isinstance(limit, Length):
+        return lambda value, where: _cut(check(value, where), limit.most)
+
+    def in_range(value: Any, where: str) -> Any:
+        number = check(value, where)
+        if not limit.lowest <= number <= limit.highest:
+            raise WireError(f"{where} must be from {limit.lowest:g} to {limit.highest:g}, not {number:g}")
+        return number
+
+    return in_range
+
+
+def _cut(text: str, most: int) -> str:
+    """Its beginning, and what UTF-8 cannot write replaced: whatever an exception says, it travels."""
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text.encode(errors="replace").decode()
 
 
 def _check_any(value: Any, where: str) -> Any:
@@ -255,7 +277,7 @@ def _check_json(value: Any, where: str, depth: int) -> None:
             _check_json(item, where, depth - 1)
     elif type(value) is dict:
         for key, item in value.items():
-            _check_json(item, f"{where}[{_text(key, where)!r}]", depth - 1)
+            _check_json(item, _place(where, key), depth - 1)
     else:
         raise WireError(f"{where} holds {_describe(value)}, which is not a JSON value")
 
@@ -266,10 +288,10 @@ def _int64(value: int, where: str) -> int:
     return value
 
 
-def _text(key: Any, where: str) -> str:
+def _place(where: str, key: Any) -> str:
     if type(key) is not str:
         raise WireError(f"{where} has the key {_describe(key)}, which is not a string")
-    return key
+    return f"{where}[{_describe(key)}]"
 
 
 @cache

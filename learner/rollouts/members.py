@@ -10,6 +10,7 @@ from learner.rollouts.accounts import Account
 from learner.rollouts.clock import EngineClock, Rest
 
 MEMORY = 0.2  # weight of the newest group in an actor's running mean
+LEAST_TOKEN_S = 1e-9  # no engine draws a token in less: what is divided by it stays finite
 RETRY = 50.0  # an actor that is too slow is tried with one lease again after this many times its last one
 
 
@@ -93,7 +94,7 @@ class Member:
     def measure(self, generation_s: float, num_tokens: int) -> None:
         """Its speed, from the response that grew most, because that is what a group takes its time for."""
         if generation_s > 0 and num_tokens > 0:
-            token_s = generation_s / num_tokens
+            token_s = max(generation_s / num_tokens, LEAST_TOKEN_S)
             self.token_s = token_s if self.token_s is None else self.token_s + MEMORY * (token_s - self.token_s)
             self.group_s = generation_s
             self.num_timed += 1

@@ -24,6 +24,8 @@ MAX_OBSERVERS = 16
 ANSWER_S = 0.9  # who asks once a second is answered each time
 FORGET_S = 30.0
 RATE_S = 5.0  # over which an actor's tokens a second are counted
+MAX_BEATS = 16  # heartbeats that this takes, one of each answer; more come of a clock that stands still
+LEAST_S = 1e-3  # in which tokens are counted
 
 
 class Observers:
@@ -69,7 +71,7 @@ class Observers:
         num_steps = ledger.pace.warmup_steps + self._config.learner.steps
         everybody = sorted((self._coordinator.member(name) for name in names), key=lambda member: member.name)
         members = everybody[:MAX_SHOWN_MEMBERS]
-        self._rates = {member.id: self._rates.get(member.id, deque()) for member in members}
+        self._rates = {member.id: self._rates.get(member.id, deque(maxlen=MAX_BEATS)) for member in members}
         done_s = self._began_s if course.done_s is None else course.done_s
         return RunStatus(
             run=self._config.name.encode(errors="replace").decode(),
@@ -102,7 +104,7 @@ class Observers:
     def _tokens_per_s(self, member: Member) -> float:
         """Between two heartbeats about RATE_S apart; before there are two, since the actor has started."""
         heartbeat, beats = member.heartbeat, self._rates[member.id]
-        if heartbeat is None or heartbeat.uptime_s <= 0 or member.presence is not Presence.READY:
+        if heartbeat is None or heartbeat.uptime_s < LEAST_S or member.presence is not Presence.READY:
             return 0.0
         if not beats or beats[-1] is not heartbeat:
             beats.append(heartbeat)
@@ -110,6 +112,6 @@ class Observers:
             beats.popleft()
         first = beats[0]
         elapsed_s = heartbeat.uptime_s - first.uptime_s
-        if elapsed_s <= 0:
+        if elapsed_s < LEAST_S:
             return heartbeat.generated_tokens / heartbeat.uptime_s
         return (heartbeat.generated_tokens - first.generated_tokens) / elapsed_s

@@ -30,6 +30,7 @@ from common.types import (
     Heartbeat,
     Hello,
     LearnerMessage,
+    Lease,
     LeaseFailed,
     MemberId,
     Progress,
@@ -39,6 +40,7 @@ from common.types import (
     SayHello,
     Stop,
     Watch,
+    WeightsCommand,
     WeightsPhase,
     WeightsReport,
     Welcome,
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # between two looks at all members: there may be hundreds
 MAX_MEMBERS = 2048  # actors, lost ones included, so that who has a key cannot fill the memory with names
+OWN_DATA = (Welcome, Lease, WeightsCommand)  # messages in which nothing of an actor's goes through a header
 REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected
 
 
@@ -65,7 +68,8 @@ class Claim:
 
 
 class Reception:
-    """Invariant: `_names` and `_identities` are inverse maps of the coordinator's members, lost ones included."""
+    """Invariants: `_names` and `_identities` are inverse maps of the coordinator's members, lost ones included. A
+    connection is a member's, or claims one name, or neither: what it greets with last counts."""
 
     def __init__(
         self,
@@ -151,6 +155,7 @@ class Reception:
         return None
 
     def _greet(self, identity: bytes, hello: Hello, now: float) -> None:
+        self._forget_claims(identity)
         if self._stop is not None:
             self._direct.append((identity, self._stop))
             return
@@ -329,6 +334,9 @@ class Reception:
         """Of one that is no member: why it is none, and whether it would like to be one."""
         self._dismissed.pop(identity, None)
         self.observers.forget(identity)
+        self._forget_claims(identity)
+
+    def _forget_claims(self, identity: bytes) -> None:
         self._claims = {name: claim for name, claim in self._claims.items() if claim.identity != identity}
 
     def _dismiss_condemned(self) -> None:
@@ -436,3 +444,18 @@ class Reception:
         self._direct.clear()
         outbox.clear()
         return messages
+
+    def deliver(self, send: Callable[[bytes, LearnerMessage], bool]) -> None:
+        """Sends all that. What cannot be sent costs the one peer that it is for; what is made of the run's own data
+        alone could be sent to nobody. Raises WireError for that."""
+        for identity, message in self.outgoing():
+            try:
+                is_sent = send(identity, message)
+            except WireError as error:
+                if isinstance(message, OWN_DATA):
+                    raise
+                kind, name = type(message).__name__, self._names.get(identity, "who is no actor")
+                logger.error("%s gets no %s: %s", name, kind, error)
+                is_sent = False
+            if not is_sent:
+                self.undeliverable(identity)

@@ -481,7 +481,7 @@ class LearnerService:
             with self._changed:
                 for identity, message in arrived:
                     self._reception.handle(identity, message, now)
-                self._send(socket)
+                self._reception.deliver(socket.send)
             if is_behind := time.monotonic() - now > LONGEST_TURN_S:
                 break
         with self._changed:
@@ -490,14 +490,9 @@ class LearnerService:
                 self._reception.tick(now)
             if not self._is_stopping:
                 self._coordinator.dispatch(now)
-            self._send(socket)
+            self._reception.deliver(socket.send)
             self._reception.note_losses()
             self._changed.notify_all()
-
-    def _send(self, socket: LearnerSocket) -> None:
-        for identity, reply in self._reception.outgoing():
-            if not socket.send(identity, reply):
-                self._reception.undeliverable(identity)
 
 
 def _step_aside() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from dataclasses import fields, replace
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
@@ -12,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from common.fields import MAX_COUNT, MAX_SECONDS, MAX_TEXT
 from common.types import (
     MAX_LISTED,
     PROTOCOL_VERSION,
     Ack,
+    ActorMessage,
     Bye,
     CompletedGroup,
     Draining,
@@ -23,9 +25,11 @@ from common.types import (
     Heartbeat,
     Hello,
     Lease,
+    LeaseFailed,
     Message,
     Purpose,
     Ready,
+    Refused,
     Verdict,
     Watch,
     WeightsCommand,
@@ -45,6 +49,8 @@ steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ints = st.integers(-(2**63), 2**63 - 1)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 floats = st.floats(allow_nan=False, allow_infinity=False)
+seconds = st.floats(0, MAX_SECONDS)
+counts = st.integers(0, MAX_COUNT)
 int32s = hnp.arrays(np.int32, st.integers(0, 20))
 float32s = hnp.arrays(np.float32, st.integers(0, 20))
 json_values = st.recursive(
@@ -69,8 +75,8 @@ def groups(draw: st.DrawFn) -> CompletedGroup:
         verdicts=tuple(draw(st.lists(st.sampled_from(Verdict), min_size=n, max_size=n))),
         verifier_error=draw(st.none() | texts),
         finish_reasons=tuple(draw(st.lists(st.sampled_from(FinishReason), min_size=n, max_size=n))),
-        generation_s=draw(floats),
-        verification_s=draw(floats),
+        generation_s=draw(seconds),
+        verification_s=draw(seconds),
     )
 
 
@@ -90,7 +96,7 @@ messages: st.SearchStrategy[Any] = st.one_of(
               tokenizer_fingerprint=texts, run_id=st.none() | texts, incarnation=st.none() | ints,
               number=st.none() | ints, held=int32s, finished=int32s),
     st.builds(Ready, version=ints, probe_logprobs=float32s),
-    st.builds(Heartbeat, lease_ids=int32s, lease_tokens=int32s, generated_tokens=ints, busy_s=floats, uptime_s=floats),
+    st.builds(heartbeat, st.dictionaries(st.integers(-9, 9), st.integers(0, 2**31 - 1)), counts, seconds, seconds),
     st.builds(Welcome, run_id=texts, incarnation=ints, number=ints, settings=rows, heartbeat_s=floats,
               timeout_s=floats, probe_token_ids=int32s),
     st.builds(WeightsCommand, command_id=ints, phase=st.sampled_from(WeightsPhase), version=ints, payload=rows),
@@ -175,13 +181,75 @@ def test_a_status_whose_columns_differ_in_length_is_none() -> None:
 def test_nobody_lists_more_leases_than_an_actor_can_have(kind: type) -> None:
     many = np.arange(MAX_LISTED + 1, dtype=np.int32)
     message = hello("a") if kind is Hello else heartbeat({})
-    listed = "held" if kind is Hello else "lease_ids"
-    frames = encode(replace(message, **{listed: many[:-1]}))
-    assert_same(decode(frames, MAX_BYTES), replace(message, **{listed: many[:-1]}))
+    most = dict.fromkeys(["held"] if kind is Hello else ["lease_ids", "lease_tokens"], many[:-1])
+    frames = encode(replace(message, **most))
+    assert_same(decode(frames, MAX_BYTES), replace(message, **most))
     parts = header(message)
     parts[3][0][2] = [len(many)]
     with pytest.raises(WireError, match="4097 lease ids, more than the 4096"):
         decode(with_header(parts, [many.tobytes(), *encode(message)[2:]]), MAX_BYTES)
+
+
+# Ids, versions and fingerprints are compared with what the learner knows, a capacity is cut: none is summed or quoted.
+COMPARED = {
+    *(f"Hello.{name}" for name in ("protocol_version", "model_fingerprint", "tokenizer_fingerprint", "name")),
+    *(f"Hello.{name}" for name in ("run_id", "incarnation", "number", "capacity")),
+    *(f"{kind}.lease_id" for kind in ("Progress", "CompletedGroup", "LeaseFailed")),
+    *(f"WeightsReport.{name}" for name in ("command_id", "version")),
+    "Ready.version",
+}
+
+
+def test_every_number_and_text_of_an_actors_message_has_a_limit() -> None:
+    unlimited = set()
+    for kind in get_args(ActorMessage):
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            plain = () if get_origin(hint) is Annotated else (hint, *get_args(hint))
+            if {int, float, str} & set(plain):
+                unlimited.add(f"{kind.__name__}.{name}")
+    assert unlimited == COMPARED
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("busy_s", "uptime_s") for value in (1.7e308, MAX_SECONDS * 1.01, -1.0)),
+        *(("generated_tokens", value) for value in (MAX_COUNT + 1, -1)),
+    ],
+)
+def test_what_no_actor_can_have_counted_is_refused_on_arrival(name: str, value: float) -> None:
+    """The sum over two of them would be infinite."""
+    parts = header(heartbeat({3: 4}, 5, 6.0, 7.0))
+    parts[2][name] = value
+    with pytest.raises(WireError, match=f"Heartbeat.{name} must be from 0 to"):
+        decode(with_header(parts, encode(heartbeat({3: 4}))[1:]), MAX_BYTES)
+
+
+@pytest.mark.parametrize("tokens", [[1, -1], [1], [1, 2, 3]])
+def test_a_heartbeat_says_of_each_lease_how_many_tokens_it_has(tokens: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"2 leases with the tokens \["):
+        replace(heartbeat({3: 4, 5: 6}), lease_tokens=np.array(tokens, np.int32))
+
+
+def test_a_text_that_is_too_long_or_cannot_be_written_is_cut_on_arrival_and_travels_on() -> None:
+    """A failed lease's reason is quoted when its actor is dismissed: that must fit into a message as well."""
+    parts = header(LeaseFailed(lease_id=1, reason=""))
+    parts[2]["reason"] = "\U0001f600" * (MAX_HEADER_BYTES // 4 - 100)
+    failed = decode(with_header(parts, []), MAX_HEADER_BYTES)
+    assert isinstance(failed, LeaseFailed)
+    assert failed.reason == "\U0001f600" * (MAX_TEXT - 3) + "..."
+    whole = "x" * (MAX_TEXT - 1) + "\ud800"
+    for reason, told in ((failed.reason + "!", failed.reason[: MAX_TEXT - 3] + "..."), (whole, whole[:-1] + "?")):
+        refused = decode([bytes(frame) for frame in encode(Refused(reason=reason, fatal=True))], MAX_BYTES)
+        assert refused == Refused(reason=told, fatal=True)
+
+
+def test_an_error_quotes_little_of_what_a_stranger_sent() -> None:
+    parts = header(WeightsCommand(command_id=1, phase=WeightsPhase.UPDATE, version=1, payload={}))
+    parts[2]["payload"] = {"\x7f" * 1_000_000: {"x" * 1_000_000: 2**63}}
+    with pytest.raises(WireError, match="more than 64 bits") as caught:
+        decode(with_header(parts, []), MAX_HEADER_BYTES)
+    assert len(str(caught.value)) < 300
 
 
 def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:

@@ -1,18 +1,20 @@
 """Who may watch, how often, and what they are told; through the reception, without sockets."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common.config import AlgorithmConfig, Config, LearnerConfig, RolloutConfig
+from common.fields import MAX_COUNT, MAX_SECONDS
 from common.metrics import RunLog
 from common.types import Heartbeat, LearnerMessage, Prompt, Ready, Refused, RunStatus, Stop, Watch
 from common.wire import decode, encode
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.history import MAX_ALARMS, MAX_STEPS, History
 from learner.rollouts.members import state_of
-from learner.rollouts.observers import ANSWER_S, FORGET_S, MAX_OBSERVERS
+from learner.rollouts.observers import ANSWER_S, FORGET_S, MAX_BEATS, MAX_OBSERVERS
 from learner.rollouts.prompts import PromptStream
 from learner.rollouts.reception import Reception
 from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, heartbeat, hello
@@ -155,6 +157,21 @@ def test_the_newest_alarms_are_told(tmp_path: Path) -> None:
     lines = [f'{{"step": {i}, "kind": "{"alarm" if i % 2 else "note"}", "text": "text {i}"}}\n' for i in range(20)]
     (tmp_path / "events.jsonl").write_text("".join(lines))
     assert History(tmp_path).course().alarms == tuple(f"text {i}" for i in range(1, 20, 2))[-MAX_ALARMS:]
+
+
+def test_whatever_actors_count_the_status_is_finite_and_takes_little_memory() -> None:
+    reception, _ = make()
+    for name in "ab":
+        join(reception, name, 100.0)
+    most = heartbeat({}, MAX_COUNT, MAX_SECONDS, MAX_SECONDS)
+    for turn, beat in enumerate((heartbeat({}, MAX_COUNT, 5e-324, 5e-324), *[most] * 2 * MAX_BEATS)):
+        now = 101.0 + turn
+        for name in "ab":
+            reception.handle(name.encode(), replace(beat), now)
+        status = decode(encode(ask(reception, b"1", now)), 1 << 20)
+        assert isinstance(status, RunStatus) and np.isfinite(status.member_tokens_per_s).all()
+    assert status.counters["uptime_s"] == 2 * MAX_SECONDS
+    assert max(map(len, reception.observers._rates.values())) == MAX_BEATS
 
 
 def test_what_is_told_of_training_can_always_be_sent(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from common.types import (
     Bye,
     Cancel,
     Draining,
+    LearnerMessage,
     Lease,
     LeaseFailed,
     MemberId,
     Prompt,
+    Pulse,
     Ready,
     Refused,
     SayHello,
@@ -26,12 +28,12 @@ from common.types import (
     WeightsReport,
     Welcome,
 )
-from common.wire import WireError
+from common.wire import WireError, decode, encode
 from learner.rollouts.commands import Command
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
-from learner.rollouts.reception import Reception
+from learner.rollouts.reception import OWN_DATA, Reception
 from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, heartbeat, hello, ids, progress
 
 PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(5)]
@@ -75,7 +77,7 @@ def test_there_are_no_more_members_than_there_may_be(monkeypatch: pytest.MonkeyP
     assert reception.names == ("a0", "a2", "x")
 
 
-small = st.integers(-1, 6)
+small, counts = st.integers(-1, 6), st.integers(0, 6)
 phases = st.sampled_from(WeightsPhase)
 sayings: st.SearchStrategy[Any] = st.one_of(
     st.builds(
@@ -88,7 +90,7 @@ sayings: st.SearchStrategy[Any] = st.one_of(
     ),
     st.builds(Ready, version=small, probe_logprobs=st.just(NO_PROBE)),
     st.builds(group, small, st.lists(small, min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 3)),
-    st.builds(heartbeat, st.dictionaries(small, small), small, st.sampled_from([0.1, 500.0]), st.just(1.0)),
+    st.builds(heartbeat, st.dictionaries(small, counts), counts, st.sampled_from([0.1, 500.0]), st.just(1.0)),
     st.builds(
         lambda lease_id, starts, new, ended: progress(lease_id, starts[: len(new)], new, ended),
         small,
@@ -160,6 +162,7 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
         reception.note_losses()
         assert {identity for identity, _ in reception.outgoing()} <= set(IDENTITIES)
         assert set(coordinator.members()) <= set(reception.names)
+        assert reception._names == {identity: name for name, identity in reception._identities.items()}
     reception.begin_stop("over")
     assert all(isinstance(message, Stop) for _, message in reception.outgoing())
     for identity in IDENTITIES:
@@ -428,6 +431,76 @@ def test_of_two_claims_to_a_name_the_later_one_stands() -> None:
     reception.undeliverable(b"1")
     reception.tick(1.1)
     assert [type(message) for message in replies(reception, b"3")] == [Welcome]
+
+
+def test_a_connection_that_claims_a_name_and_then_greets_under_another_has_only_that() -> None:
+    """And one that claims two names claims the second."""
+    coordinator, reception = make_reception()
+    for name in ("a", "c"):
+        welcomed(reception, name, name.encode())
+    for name in ("a", "b"):
+        reception.handle(b"2", hello(name), 1.0)
+    for name in ("a", "c"):
+        reception.handle(b"3", hello(name), 1.0)
+    reception.undeliverable(b"a")
+    reception.undeliverable(b"c")
+    reception.tick(1.1)
+    coordinator.dispatch(1.1)
+    welcomes = [to for to, message in reception.outgoing() if isinstance(message, Welcome)]
+    assert sorted(welcomes) == [b"2", b"3"]
+    reception.begin_stop("over")
+    assert {to for to, _ in reception.outgoing()} == {b"a", b"2", b"3"}
+    for identity in (b"2", b"3"):
+        reception.handle(identity, Bye(error=None), 2.0)
+    assert reception.names == ()
+
+
+def test_a_message_that_cannot_travel_costs_its_peer_alone() -> None:
+    """Unless it is made of the run's own data: then it could be sent to nobody."""
+    coordinator, reception = make_reception()
+    for name in "ab":
+        welcomed(reception, name, name.encode())
+    for identity in (b"a", b"b"):
+        reception.handle(identity, heartbeat({}), 0.0)
+    reception.handle(b"observer", Watch(), 0.0)
+    sent = []
+
+    def send(identity: bytes, message: LearnerMessage) -> bool:
+        if identity != b"b" and not isinstance(message, OWN_DATA):
+            raise WireError("too long")
+        sent.append((identity, message))
+        return True
+
+    reception.deliver(send)
+    assert sent == [(b"b", Pulse(version=0))]
+    assert coordinator.members() == ("b",) and reception.observers.identities == ()
+    coordinator.dispatch(0.0)
+    with pytest.raises(WireError, match="no JSON"):
+        reception.deliver(lambda identity, message: cannot_travel("no JSON"))
+
+
+def cannot_travel(why: str) -> bool:
+    raise WireError(why)
+
+
+def test_a_member_that_is_dismissed_for_what_it_says_is_told_so_however_long_that_is() -> None:
+    """Its texts as they arrive: through the wire."""
+    coordinator, reception = make_reception()
+    welcomed(reception, "a", b"1")
+    command = reception.begin(WeightsPhase.PAUSE, 1, {member: {} for member in coordinator.member_ids()})
+    failed = WeightsReport(
+        command_id=command.id,
+        phase=WeightsPhase.PAUSE,
+        version=1,
+        error="x" * 5_000_000,
+        is_shared=False,
+        probe_logprobs=NO_PROBE,
+    )
+    reception.handle(b"1", decode(encode(failed), 1 << 23), 1.0)  # type: ignore[arg-type]
+    (report,) = command.reports.values()
+    reception.dismiss("a", f"it failed in phase pause of version 1: {report.error}")
+    refusals = [message for message in replies(reception, b"1") if isinstance(message, Refused)]
+    assert len(encode(refusals[-1])[0]) < 10_000
 
 
 def test_a_claim_goes_with_its_connection() -> None:
