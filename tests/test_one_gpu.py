@@ -123,7 +123,7 @@ class Service:
         self.dismissed[member.name] = reason
         del self.workers[member]
 
-    def quarantine(self, member: MemberId, reason: str) -> None:
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
         self.dismiss(member, reason)
 
 

@@ -51,8 +51,8 @@ class ActorControl(Protocol):
         """It leaves; what it has sampled stays."""
         ...
 
-    def quarantine(self, member: MemberId, reason: str) -> None:
-        """It leaves, and what it sampled at the present version goes too."""
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
+        """It leaves, if it has not yet, and what it sampled with this version goes too."""
         ...
 
 

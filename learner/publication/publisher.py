@@ -356,7 +356,7 @@ class Publisher:
             line.close()  # who comes back may have lost its end of the transfer too
         verdict = self.probe.judge(version, tuple(member for member in asked if member not in lost), reports)
         for actor, reason in verdict.refused.items():
-            self.control.quarantine(actor, reason)
+            self.control.quarantine(actor, reason, version)
         for actor in verdict.good:
             self._num_lost.pop(actor, None)
         return verdict

@@ -196,8 +196,8 @@ class Coordinator:
             self._check_s = NOW
             self._stand(member, member.heard_s)
 
-    def remove(self, name: str, reason: str, *, distrust: bool = False) -> None:
-        """It is gone for good. `distrust` drops its buffered groups with tokens of its newest version too."""
+    def remove(self, name: str, reason: str) -> None:
+        """It is gone for good."""
         member = self._members.pop(name)
         if member is None:
             return
@@ -207,10 +207,18 @@ class Coordinator:
         self._places.set(name, 0)
         self._outdated.discard(name)
         self._resting.pop(name, None)
-        if distrust:
-            version = self._newest_version if member.version is None else member.version
-            self.ledger.distrust(name, list(member.held), version)
         self._revoke(member, list(member.held))
+
+    def distrust(self, name: str, version: int) -> None:
+        """This actor, which may have left, had wrong weights that are called `version`: what it has drawn since it had
+        them is of no use, also where another one has gone on from it."""
+        for slot in self.ledger.slots.out():
+            if slot.is_of(name, version):
+                holder = self._members[slot.actor]
+                self._revoke(holder, [slot.lease.lease_id])
+                self._send(slot.actor, Cancel(lease_id=slot.lease.lease_id))
+                self._stand(holder, holder.heard_s)
+        self.ledger.distrust(name, version)
 
     def tick(self, now: float) -> None:
         """Declare silent members lost, lease again what lost ones held for too long, nudge late ones, judge who is fast
@@ -412,7 +420,7 @@ class Coordinator:
             if slot.partial.lacks(progress):
                 self._send(name, SayHello(reason=f"earlier progress of lease {progress.lease_id} has not come"))
                 return
-            problem = slot.partial.add(progress, slot.lease)
+            problem = slot.partial.add(progress, slot.lease, name)
         if problem is not None:
             logger.warning("progress of lease %d of actor %s: %s", progress.lease_id, name, problem)
             self.ledger.counts.dropped_tokens[DropReason.MALFORMED] += len(progress.token_ids)

@@ -59,7 +59,7 @@ class Evaluation:
     started_s: float = 0.0  # on the coordinator's clock
     pending: deque[Pending] = field(init=False)
     _groups: dict[str, CompletedGroup] = field(default_factory=dict, init=False)  # uid of its prompt -> group
-    _actors: dict[str, str] = field(default_factory=dict, init=False)  # likewise, who sampled it for this learner
+    _drawn_by: dict[str, dict[str, int]] = field(default_factory=dict, init=False)  # likewise, see Partial
     _failed: list[str] = field(default_factory=list, init=False)  # uids
     moved_s: float = field(default=0.0, init=False)  # when the newest of them came
 
@@ -67,18 +67,18 @@ class Evaluation:
         self.pending = deque(Pending(prompt=prompt, turn=turn) for turn, prompt in enumerate(self.prompts))
         self.moved_s = self.started_s
 
-    def add(self, uid: str, group: CompletedGroup, actor: str, now: float) -> None:
+    def add(self, uid: str, group: CompletedGroup, drawn_by: dict[str, int], now: float) -> None:
         """The group of the prompt `uid`."""
-        self._groups[uid], self._actors[uid] = group, actor
+        self._groups[uid], self._drawn_by[uid] = group, drawn_by
         self.moved_s = now
 
     def distrust(self, actor: str, version: int) -> list[CompletedGroup]:
         """Gives up, to be sampled again, what this actor has sampled with tokens of `version` or a newer one."""
         given_up = []
         for turn, prompt in enumerate(self.prompts):
-            if self._actors.get(prompt.uid) == actor and self._groups[prompt.uid].versions.max() >= version:
+            if self._drawn_by.get(prompt.uid, {}).get(actor, -1) >= version:
                 given_up.append(self._groups.pop(prompt.uid))
-                del self._actors[prompt.uid]
+                del self._drawn_by[prompt.uid]
                 insort(self.pending, Pending(prompt=prompt, turn=turn), key=lambda waiting: waiting.turn)
         return given_up
 

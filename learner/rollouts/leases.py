@@ -3,14 +3,14 @@
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from common.config import Config, OverAge, StalenessConfig
 from common.seeds import eval_seed, hashed
-from common.types import Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
+from common.types import CompletedGroup, Int32Array, Lease, Prompt, Purpose, TrajectoryGroup
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.partial import Partial, Pending
 
@@ -29,6 +29,12 @@ class Slot:
     oldest_version: int  # of its tokens: of those that may come while it is out, then of those that came
     partial: Partial | None = None  # what is known of it while it is out, its prefix included
     group: TrajectoryGroup | None = None
+    drawn_by: dict[str, int] = field(default_factory=dict)  # of `group`: see Partial
+
+    def is_of(self, actor: str, version: int) -> bool:
+        """Whether this actor has drawn tokens of it with this version or a newer one."""
+        drawn_by = self.drawn_by if self.partial is None else self.partial.drawn_by
+        return drawn_by.get(actor, -1) >= version
 
     @property
     def num_tokens(self) -> int:
@@ -36,6 +42,11 @@ class Slot:
         if self.group is not None:
             return len(self.group.completed.token_ids)
         return self.partial.num_tokens if self.partial is not None else 0
+
+    def drawers(self, actor: str, group: CompletedGroup) -> dict[str, int]:
+        """`drawn_by` of the group in which this lease ends with this actor."""
+        known = {} if self.partial is None else self.partial.drawn_by
+        return known | {actor: int(group.versions.max())}
 
     @property
     def is_sampled(self) -> bool:
@@ -85,6 +96,10 @@ class Slots:
         """Training leases without a group."""
         return len(self.train) - len(self.buffered)
 
+    def out(self) -> list[Slot]:
+        """Leases of either purpose without a group."""
+        return [slot for slot in (*self.train.values(), *self.evaluation.values()) if slot.group is None]
+
     def next_turn(self) -> int:
         """The place behind all others."""
         self._num_turns += 1
@@ -120,7 +135,8 @@ class Slots:
     def buffer(self, slot: Slot, group: TrajectoryGroup) -> None:
         """A training lease that was out has its group."""
         _count_down(self.untrained, slot.oldest_version)
-        slot.group, slot.oldest_version = group, group.oldest_version
+        slot.drawn_by = slot.drawers(group.actor, group.completed)
+        slot.group, slot.partial, slot.oldest_version = group, None, group.oldest_version
         self.buffered[slot.lease.lease_id] = slot
         self.untrained[slot.oldest_version] += 1
         self.arrived[slot.oldest_version] += 1

@@ -21,6 +21,7 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from common.config import Batching, Config, OverAge
 from common.types import CompletedGroup, DropReason, Int32Array, Prompt, Purpose, TrajectoryGroup
@@ -149,10 +150,9 @@ class Ledger:
         if slot.lease.purpose is Purpose.EVAL:
             assert self.evaluation is not None
             self.slots.remove(slot)
-            self.evaluation.add(slot.prompt.uid, group, slot.actor, now)
+            self.evaluation.add(slot.prompt.uid, group, slot.drawers(slot.actor, group), now)
             return
         self.selection.add(Fate.SAMPLED, group)
-        slot.partial = None
         self.slots.buffer(slot, TrajectoryGroup(lease=slot.lease, actor=slot.actor, completed=group, arrived_s=now))
         if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
             self._forget(slot, reason)
@@ -184,16 +184,19 @@ class Ledger:
         queue = self._queue_of(slot)
         return queue[-1].turn + 1 if queue else slot.turn
 
-    def distrust(self, actor: str, lease_ids: Sequence[int], version: int) -> None:
-        """What this actor may have sampled with wrong weights, called `version`, is neither trained on nor handed on,
-        nor does it count as held-out accuracy, while that is not known yet. It holds `lease_ids`."""
-        for slot in map(self.slots.__getitem__, lease_ids):
-            if slot.partial is not None and slot.num_tokens and slot.partial.newest_version >= version:
-                self.counts.dropped_tokens[DropReason.ACTOR_LOST] += slot.num_tokens
-                slot.partial = None
-        for slot in reversed(list(self.slots.train.values())):
-            if slot.actor == actor and slot.group is not None and slot.group.newest_version >= version:
+    def distrust(self, actor: str, version: int) -> None:
+        """What this actor has drawn with weights called `version` or later, which turn out to be wrong, is neither
+        trained on nor handed on, nor does it count as held-out accuracy, whoever went on from it. Leases that are out
+        with such tokens have been taken back."""
+        for slot in reversed(list(self.slots.buffered.values())):
+            if slot.is_of(actor, version):
                 self.withdraw(slot, DropReason.ACTOR_LOST)
+        for queue in (self.pending, self.evaluation.pending if self.evaluation is not None else deque[Pending]()):
+            for place, waiting in enumerate(queue):
+                if waiting.is_of(actor, version):
+                    self.counts.dropped_tokens[DropReason.ACTOR_LOST] += waiting.num_tokens
+                    self.counts.drops[DropReason.ACTOR_LOST] += waiting.group is not None
+                    queue[place] = replace(waiting, group=None, partial=None)
         for group in self.evaluation.distrust(actor, version) if self.evaluation is not None else ():
             self.counts.drop(DropReason.ACTOR_LOST, group.lease_id, actor, len(group.token_ids))
 

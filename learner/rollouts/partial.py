@@ -34,11 +34,14 @@ class Piece(NamedTuple):
 class Partial:
     """The first tokens of each of the n completions of a lease, as far as they have been reported.
 
-    A completion is kept in the pieces in which it came, so that a report costs its own length only.
+    A completion is kept in the pieces in which it came, so that a report costs its own length only. `drawn_by` has the
+    newest version of the tokens that each actor has drawn of it. It does not know of those from a checkpoint: whoever
+    drew them had been judged before that was taken.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.finish_reasons: list[FinishReason | None] = [None] * num_samples  # None: it goes on
+        self.drawn_by: dict[str, int] = {}
         self._lengths = [0] * num_samples
         self._pieces: list[list[Piece]] = [[] for _ in range(num_samples)]
 
@@ -61,17 +64,13 @@ class Partial:
         """Of at least one token."""
         return min(int(piece.versions.min()) for pieces in self._pieces for piece in pieces)
 
-    @property
-    def newest_version(self) -> int:
-        """Of at least one token."""
-        return max(int(piece.versions.max()) for pieces in self._pieces for piece in pieces)
-
     def lacks(self, progress: Progress) -> bool:
         """Whether tokens before these have not come: an earlier report got lost."""
         return len(progress.starts) == len(self._lengths) and bool((progress.starts > self.lengths).any())
 
-    def add(self, progress: Progress, lease: Lease) -> str | None:
-        """Takes the new tokens in, or none of them and says why. What was reported before may be reported again."""
+    def add(self, progress: Progress, lease: Lease, actor: str) -> str | None:
+        """Takes this actor's new tokens in, or none of them and says why. What was reported before may be reported
+        again."""
         if len(progress.lengths) != len(self._lengths):
             return f"{len(progress.lengths)} completions instead of {len(self._lengths)}"
         news = []
@@ -92,6 +91,8 @@ class Partial:
             news.append(new)
         for index, new in enumerate(news):
             self._append(index, new)
+            if len(new.versions):
+                self.drawn_by[actor] = max(self.drawn_by.get(actor, 0), int(new.versions.max()))
             self.finish_reasons[index] = self.finish_reasons[index] or progress.finish_reasons[index]
         return None
 
@@ -152,6 +153,19 @@ class Pending:
     group: TrajectoryGroup | None = None
     partial: Partial | None = None
     turn: int
+
+    def is_of(self, actor: str, version: int) -> bool:
+        """Whether this actor has drawn tokens of it with this version or a newer one."""
+        if self.group is not None:
+            return self.group.actor == actor and self.group.newest_version >= version
+        return self.partial is not None and self.partial.drawn_by.get(actor, -1) >= version
+
+    @property
+    def num_tokens(self) -> int:
+        """Known so far."""
+        if self.group is not None:
+            return len(self.group.completed.token_ids)
+        return self.partial.num_tokens if self.partial is not None else 0
 
 
 def _joined(pieces: list[Piece]) -> Piece:

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.25  # between two looks at all members: there may be hundreds
 MAX_MEMBERS = 2048  # actors, lost ones included, so that who has a key cannot fill the memory with names
 OWN_DATA = (Welcome, Lease, WeightsCommand)  # messages in which nothing of an actor's goes through a header
-REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected
+REMEMBERED = 1000  # dismissed processes that have neither said bye nor disconnected; probes that nobody could judge yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ class Reception:
         self._num_commands = incarnation * COMMANDS_PER_LIFE  # an actor tells those of an earlier life by their ids
         self._stop: Stop | None = None
         self._judge: Callable[[Float32Array], str | None] | None = None
+        self._unjudged: dict[MemberId, Float32Array] = {}  # what was scored before there was a judge
         self._looked_s = float("-inf")
 
     @property
@@ -270,19 +271,25 @@ class Reception:
             return  # it has greeted again
         logger.info("actor %s is ready with version %d", name, ready.version)
         self._coordinator.ready(name, ready.version, ready.probe_logprobs)
-        self._check_folder(name)
+        if (probe := self._coordinator.folder_probe(name)) is not None:
+            self._check_folder(self._coordinator.member(name).id, probe)
 
     def judge_ready(self, judge: Callable[[Float32Array], str | None]) -> None:
         """See LearnerService.judge_ready."""
         self._judge = judge
-        for name in self._coordinator.members():
-            self._check_folder(name)
+        unjudged, self._unjudged = self._unjudged, {}
+        for member, probe in unjudged.items():
+            self._check_folder(member, probe)
 
-    def _check_folder(self, name: str) -> None:
-        """Before it gets a lease, if the learner has loaded its own model by then."""
-        probe = self._coordinator.folder_probe(name)
-        if self._judge is not None and probe is not None and (problem := self._judge(probe)) is not None:
-            self.dismiss(name, problem, distrust=True)
+    def _check_folder(self, member: MemberId, probe: Float32Array) -> None:
+        """Before it gets a lease, if the learner has loaded its own model by then; else as soon as it has, wherever the
+        actor is by that time."""
+        if self._judge is None:
+            self._unjudged[member] = probe[: len(self._probe_token_ids)].copy()  # one too many is enough to be wrong
+            if len(self._unjudged) > REMEMBERED:
+                del self._unjudged[next(iter(self._unjudged))]
+        elif (problem := self._judge(probe)) is not None:
+            self.quarantine(member, problem, version=0)
 
     def _watch(self, identity: bytes, now: float) -> None:
         answer = self._stop or self.observers.answer(identity, self._identities, now)
@@ -315,16 +322,16 @@ class Reception:
 
     # ---- leaving
 
-    def dismiss(self, name: str, reason: str, *, distrust: bool = False) -> None:
-        """Tell an actor to leave, and go on without it. `distrust`: see Coordinator.remove."""
+    def dismiss(self, name: str, reason: str) -> None:
+        """Tell an actor to leave, and go on without it."""
         if name not in self._identities:
             return
         logger.warning("actor %s is dismissed: %s", name, reason)
-        self._send_away(name, reason, distrust=distrust)
+        self._send_away(name, reason)
         self._coordinator.count_dismissal()
 
-    def _send_away(self, name: str, reason: str, *, distrust: bool = False) -> None:
-        identity = self._part(name, reason, distrust=distrust)
+    def _send_away(self, name: str, reason: str) -> None:
+        identity = self._part(name, reason)
         self._dismissed[identity] = reason
         if len(self._dismissed) > REMEMBERED:
             del self._dismissed[next(iter(self._dismissed))]
@@ -380,10 +387,10 @@ class Reception:
             if name not in present and not self._coordinator.is_joining(name):
                 self._part(name, "lost at the end of the run")
 
-    def _part(self, name: str, reason: str, *, distrust: bool = False) -> bytes:
+    def _part(self, name: str, reason: str) -> bytes:
         identity = self._identities.pop(name)
         del self._names[identity]
-        self._coordinator.remove(name, reason, distrust=distrust)
+        self._coordinator.remove(name, reason)
         return identity
 
     # ---- publication
@@ -419,10 +426,19 @@ class Reception:
         del self._commands[command.id]
         self.lost = tuple(sorted(command.gone))
 
-    def dismiss_member(self, member: MemberId, reason: str, *, distrust: bool) -> None:
+    def dismiss_member(self, member: MemberId, reason: str) -> None:
         """As `dismiss`; nothing when it has left, also when another process has its name."""
         if self._coordinator.is_member(member):
-            self.dismiss(member.name, reason, distrust=distrust)
+            self.dismiss(member.name, reason)
+
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
+        """It has to leave, and what it drew with the wrong weights `version` is given up: also when it has left, and
+        what another process of its name has drawn since."""
+        self._coordinator.distrust(member.name, version)
+        if self._coordinator.is_member(member):
+            self.dismiss(member.name, reason)
+        else:
+            logger.warning("actor %s, which has left, had wrong weights: %s", member.name, reason)
 
     def _report(self, name: str, report: WeightsReport) -> None:
         command = self._commands.get(report.command_id)

@@ -217,7 +217,7 @@ class LearnerService:
 
     def judge_ready(self, judge: Callable[[Float32Array], str | None]) -> None:
         """Dismiss actors for whose probe [probe tokens - 1], scored with the model folder that they loaded, `judge` has
-        a reason: those that are ready now, and all that become ready while the run is at the folder's weights."""
+        a reason: those that have become ready by now, and all that do while the run is at the folder's weights."""
         with self._locked():
             self._reception.judge_ready(judge)
 
@@ -266,12 +266,12 @@ class LearnerService:
     def dismiss(self, member: MemberId, reason: str) -> None:
         """It has to leave; its leases go back to pending."""
         with self._locked():
-            self._reception.dismiss_member(member, reason, distrust=False)
+            self._reception.dismiss_member(member, reason)
 
-    def quarantine(self, member: MemberId, reason: str) -> None:
-        """Dismiss an actor whose weights are wrong, and drop its buffered groups with tokens of that version."""
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
+        """Dismiss an actor whose weights of `version` are wrong, and drop what it drew with them, wherever that is."""
         with self._locked():
-            self._reception.dismiss_member(member, reason, distrust=True)
+            self._reception.quarantine(member, reason, version)
 
     # ---- evaluation
 

@@ -89,6 +89,7 @@ class LocalActors:
 
     actors: dict[MemberId, TransferActor] = field(default_factory=dict)
     dismissed: dict[str, str] = field(default_factory=dict)
+    quarantined: dict[str, int] = field(default_factory=dict)  # those of them for their weights, and of which version
     served: set[MemberId] = field(default_factory=set)  # who has finished an update and begun no other
     lost: tuple[MemberId, ...] = ()
 
@@ -106,7 +107,9 @@ class LocalActors:
         self.dismissed[member.name] = reason
         self.actors.pop(member, None)
 
-    quarantine = dismiss
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
+        self.dismiss(member, reason)
+        self.quarantined[member.name] = version
 
     def lost_ids(self) -> tuple[MemberId, ...]:
         return self.lost

@@ -162,7 +162,7 @@ class LocalControl:
     def waiting_ids(self) -> tuple[MemberId, ...]:
         return ()
 
-    def quarantine(self, member: MemberId, reason: str) -> None:
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
         self.quarantined[member] = reason
 
     def dismiss(self, member: MemberId, reason: str) -> None:

@@ -45,7 +45,7 @@ class Control:
     def dismiss(self, member: MemberId, reason: str) -> None:
         self.dismissed[member.name] = reason
 
-    def quarantine(self, member: MemberId, reason: str) -> None:
+    def quarantine(self, member: MemberId, reason: str, version: int) -> None:
         raise AssertionError(reason)
 
 

@@ -95,7 +95,7 @@ def test_a_joiner_that_loads_nothing_is_dismissed_by_the_probe(path: str) -> Non
     served = publisher.serve(1)
     assert served.members == (MemberId("late", 3),) and first.received == []
     assert served.probe_difference is not None and served.probe_difference > publisher.probe.limit
-    assert "never agreed" in actors.dismissed["forgets"]
+    assert "never agreed" in actors.dismissed["forgets"] and actors.quarantined == {"forgets": 1}
     publisher.shutdown()
 
 

@@ -98,6 +98,7 @@ def make_config(
 class Process:
     """An actor process as the outside sees it: the version that it holds, and the leases that it works on."""
 
+    name: str
     capacity: int
     version: int = 0
     life: int | None = None  # of the learner whose weights it holds; None: the model folder's
@@ -167,6 +168,9 @@ class Interleavings(RuleBasedStateMachine):
         self.processes: dict[str, Process] = {}
         self.trained: list[str] = []
         self.versions: list[int] = []  # of every token that was ever drawn, by its id
+        self.drawers: list[Process] = []  # likewise
+        self.num_drawn = 0  # tokens, when the learner has started
+        self.distrusted: set[int] = set()  # tokens
         self.trained_tokens: set[int] = set()
         self.trained_leases: set[int] = set()
         self.is_evaluating = False
@@ -209,6 +213,7 @@ class Interleavings(RuleBasedStateMachine):
         assert all(
             self.versions[token] == v for token, v in zip(lease.prefix_token_ids, lease.prefix_versions, strict=True)
         )
+        assert self.distrusted.isdisjoint(lease.prefix_token_ids.tolist())
         process.drawn[lease.lease_id] = [part.tolist() for part in parts]
         process.reported[lease.lease_id] = lease.prefix_lengths.tolist()
         self.draw(process, lease.lease_id, 1)
@@ -219,6 +224,7 @@ class Interleavings(RuleBasedStateMachine):
             for _ in range(min(count, self.config.rollout.max_tokens - 1 - len(tokens))):
                 tokens.append(len(self.versions))
                 self.versions.append(process.version)
+                self.drawers.append(process)
 
     def complete(self, name: str, lease_id: int, num_correct: int) -> None:
         self.send(name, self.finished(name, lease_id, num_correct))
@@ -229,6 +235,7 @@ class Interleavings(RuleBasedStateMachine):
         for tokens in process.drawn[lease_id]:
             tokens.append(len(self.versions))
             self.versions.append(process.version)
+            self.drawers.append(process)
         ends = np.array(list(map(len, process.drawn[lease_id])), np.int32)
         token_ids = np.concatenate(process.drawn[lease_id]).astype(np.int32)
         return replace(
@@ -307,7 +314,12 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def make_trouble(self, data: st.DataObject) -> None:
-        troubles: list[Callable[[st.DataObject], None]] = [self.restart_the_learner, self.greet, self.let_time_pass]
+        troubles: list[Callable[[st.DataObject], None]] = [
+            self.restart_the_learner,
+            self.greet,
+            self.let_time_pass,
+            self.distrust,
+        ]
         if self.processes:
             troubles.append(self.leave)
         if self.present():
@@ -328,7 +340,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def join(self, name: str, capacity: int) -> None:
         self.coordinator.join(name, capacity, self.now)
-        self.processes[name] = Process(capacity)
+        self.processes[name] = Process(name, capacity)
 
     def send_again(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.present(lambda p: bool(p.sent))))
@@ -407,7 +419,18 @@ class Interleavings(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.processes)))
         del self.processes[name]
-        self.coordinator.remove(name, "test", distrust=data.draw(st.booleans()))
+        self.coordinator.remove(name, "test")
+
+    def distrust(self, data: st.DataObject) -> None:
+        """It leaves, or has left and its name may be another's, and others may have gone on from what it has drawn."""
+        name, version = data.draw(st.sampled_from(NAMES)), data.draw(st.integers(0, self.version))
+        self.coordinator.distrust(name, version)
+        if name in self.processes and data.draw(st.booleans()):
+            self.leave_now(name)
+        for token in range(self.num_drawn, len(self.versions)):
+            drawer = self.drawers[token]
+            if drawer.name == name and drawer is not self.processes.get(name) and self.versions[token] >= version:
+                self.distrusted.add(token)
 
     def restart_the_learner(self, data: st.DataObject) -> None:
         """From a checkpoint, perhaps an old one, perhaps with other settings; the actors live on and greet again."""
@@ -421,6 +444,7 @@ class Interleavings(RuleBasedStateMachine):
             self.save()
         saved, self.life = self.saved, self.life + 1
         self.kept += len(saved.kept.groups)
+        self.num_drawn, self.distrusted = len(self.versions), set()  # what a checkpoint holds had been judged
         self.stream = CountingStream()
         self.coordinator = Coordinator(self.config, self.stream, lambda prompt: [1], incarnation=self.life)
         restore(self.coordinator, replace(saved.kept, state=json.loads(json.dumps(saved.kept.state))))
@@ -480,6 +504,7 @@ class Interleavings(RuleBasedStateMachine):
             assert [self.versions[token] for token in tokens] == item.completed.versions.tolist()
             assert self.trained_tokens.isdisjoint(tokens), "a token is trained twice"
             self.trained_tokens.update(tokens)
+            assert self.distrusted.isdisjoint(tokens)
             assert self.version - item.oldest_version <= self.config.staleness.max_staleness
         self.trained += [item.lease.prompt_uid for item in batch]
         self.steps += 1
@@ -563,7 +588,7 @@ class Interleavings(RuleBasedStateMachine):
         for name in list(self.processes):
             self.leave_now(name)
         self.coordinator.join("zoe", 5, self.now)
-        self.processes["zoe"] = Process(5, version=self.version, is_ready=True)
+        self.processes["zoe"] = Process("zoe", 5, version=self.version, is_ready=True)
         self.coordinator.ready("zoe", self.version, NO_PROBE)
         if "zoe" in self.coordinator.waiting_for_weights():  # after a resume amid version 0 the folder's are not its
             self.coordinator.loaded("zoe", self.version)
@@ -1116,7 +1141,8 @@ def test_a_distrusted_actor_takes_its_groups_of_the_last_version_with_it() -> No
     finish(coordinator, leases[:2])
     coordinator.loaded("a", 1)
     finish(coordinator, leases[2:4], versions=(0, 1))
-    coordinator.remove("a", "wrong weights", distrust=True)
+    coordinator.distrust("a", 1)
+    coordinator.remove("a", "wrong weights")
     assert coordinator.stats()["buffered_groups"] == 2
     assert coordinator.drops == {DropReason.ACTOR_LOST: 4}
     waiting = take(coordinator, 0.0).state["untrained"]
@@ -1235,7 +1261,8 @@ def test_what_a_distrusted_actor_sampled_for_an_evaluation_is_sampled_again() ->
     coordinator.set_version(1, 1)
     coordinator.receive("a", group(first[0][1].lease_id, [0], num_correct=1), 0.0)
     coordinator.receive("a", group(first[1][1].lease_id, [1], num_correct=1), 0.0)
-    coordinator.remove("a", "wrong weights", distrust=True)
+    coordinator.distrust("a", 1)
+    coordinator.remove("a", "wrong weights")
     coordinator.join("b", 3, 0.0)
     coordinator.ready("b", 0, NO_PROBE)
     coordinator.loaded("b", 1)

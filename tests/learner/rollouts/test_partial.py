@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import Config, OverAge, RolloutConfig
-from common.types import DropReason, FinishReason, Lease, LeaseFailed, Prompt, Refused, SayHello
+from common.types import Cancel, DropReason, FinishReason, Lease, LeaseFailed, Prompt, Purpose, Refused, SayHello
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.leases import train_lease
@@ -26,7 +26,7 @@ def lease(partial: Partial | None = None) -> Lease:
 
 def known(*completions: list[int]) -> Partial:
     partial = Partial(len(completions))
-    assert partial.add(progress(7, [0] * len(completions), list(completions)), lease()) is None
+    assert partial.add(progress(7, [0] * len(completions), list(completions)), lease(), "a") is None
     return partial
 
 
@@ -36,7 +36,7 @@ def test_what_came_in_pieces_is_handed_on_whole(pieces: list[list[list[int]]]) -
     partial, whole = Partial(2), [[], []]  # type: ignore[var-annotated]
     asked = replace(lease(), max_tokens=100)
     for new in pieces:
-        assert partial.add(progress(7, [len(tokens) for tokens in whole], new), asked) is None
+        assert partial.add(progress(7, [len(tokens) for tokens in whole], new), asked, "a") is None
         whole = [tokens + more for tokens, more in zip(whole, new, strict=True)]
     prefix = partial.prefix()
     assert prefix["prefix_lengths"].tolist() == [len(tokens) for tokens in whole]
@@ -53,7 +53,7 @@ def test_what_came_in_pieces_is_handed_on_whole(pieces: list[list[list[int]]]) -
 def test_what_is_reported_again_is_no_news(tokens: list[int], first: int, again: int) -> None:
     partial = known(tokens[:first], [])
     start = min(again, first, len(tokens))
-    assert partial.add(progress(7, [start, 0], [tokens[start:], []]), lease()) is None
+    assert partial.add(progress(7, [start, 0], [tokens[start:], []]), lease(), "a") is None
     assert partial.prefix()["prefix_token_ids"].tolist() == tokens
 
 
@@ -70,14 +70,14 @@ def test_what_is_reported_again_is_no_news(tokens: list[int], first: int, again:
 )
 def test_a_report_that_does_not_fit_is_not_taken(report: Any, words: str | None) -> None:
     partial = known([0, 1], [0])
-    assert partial.add(progress(7, [2, 1], [[], []], ended=(1,)), lease()) is None
-    problem = partial.add(report, lease())
+    assert partial.add(progress(7, [2, 1], [[], []], ended=(1,)), lease(), "a") is None
+    problem = partial.add(report, lease(), "a")
     assert problem == words
     assert partial.prefix()["prefix_token_ids"].tolist() == [0, 1, 0]
 
 
 def test_a_completion_cannot_end_without_a_token() -> None:
-    assert Partial(1).add(progress(7, [0], [[]], ended=(0,)), lease()) == "completion 0 has ended without a token"
+    assert Partial(1).add(progress(7, [0], [[]], ended=(0,)), lease(), "a") == "completion 0 has ended without a token"
 
 
 def test_a_group_must_begin_with_what_was_known_of_it() -> None:
@@ -187,11 +187,45 @@ def test_what_a_distrusted_actor_sampled_last_is_not_handed_on() -> None:
     coordinator.set_version(1, 0)
     ((_, lease),) = granted(coordinator)
     coordinator.progress("a", progress(lease.lease_id, [0, 0], [[0, 1], [0]]))
-    coordinator.remove("a", "wrong weights", distrust=True)
+    coordinator.distrust("a", 1)
+    coordinator.remove("a", "wrong weights")
     with_another(coordinator)
     coordinator.loaded("b", 1)
     assert granted(coordinator)[0][1].prefix_lengths.tolist() == [0, 0]
     assert coordinator.stats()["dropped_tokens/actor_lost"] == 3
+
+
+@pytest.mark.parametrize("purpose", [Purpose.TRAIN, Purpose.EVAL])
+@pytest.mark.parametrize("where", ["waits", "is out", "has come"])
+def test_what_a_distrusted_actor_reported_is_given_up_wherever_it_is_by_then(where: str, purpose: Purpose) -> None:
+    """`a` left long ago; `b` may have gone on from its tokens, in good faith, and is told to stop."""
+    coordinator = make(make_config(), "a", capacity=1)
+    if purpose is Purpose.EVAL:
+        coordinator.ledger.evaluate(Evaluation(HELDOUT[:1], 2, 1.0, version=0))
+    ((_, first),) = granted(coordinator)
+    assert first.purpose is purpose
+    coordinator.progress("a", progress(first.lease_id, [0, 0], [[0, 0, 0], [0]]))
+    coordinator.remove("a", "as asked")
+    num_drawn = 4
+    if where != "waits":
+        (second,) = [one for _, one in granted(with_another(coordinator)) if one.prompt_uid == first.prompt_uid]
+        coordinator.progress("b", progress(second.lease_id, [3, 1], [[0], [0]]))
+        num_drawn += 2
+    if where == "has come":
+        coordinator.receive("b", group(second.lease_id, [0, 0, 0, 0]), 0.0)
+        coordinator.outbox.clear()
+        num_drawn += 2
+    coordinator.distrust("other", 0)
+    coordinator.distrust("a", 1)
+    assert coordinator.stats()["dropped_tokens/actor_lost"] == 0, "what others drew, and at other versions, is good"
+    coordinator.distrust("a", 0)
+    told = [message for _, message in coordinator.outbox]
+    assert told == ([Cancel(lease_id=second.lease_id)] if where == "is out" else [])
+    assert coordinator.stats()["dropped_tokens/actor_lost"] == num_drawn
+    coordinator.join("c", 1, 0.0)
+    coordinator.ready("c", 0, NO_PROBE)
+    again = [one for _, one in granted(coordinator) if one.prompt_uid == first.prompt_uid]
+    assert [one.prefix_lengths.tolist() for one in again] == [[0, 0]]
 
 
 def test_tokens_of_a_lease_that_failed_are_not_handed_on() -> None:

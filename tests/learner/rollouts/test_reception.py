@@ -117,7 +117,8 @@ events = st.one_of(
     st.tuples(st.just("say"), st.sampled_from(IDENTITIES), sayings),
     st.tuples(st.sampled_from(["wait", "step", "evaluate"]), st.none(), st.none()),
     st.tuples(st.just("command"), phases, small),
-    st.tuples(st.sampled_from(["dismiss", "distrust"]), st.sampled_from("ab"), st.none()),
+    st.tuples(st.just("dismiss"), st.sampled_from("ab"), st.none()),
+    st.tuples(st.just("distrust"), st.sampled_from("ab"), st.integers(1, 3)),
     st.tuples(st.just("disconnect"), st.sampled_from(IDENTITIES), st.none()),
 )
 
@@ -153,8 +154,10 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
                     reception.end(command)
                 everybody = [*coordinator.member_ids(), MemberId("a", 1), MemberId("b", 2)]
                 commands = [reception.begin(subject, detail, {member: {} for member in everybody})]
-            case "dismiss" | "distrust":
-                reception.dismiss(subject, "test", distrust=kind == "distrust")
+            case "dismiss":
+                reception.dismiss(subject, "test")
+            case "distrust":
+                reception.quarantine(MemberId(subject, detail), "test", version)
             case "disconnect":
                 reception.undeliverable(subject)
         reception.tick(now)
@@ -220,6 +223,52 @@ def test_who_was_ready_before_the_learner_is_judged_when_it_has_loaded_and_nothi
     assert sent(coordinator, reception, "wrong") == [OTHER_MODEL]
     assert coordinator.members() == ()
     assert coordinator.stats()["buffered_groups"] == 0
+
+
+@pytest.mark.parametrize("way", ["lost", "left", "replaced"])
+def test_who_is_not_there_when_the_learner_has_loaded_is_judged_all_the_same(way: str) -> None:
+    """And another process of its name, which has the right model, stays."""
+    coordinator, reception = make_reception()
+    become_ready(reception, wrong=WRONG)
+    lease = sent(coordinator, reception, "wrong")[0]
+    reception.handle(b"wrong", group(lease.lease_id, [0, 0]), 0.0)
+    if way == "left":
+        reception.handle(b"wrong", Bye(error=None), 0.0)
+    else:
+        reception.undeliverable(b"wrong")
+    if way == "replaced":
+        reception.handle(b"2", hello("wrong"), 0.0)
+        reception.handle(b"2", Ready(version=0, probe_logprobs=RIGHT), 0.0)
+    reception.outgoing()
+    assert coordinator.stats()["buffered_groups"] == 1
+    reception.judge_ready(judge)
+    assert coordinator.stats()["buffered_groups"] == 0
+    assert [to for to, message in reception.outgoing() if message == OTHER_MODEL] == [b"wrong"] * (way == "lost")
+    assert reception.names == (("wrong",) if way == "replaced" else ())
+
+
+def test_what_an_actor_drew_with_wrong_weights_is_given_up_though_it_leaves_before_its_probe_is_judged() -> None:
+    """The report of another one is still awaited."""
+    coordinator, reception = make_reception()
+    for name in "ab":
+        welcomed(reception, name, name.encode())
+    coordinator.dispatch(0.0)
+    lease, other, *_ = [message for message in replies(reception, b"a") if isinstance(message, Lease)]
+    first, _ = coordinator.member_ids()
+    for phase in (WeightsPhase.FINISH, WeightsPhase.RESUME):
+        command = reception.begin(phase, 1, {member: {} for member in coordinator.member_ids()})
+        done = WeightsReport(
+            command_id=command.id, phase=phase, version=1, error=None, is_shared=False, probe_logprobs=NO_PROBE
+        )
+        reception.handle(b"a", done, 1.0)
+    for one, version in ((lease, 1), (other, 0)):
+        reception.handle(b"a", group(one.lease_id, [version]), 1.0)
+    reception.handle(b"a", Bye(error=None), 1.0)
+    assert coordinator.stats()["buffered_groups"] == 2
+    reception.quarantine(first, "its probe differs", version=1)
+    assert coordinator.stats()["buffered_groups"] == 1, "what it drew with the version before is good"
+    assert coordinator.stats()["dropped_tokens/actor_lost"] == 2
+    assert reception.names == ("b",)
 
 
 @pytest.mark.parametrize("version", [0, 1])

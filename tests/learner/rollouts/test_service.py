@@ -619,7 +619,7 @@ def test_a_quarantined_actor_leaves_with_its_groups(service: LearnerService) -> 
     with FakeActor(service.endpoint, "a") as actor:
         service.wait_for_members(1, 10.0)
         until(lambda: service.stats()["buffered_groups"] > 0)
-        service.quarantine(member(service, "a"), "its probe differs")
+        service.quarantine(member(service, "a"), "its probe differs", version=0)
         actor.join()
         assert actor.received_any(Refused) == Refused(reason="its probe differs", fatal=True)
         assert service.stats()["buffered_groups"] == 0
