@@ -146,6 +146,7 @@ class Publisher:
                 self._accuse(newcomers, self._suspected, reason)
         self._proven = set(publication.members)
         self._suspected -= self._proven
+        self._doubted -= self._proven
         return publication
 
     def serve(self, version: int) -> Publication:
@@ -170,6 +171,7 @@ class Publisher:
             return Publication(version=version, members=(), seconds=0.0, costs=Costs(), probe_difference=None)
         finally:
             side.close()
+        self._doubted.difference_update(served.members)
         if served.members:
             logger.info("version %d has reached %s in %.2f s", version, names(served.members), served.seconds)
         return served

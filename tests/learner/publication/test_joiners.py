@@ -112,6 +112,19 @@ def test_what_one_joiner_breaks_for_the_others_with_nobody_to_blame_is_found_by_
     assert_next_version_reaches(actors, publisher, FIRST, MemberId("late", 3))
 
 
+def test_a_doubt_about_a_joiner_ends_with_what_reaches_it(path: str) -> None:
+    """What fails later is not the second time in a row, after which it would have to leave."""
+    actors, _, publisher = running(path)
+    late = actors.add("late", 2, actor(path))
+    for bring in (publisher.serve, publisher.publish, None):
+        late.fault, late.at = BREAKS, late.received.count(WeightsPhase.UPDATE)
+        assert publisher.serve(1).members == () and actors.dismissed == {}
+        late.fault = None
+        assert bring is None or LATE in bring(1).members
+        actors.served.discard(LATE)  # it was lost from sight, and is back
+    publisher.shutdown()
+
+
 def test_joiners_that_break_the_publication_to_all_are_left_out_and_found_one_by_one(path: str) -> None:
     """One can be reached alone, but not together with the others: as from behind a firewall between actors."""
     actors, _, publisher = running(path)
