@@ -22,6 +22,10 @@ def announce_ready() -> None:
         Path(path).touch()
 
 
+class CannotStart(RuntimeError):
+    """The system does not let a process begin, for want of memory, processes or descriptors; one sentence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChildSpec:
     """How to start one process of a run."""
@@ -59,20 +63,23 @@ class Child:
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start in a session of its own, with `environment` on top; output to the log, stdout of an echoed child to a
-        pipe."""
+        pipe. Raises CannotStart."""
         self.ready_path.unlink(missing_ok=True)
         self.start_again_at, self.is_settled = None, False
         own = {READY_FILE: str(self.ready_path.absolute()), "PYTHONUNBUFFERED": "1"}
-        with self.log_path.open("ab") as log:
-            self._popen = subprocess.Popen(
-                self.spec.command,
-                env={**os.environ, **self.spec.environment, **environment, **own},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if self.spec.is_echoed else log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=child_setup(self.spec.cores),
-            )
+        try:
+            with self.log_path.open("ab") as log:
+                self._popen = subprocess.Popen(
+                    self.spec.command,
+                    env={**os.environ, **self.spec.environment, **environment, **own},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if self.spec.is_echoed else log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=child_setup(self.spec.cores),
+                )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CannotStart(f"{self.spec.name} cannot be started ({error})") from error
         self.started_at = time.monotonic()
         self._oom_kills_before = count_oom_kills()
 

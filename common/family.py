@@ -19,7 +19,7 @@ import psutil
 
 from common.child import Child
 from common.console import Console
-from common.control import CONTROL_VARIABLE, ControlSocket, answer, read_request
+from common.control import CONTROL_VARIABLE, ControlSocket
 from common.processtree import Guardian, adopt_orphans, descendants, family, kill, reap_adopted
 from common.stopping import is_echo
 from common.types import JSON
@@ -82,7 +82,7 @@ class Family:
             self._guardian.__exit__(kind, error, trace)
 
     def start(self, child: Child, **environment: str) -> None:
-        """Start it, for the first time or again, with `environment` on top of its own."""
+        """Start it, for the first time or again, with `environment` on top of its own. Raises CannotStart."""
         if self._control is not None and self._run_dir is not None:
             environment[CONTROL_VARIABLE] = str(self._run_dir.absolute())
         child.start(environment)
@@ -93,13 +93,14 @@ class Family:
 
     def pump(self, deadline: float | None) -> None:
         """Wait for a signal, output, a request or the deadline (monotonic); copy output, note interrupts, answer."""
-        deadline = self._console.draw_at if deadline is None else min(deadline, self._console.draw_at)
+        control_at = math.inf if self._control is None else self._control.tend(time.monotonic())
+        deadline = min(math.inf if deadline is None else deadline, self._console.draw_at, control_at)
         timeout_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, Child):
                 self._copy_output(key.data)
-            elif isinstance(key.fileobj, socket.socket):
-                self._hear(key.fileobj)
+            elif isinstance(key.fileobj, socket.socket) and self._control is not None:
+                self._control.hear(key.fileobj)
             else:
                 for number in os.read(key.fd, 4096):
                     self._note(number)
@@ -201,21 +202,7 @@ class Family:
         if self._run_dir is None:
             return None
         try:
-            control = ControlSocket(self._run_dir)
+            return ControlSocket(self._run_dir, self._selector, self._handle)
         except OSError as error:
             self.say(f"warning: {self._run_dir}/control cannot be made ({error.strerror}): no command reaches this run")
             return None
-        self._selector.register(control.listener, selectors.EVENT_READ)
-        return control
-
-    def _hear(self, end: socket.socket) -> None:
-        """A new connection, or a request on one."""
-        if self._control is not None and end is self._control.listener:
-            self._selector.register(self._control.accept(), selectors.EVENT_READ)
-            return
-        self._selector.unregister(end)
-        try:
-            reply = self._handle(read_request(end))
-        except ValueError as error:  # ConfigError is one
-            reply = {"error": str(error)}
-        answer(end, reply)

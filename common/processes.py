@@ -22,10 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from common.causes import CRASHED
-from common.child import Child, ChildSpec
+from common.child import CannotStart, Child, ChildSpec
 from common.config import ConfigError
 from common.console import Console
-from common.control import Status
+from common.control import Status, fitting
 from common.family import Family
 from common.restarts import RestartBudget
 from common.types import JSON
@@ -35,6 +35,7 @@ RESTARTED = "ASYNC_VAPO_RESTARTED"  # environment variable of leaders that the s
 FAREWELL_S = 10.0  # for followers to leave by themselves after the leaders have ended
 STOP_S = 4.0  # from asking a group of children to leave until they are killed
 LEADERS_END_S = 60.0  # between the first and the last leader's end
+MAX_FOLLOWERS = 512  # on one machine, that can be asked for while the run goes on
 SETTLE_S = 2.0  # from a leader's failure: others fail because of it, and who was the first may be seen late
 
 
@@ -88,8 +89,10 @@ class Supervisor:
     def run(self) -> Outcome:
         """Start all, return when the run has ended and every process is gone."""
         with self._family:
-            for child in self._children:
-                self._family.start(child)
+            for leader in self._leaders:
+                self._family.start(leader)
+            for child in self._followers:
+                self._start_follower(child)
             return self._wind_down(self._watch())
 
     @property
@@ -119,7 +122,7 @@ class Supervisor:
         if child.start_again_at is not None:
             if now >= child.start_again_at:
                 self._family.kill_orphans()  # what the former life left behind may hold its memory or port
-                self._family.start(child)
+                self._start_follower(child)
         elif not child.is_running:
             if not child.is_settled and child.was_started:
                 child.is_settled = True
@@ -135,6 +138,15 @@ class Supervisor:
                 f"{child.spec.name} was not ready within {child.spec.start_timeout_s:g} s (log: {child.log_path})",
             )
 
+    def _start_follower(self, child: Child) -> str:
+        """What became of it."""
+        try:
+            self._family.start(child)
+        except CannotStart as error:
+            self._try_later(child, str(error), time.monotonic())
+            return str(error)
+        return _started(child.spec)
+
     def _follower_ended(self, child: Child, now: float) -> None:
         self._family.drain(child)
         self._family.kill_orphans()
@@ -149,12 +161,15 @@ class Supervisor:
         if not child.was_ready and not child.is_ready and child.started_at > self._leaders_lost_at:
             self._give_up(child, f"{how}, before it was ready")
             return
+        self._try_later(child, how, now)
+
+    def _try_later(self, child: Child, why: str, now: float) -> None:
         backoff_s = child.budget.take(now)
         if backoff_s is None:
-            self._give_up(child, f"{how}; {child.budget} are used up")
+            self._give_up(child, f"{why}; {child.budget} are used up")
             return
         child.start_again_at = now + backoff_s
-        self._family.say(f"{how}; starting it again in {backoff_s:g} s")
+        self._family.say(f"{why}; starting it again in {backoff_s:g} s")
 
     def _give_up(self, child: Child, why: str) -> None:
         child.why_given_up = why
@@ -166,12 +181,7 @@ class Supervisor:
         """Whether they have ended the run; starts them again when one has crashed."""
         if self._leaders_start_at is not None:
             if now >= self._leaders_start_at:
-                self._leaders_start_at = self._culprit_known_at = self._first_end = None
-                for leader in self._leaders:
-                    self._family.start(leader, **{RESTARTED: "1"})
-                for child in self._followers:
-                    if child.was_sent_home:  # by leaders that thought that the run was over
-                        self._family.start(child)
+                return self._start_leaders_again()
             return None
         ended = [leader for leader in self._leaders if not leader.is_running]
         if any(leader.exit_code != 0 for leader in ended):
@@ -183,6 +193,18 @@ class Supervisor:
         if self._first_end is not None and now >= self._first_end + LEADERS_END_S:
             names = ", ".join(leader.spec.name for leader in self._leaders if leader.is_running)
             return Outcome(exit_code=1, message=f"{names} did not end within {LEADERS_END_S:g} s of the first rank")
+        return None
+
+    def _start_leaders_again(self) -> Outcome | None:
+        self._leaders_start_at = self._culprit_known_at = self._first_end = None
+        try:
+            for leader in self._leaders:
+                self._family.start(leader, **{RESTARTED: "1"})
+        except CannotStart as error:
+            return Outcome(exit_code=1, message=str(error))
+        for child in self._followers:
+            if child.was_sent_home:  # by leaders that thought that the run was over
+                self._start_follower(child)
         return None
 
     def _leaders_failed(self, all_ended: bool, now: float) -> Outcome | None:
@@ -283,12 +305,12 @@ class Supervisor:
             case {"command": "status"}:
                 return asdict(self._status())
             case {"command": "resize", "count": int(count)} if count >= 0:
-                return {"done": self._resize(count)}
-        raise ConfigError(f"the supervisor does not know the request {request!r}")
+                return {"done": fitting(self._resize(count))}
+        raise ConfigError(f"the supervisor does not know the request {request!r:.200}")
 
     def _status(self) -> Status:
-        given_up = tuple(child.why_given_up for child in self._followers if child.why_given_up is not None)
-        return Status(wanted=self._num_wanted, active=len(self._active), given_up=given_up)
+        given_up = [child.why_given_up for child in self._followers if child.why_given_up is not None]
+        return Status(wanted=self._num_wanted, active=len(self._active), given_up=tuple(fitting(given_up)))
 
     @property
     def _active(self) -> list[Child]:
@@ -298,6 +320,8 @@ class Supervisor:
         """Starts or dismisses followers until `count` take part; what was done. All of it is possible, or nothing."""
         if self._interrupts or self._recruit is None:
             raise ConfigError("the run is about to end: its actors stay as they are")
+        if count > MAX_FOLLOWERS:
+            raise ConfigError(f"{count} local actors are more than {MAX_FOLLOWERS}: start others on other machines")
         active = self._active
         new = list[ChildSpec]()
         in_use = [child.spec for child in self._followers if child.is_running or child.is_active]
@@ -306,10 +330,9 @@ class Supervisor:
         self._num_wanted = count
         names = {spec.name for spec in new}
         self._followers = [child for child in self._followers if child.spec.name not in names]
-        for spec in new:
-            self._followers.append(Child(spec, self._log_dir))
-            self._family.start(self._followers[-1])
-        return [_started(spec) for spec in new] + [self._dismiss(child) for child in active[count:]]
+        recruits = [Child(spec, self._log_dir) for spec in new]
+        self._followers += recruits
+        return [*map(self._start_follower, recruits), *map(self._dismiss, active[count:])]
 
     def _dismiss(self, child: Child) -> str:
         child.leave_by = time.monotonic() + child.spec.leave_timeout_s

@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from common.causes import CRASHED
+from common.child import ChildSpec
 from common.config import ConfigError
-from common.control import Status, ask, status
-from common.processes import deal_cores
+from common.control import PACKET_BYTES, Status, ask, status
+from common.processes import MAX_FOLLOWERS, Supervisor, deal_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0  # for anything that should take a moment; two cores may be busy
@@ -164,6 +165,16 @@ def test_a_follower_s_restarts_are_limited_and_the_run_goes_on_without_it(log_di
     assert "actor-0 ended with exit code 7" in console and "its 1 restarts within 3600 s are used up" in console
 
 
+def test_a_status_fits_into_an_answer_however_many_followers_were_given_up(tmp_path: Path) -> None:
+    names = ["learner-0", *(f"actor-{i}" for i in range(MAX_FOLLOWERS))]
+    specs = [ChildSpec(name=name, command=(), environment={}, is_leader=name == "learner-0") for name in names]
+    supervisor = Supervisor(specs, tmp_path)
+    for child in supervisor._followers:
+        child.why_given_up = "x" * 500
+    told = supervisor._command({"command": "status"})
+    assert len(json.dumps(told)) <= PACKET_BYTES and told["given_up"][-1].endswith(" more")
+
+
 def test_a_follower_that_never_gets_ready_is_named(log_dir: Path) -> None:
     rows = [leader(WAITS_FOR_GIVEN_UP), follower("print('loading'); " + SLEEP, start_timeout_s=0.5)]
     code, _, console = finish(start(log_dir, rows))
@@ -225,6 +236,12 @@ def test_a_rank_that_waits_for_a_lost_one_does_not_keep_the_learner_from_its_res
     assert finish(start(log_dir, rows))[0] == 0
 
 
+def test_a_leader_that_cannot_be_started_again_ends_the_run_with_a_sentence(log_dir: Path, tmp_path: Path) -> None:
+    blocks = "import pathlib; log = pathlib.Path(sys.argv[1], 'learner-0.log'); log.unlink(); log.mkdir(); "
+    code, message, _ = finish(start(log_dir, [leader(lives(tmp_path, blocks + KILLED), restarts=1), follower(SLEEP)]))
+    assert code == 1 and message.startswith("learner-0 cannot be started ([Errno 21] Is a directory")
+
+
 def test_a_leader_s_restarts_are_limited(log_dir: Path, tmp_path: Path) -> None:
     crash = f"print('ValueError: x'); sys.exit({CRASHED})"
     code, message, console = finish(start(log_dir, [leader(lives(tmp_path, crash, crash), restarts=1)]))
@@ -258,6 +275,8 @@ def test_followers_are_added_and_removed_while_the_run_goes_on(log_dir: Path) ->
     wait_until(lambda: all((log_dir / f".actor-{i}.ready").exists() for i in range(3)))
     with pytest.raises(ConfigError, match="there is room for three"):
         ask(log_dir, {"command": "resize", "count": 5})
+    with pytest.raises(ConfigError, match="100000 local actors are more than 512"):
+        ask(log_dir, {"command": "resize", "count": 100_000})
     assert status(log_dir) == Status(wanted=3, active=3)
     assert ask(log_dir, {"command": "resize", "count": 1})["done"] == [
         "actor-1 leaves; it has 30 s to finish what it samples",
@@ -267,6 +286,14 @@ def test_followers_are_added_and_removed_while_the_run_goes_on(log_dir: Path) ->
     assert status(log_dir) == Status(wanted=1, active=1)
     with pytest.raises(ConfigError, match="does not know the request"):
         ask(log_dir, {"command": "resize", "count": -1})
+    wait_until(lambda: sum(child.info["cmdline"][2].startswith(drains) for child in family(log_dir)) == 1)
+    (log_dir / "actor-1.log").rename(log_dir / "old.log")
+    (log_dir / "actor-1.log").mkdir()  # as if there were no descriptor left for it
+    (line,) = ask(log_dir, {"command": "resize", "count": 2})["done"]
+    assert line.startswith("actor-1 cannot be started ([Errno 21] Is a directory")
+    assert status(log_dir) == Status(
+        wanted=2, active=1, given_up=(f"{line}; its 0 restarts within 3600 s are used up",)
+    )
     (leads,) = [child for child in family(log_dir) if child.info["cmdline"][2].startswith(ends)]
     leads.send_signal(signal.SIGUSR1)
     assert finish(process)[0] == 0
