@@ -51,7 +51,7 @@ NO_WAITS = {
     r"finished\.result|self\.evaluation\.result": "of what is done",
     r"channel\.connect|probe\.connect": "ZeroMQ connects in the background, a datagram socket only notes the address",
     r"connection\.shutdown|logging\.shutdown": "tells the kernel; writes what there is",
-    r"with (file|connection)": "closes it",
+    r"with (file|connection|end)": "closes it",
     # Ours; where they wait is found in themselves.
     r"with (pool|observer|service|self\._family|nullcontext\(\) if .*)": "ours",
     r".*(_coordinator|_receiver|_control|ledger|counts)\.\w+|self\._session\.accept": "ours",
@@ -158,10 +158,10 @@ def settings() -> set[str]:
     }
 
 
-def module_named(stem: str) -> Path:
-    """The one file of that name."""
-    (file,) = [file for file in FILES if file.stem == stem]
-    return file
+def module_with(stem: str, constant: str) -> Path | None:
+    """The one file of that name that holds the constant."""
+    files = [file for file in FILES if file.stem == stem and constant in names_in(file).own]
+    return files[0] if len(files) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ def refusal(name: str, files: Collection[Path], functions: Collection[str]) -> s
         return f"{', '.join(lacking) or 'prose'} knows no {name}" if lacking or not files else None
     if re.fullmatch(rf"\w+\.{CONSTANT}", name):
         stem, _, constant = name.partition(".")
-        file = module_named(stem)
-        is_there = constant in names_in(file).own and is_used(constant, file)
+        file = module_with(stem, constant)
+        is_there = file is not None and is_used(constant, file)
         return None if is_there else f"{stem} does not say what {constant} is"
     if name in functions or name in NO_LIMITS:
         return None

@@ -420,7 +420,7 @@ def test_what_was_sampled_after_a_resume_that_was_not_reported_goes_with_an_acto
     reception.end(begin(reception, WeightsPhase.RESUME, 1))
     reception.handle(b"a", group(first, [0, 0]), 1.0)
     reception.handle(b"a", group(second, [0, 1]), 1.0)
-    reception.dismiss_member(MemberId("a", 1), "no probe", distrust=True)
+    reception.quarantine(MemberId("a", 1), "no probe", 1)
     assert coordinator.stats()["buffered_groups"] == 1
 
 
