@@ -100,7 +100,7 @@ async def _receive(config: Config, endpoint: str, name: str) -> None:
         session = Session(config, connection)
         await session.begin()
         actor = Actor(session, cast(Any, engine), cast(Any, None))
-        await actor.serve(asyncio.Event())
+        await actor.serve(asyncio.Event(), await engine.score(session.welcome.probe_token_ids))
 
 
 def random_policy(config: Config) -> Policy:
