@@ -342,7 +342,8 @@ def _no_sockets_left() -> Iterator[None]:
     """While an engine starts. vLLM, and who is killed, would leave the sockets of its processes in the folder for
     temporary files; as soon as both ends hold one, nobody looks for it again."""
     before = os.environ.get(_SOCKETS)
-    with TemporaryDirectory(prefix="vllm-", dir=before) as folder:
+    # a start that was given up may still make files in it, which is no fault of the start
+    with TemporaryDirectory(prefix="vllm-", dir=before, ignore_cleanup_errors=True) as folder:
         os.environ[_SOCKETS] = folder
         try:
             yield

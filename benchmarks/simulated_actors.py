@@ -83,6 +83,7 @@ class Actor:
 
     def __init__(self, channel: "zmq.Socket[bytes]", name: str) -> None:
         self.channel = channel
+        self.is_ready = False
         self.lease: bytes | None = None  # its id, 4 bytes, big-endian
         self.sent_s: float | None = None  # when its last group left, until the next lease is here
         hello = Hello(
@@ -116,6 +117,7 @@ class Actor:
                     self.sent_s = None
             elif kind == b"Welcome":
                 self.channel.send(pack(encode(Ready(version=0, probe_logprobs=np.empty(0, np.float32)))))
+                self.is_ready = True
             else:
                 assert kind in (b"Ack", b"Pulse", b"Stop"), kind
 
@@ -126,6 +128,9 @@ class Actor:
         self.lease, self.sent_s = None, time.monotonic()
 
     def beat(self) -> None:
+        """As soon as it takes part: before, a real actor has none."""
+        if not self.is_ready:
+            return
         ids = np.array([int.from_bytes(self.lease, "big")] if self.lease else [], np.int32)
         beat = Heartbeat(lease_ids=ids, lease_tokens=np.zeros_like(ids), generated_tokens=0, busy_s=0.0, uptime_s=0.0)
         self.channel.send(pack(encode(beat)))

@@ -89,8 +89,11 @@ class Supervisor:
     def run(self) -> Outcome:
         """Start all, return when the run has ended and every process is gone."""
         with self._family:
-            for leader in self._leaders:
-                self._family.start(leader)
+            try:
+                for leader in self._leaders:
+                    self._family.start(leader)
+            except CannotStart as error:
+                return self._wind_down(Outcome(exit_code=1, message=str(error)))
             for child in self._followers:
                 self._start_follower(child)
             return self._wind_down(self._watch())

@@ -24,10 +24,15 @@ class EngineClock:
         self._generated_tokens = -1  # the first heartbeat starts the clock: what was before concerns no lease of today
         self._leases: dict[int, tuple[int, float]] = {}  # tokens, and when they became so many
 
-    def beat(self, heartbeat: Heartbeat) -> bool:
-        """Whether the engine gets on: it has drawn a token since the last heartbeat, or has no lease."""
+    def beat(self, heartbeat: Heartbeat, is_hung: bool = False) -> bool:
+        """Whether the engine gets on: it has drawn a token since the last heartbeat, or it counts as one that hangs and
+        has got rid of all leases. What it is busy with while it has none counts for nothing; but that it has none does
+        not take back what it stood still before, for they may have been taken from it."""
+        is_free = not len(heartbeat.lease_ids)
+        if is_free:
+            self._grown_s += heartbeat.busy_s - self._busy_s
         self._busy_s = heartbeat.busy_s
-        gets_on = heartbeat.generated_tokens > self._generated_tokens or not len(heartbeat.lease_ids)
+        gets_on = heartbeat.generated_tokens > self._generated_tokens or (is_free and is_hung)
         if gets_on:
             self._generated_tokens, self._grown_s = heartbeat.generated_tokens, heartbeat.busy_s
         before, self._leases = self._leases, {}
@@ -38,7 +43,7 @@ class EngineClock:
 
     @property
     def stalled_s(self) -> float:
-        """Since it drew a token, or had no lease."""
+        """Since it drew a token, as long as it had a lease."""
         return self._busy_s - self._grown_s
 
     def stuck_s(self, lease_id: int) -> float:

@@ -145,7 +145,7 @@ class Coordinator:
         self._send(name, Pulse(version=self.ledger.version))
         if member.presence is Presence.LOST:
             return
-        if member.clock.beat(heartbeat) and member.is_hung:
+        if member.clock.beat(heartbeat, member.is_hung) and member.is_hung:
             logger.warning("the engine of actor %s gets on again", name)
             member.is_hung = False
         listed, grace_s = set(heartbeat.lease_ids.tolist()), self._config.transport.grace_s
@@ -331,7 +331,7 @@ class Coordinator:
 
     def _revoke_stragglers(self, now: float) -> None:
         room = {member.name: max(0, member.free(self.ledger.version, now)) for member in self._members}
-        for slot in list(overdue.stragglers(self.ledger.slots, self._times, room, len(self.ledger.pending), now)):
+        for slot in list(overdue.stragglers(self.ledger.slots, self._times, room, self.ledger.num_due, now)):
             member = self._members[slot.actor]
             if now - member.heard_s > 2 * self._config.transport.heartbeat_s:
                 continue  # it is silent: whether it is slow is not known

@@ -110,9 +110,13 @@ class Slots:
         of these, which comes first."""
         return self._num_turns + num_fresh
 
+    def num_fresh_before(self, turn: int) -> int:
+        """Prompts that are still to be drawn before it."""
+        return max(0, turn - self._num_turns)
+
     def is_due(self, turn: int) -> bool:
         """Whether no prompt that is still to be drawn comes before it."""
-        return turn <= self._num_turns
+        return self.num_fresh_before(turn) == 0
 
     def num_before(self, turn: int) -> int:
         """Training leases that are consumed before a prompt of this turn."""
@@ -135,7 +139,6 @@ class Slots:
     def buffer(self, slot: Slot, group: TrajectoryGroup) -> None:
         """A training lease that was out has its group."""
         _count_down(self.untrained, slot.oldest_version)
-        slot.drawn_by = slot.drawers(group.actor, group.completed)
         slot.group, slot.partial, slot.oldest_version = group, None, group.oldest_version
         self.buffered[slot.lease.lease_id] = slot
         self.untrained[slot.oldest_version] += 1

@@ -153,6 +153,7 @@ class Ledger:
             self.evaluation.add(slot.prompt.uid, group, slot.drawers(slot.actor, group), now)
             return
         self.selection.add(Fate.SAMPLED, group)
+        slot.drawn_by = slot.drawers(slot.actor, group)
         self.slots.buffer(slot, TrajectoryGroup(lease=slot.lease, actor=slot.actor, completed=group, arrived_s=now))
         if (reason := self.verdicts.reason_to_drop(group, self._is_filtering())) is not None:
             self._forget(slot, reason)
@@ -195,8 +196,7 @@ class Ledger:
             for place, waiting in enumerate(queue):
                 if waiting.is_of(actor, version):
                     self.counts.dropped_tokens[DropReason.ACTOR_LOST] += waiting.num_tokens
-                    self.counts.drops[DropReason.ACTOR_LOST] += waiting.group is not None
-                    queue[place] = replace(waiting, group=None, partial=None)
+                    queue[place] = replace(waiting, partial=None)
         for group in self.evaluation.distrust(actor, version) if self.evaluation is not None else ():
             self.counts.drop(DropReason.ACTOR_LOST, group.lease_id, actor, len(group.token_ids))
 
@@ -292,6 +292,11 @@ class Ledger:
         return -math.inf if self.evaluation is None else self.evaluation.moved_s
 
     # ---- reports
+
+    @property
+    def num_due(self) -> int:
+        """Training prompts that wait for an actor now."""
+        return sum(waiting.group is None and self.slots.is_due(waiting.turn) for waiting in self.pending)
 
     @property
     def num_buffered(self) -> int:

@@ -24,7 +24,7 @@ def stragglers(
     slots: Slots, times: LeaseTimes, room: Mapping[str, int], num_pending: int, now: float
 ) -> Iterator[Slot]:
     """Leases that keep the next batch waiting, oldest first, as long as other actors have room for them and for
-    `num_pending` prompts. `room`: leases that each actor may be granted now."""
+    the `num_pending` prompts that wait for it. `room`: leases that each actor may be granted now."""
     for slot in slots.train.values():
         if slot.group is not None:
             continue

@@ -155,9 +155,7 @@ class Pending:
     turn: int
 
     def is_of(self, actor: str, version: int) -> bool:
-        """Whether this actor has drawn tokens of it with this version or a newer one."""
-        if self.group is not None:
-            return self.group.actor == actor and self.group.newest_version >= version
+        """Whether this actor has drawn tokens of it with this version or a newer one; no group is, see Partial."""
         return self.partial is not None and self.partial.drawn_by.get(actor, -1) >= version
 
     @property

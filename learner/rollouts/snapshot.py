@@ -18,7 +18,7 @@ from common.types import JSON, CompletedGroup, DropReason, Lease, TrajectoryGrou
 from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_about, read_archive, write_archive
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Begun
-from learner.rollouts.leases import train_lease
+from learner.rollouts.leases import Slots, train_lease
 from learner.rollouts.ledger import Ledger
 from learner.rollouts.partial import Partial, Pending
 
@@ -46,7 +46,7 @@ def take(coordinator: Coordinator, now: float) -> Snapshot:
     partials = tuple(_lease_of(ledger, pending) for pending in waiting if _has_begun(pending))
     state = {
         "stream": ledger.stream.state_dict(),
-        "untrained": [_entry(pending) for pending in waiting],
+        "untrained": [_entry(pending, slots) for pending in waiting],
         "judged_with": _judged_with(ledger.config),
         "version": ledger.version,
         "pace": ledger.pace.state_dict(),
@@ -105,10 +105,11 @@ def read_snapshot(path: Path, now: float) -> tuple[Snapshot, JSON]:
     return Snapshot(state=content["state"], groups=trained, partials=partials, evaluation=begun), content["about"]
 
 
-def _entry(pending: Pending) -> JSON:
+def _entry(pending: Pending, slots: Slots) -> JSON:
     group = pending.group
     finished = {"lease_id": group.lease.lease_id, "actor": group.actor} if group is not None else None
-    return {"uid": pending.prompt.uid, "finished": finished, "has_begun": _has_begun(pending)}
+    behind = slots.num_fresh_before(pending.turn)
+    return {"uid": pending.prompt.uid, "finished": finished, "has_begun": _has_begun(pending), "behind": behind}
 
 
 def _has_begun(pending: Pending) -> bool:
@@ -129,7 +130,9 @@ def _untrained(ledger: Ledger, snapshot: Snapshot) -> Iterator[Pending]:
     partials = iter(snapshot.partials)
     for entry in snapshot.state["untrained"]:
         prompt, finished = ledger.stream.find(entry["uid"]), entry["finished"]
-        pending = Pending(prompt=prompt, turn=ledger.slots.next_turn())
+        behind = entry.get("behind", 0)  # those that have failed are the last
+        turn = ledger.slots.turn_behind(behind) if behind else ledger.slots.next_turn()
+        pending = Pending(prompt=prompt, turn=turn)
         if finished is None:
             before = next(partials, None) if entry["has_begun"] else None
             if before is not None and _is_same_request(before, _lease_of(ledger, pending)):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import TransportConfig
-from common.types import Cancel, DropReason, Lease
+from common.types import Cancel, DropReason, Lease, LeaseFailed
 from learner.rollouts.clock import FEWEST, REMEMBERED, EngineClock, LeaseTimes, RunningMedian
 from learner.rollouts.coordinator import Coordinator
 from tests.learner.rollouts.test_coordinator import finish, granted, make, make_config
@@ -241,9 +241,27 @@ def test_an_engine_clock_counts_busy_seconds_since_growth() -> None:
     assert (clock.stalled_s, clock.stuck_s(1), clock.stuck_s(2), clock.stuck_s(3)) == (1.5, 1.5, 0.0, 0.0)
     assert clock.beat(heartbeat({2: 1}, 4, busy_s=10.0))
     assert (clock.stalled_s, clock.stuck_s(1)) == (0.0, 0.0)
-    assert clock.beat(heartbeat({}, 4, busy_s=20.0)), "it has nothing to sample"
+    assert not clock.beat(heartbeat({}, 4, busy_s=20.0)), "it has nothing to sample"
     assert not clock.beat(heartbeat({3: 0}, 4, busy_s=21.0))
     assert clock.stalled_s == 1.0
+    clock.beat(heartbeat({}, 4, busy_s=21.5))
+    clock.beat(heartbeat({4: 0}, 4, busy_s=23.0))
+    assert clock.stalled_s == 2.5, "that a lease was taken from it takes nothing back"
+    assert clock.beat(heartbeat({}, 4, busy_s=23.0), is_hung=True)
+    assert clock.stalled_s == 0.0
+
+
+def test_an_engine_that_hangs_is_found_although_its_leases_are_taken_from_it_as_stragglers_first() -> None:
+    """It gets others after its rest, and stands still with them too."""
+    coordinator = make(make_config(), "a")
+    busy_s, lease_ids = 0.0, held_by(granted(coordinator), "a")
+    coordinator.heartbeat("a", heartbeat(dict.fromkeys(lease_ids, 0), 0, busy_s=busy_s), 0.0)
+    for _ in range(4):
+        busy_s += LIMIT_S / 3
+        coordinator.heartbeat("a", heartbeat(dict.fromkeys(lease_ids, 0), 0, busy_s=busy_s), 0.0)
+        if not coordinator.member("a").is_hung:
+            coordinator.heartbeat("a", heartbeat({}, 0, busy_s=busy_s), 0.0)
+    assert coordinator.member("a").is_hung and coordinator.drops[DropReason.HUNG] == 4
 
 
 # ---- an actor that is slow
@@ -302,6 +320,23 @@ def test_a_lease_that_keeps_the_batch_waiting_on_a_slow_actor_goes_to_another() 
     ((other, again),) = granted(coordinator, now=131.0)
     assert other != name and again.prompt_uid == lease.prompt_uid
     assert again.prefix_lengths.tolist() == [2, 1]
+
+
+def test_prompts_that_failed_and_wait_behind_others_take_no_room_from_a_straggler() -> None:
+    coordinator = with_history("a", "b")
+    hear(coordinator, 100.0)
+    (slow, lease), (holder, failing), *others = granted(coordinator, now=100.0)
+    coordinator.fail(holder, LeaseFailed(lease_id=failing.lease_id, reason="a fault"), 100.0)
+    coordinator.member("a").account.strikes = coordinator.member("b").account.strikes = 0
+    hear(coordinator, 101.0)
+    for other, done in [*others, *granted(coordinator, now=101.0)]:
+        coordinator.receive(other, group(done.lease_id, [0] * 4), 110.0)
+    (other,) = {"a", "b"} - {slow}
+    coordinator.member(other).capacity = len(coordinator.member(other).held) + 1
+    assert (len(coordinator.ledger.pending), coordinator.ledger.num_due) == (1, 0)
+    hear(coordinator, 140.0)
+    coordinator.tick(140.0)
+    assert coordinator.drops == {DropReason.STRAGGLER: 1} and lease.lease_id in cancelled(coordinator)
 
 
 @pytest.mark.parametrize(("grown", "now"), [(2, 129.0), (7, 140.0)])

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.config import Config, ConfigError, RewardConfig
-from common.types import CompletedGroup, DropReason, FinishReason, Lease, Progress, Prompt, Purpose, TrajectoryGroup
+from common.types import (
+    CompletedGroup,
+    DropReason,
+    FinishReason,
+    Lease,
+    LeaseFailed,
+    Progress,
+    Prompt,
+    Purpose,
+    TrajectoryGroup,
+)
 from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_archive, write_archive
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
@@ -83,6 +93,60 @@ def test_a_resume_without_an_actor_trains_what_was_finished(tmp_path: Path) -> N
     restarted.dispatch(0.0)
     batch = restarted.ledger.take_batch()
     assert batch is not None and [g.lease.prompt_uid for g in batch] == [g.prompt_uid for g in _drawn(2)]
+
+
+def sample_steps(coordinator: Coordinator, steps: int, failing: str | None = None) -> list[list[str]]:
+    """Prompts of so many steps; `failing` cannot be sampled at its first lease."""
+    trained, version = [], coordinator.ledger.version
+    for _ in range(steps):
+        while (batch := coordinator.ledger.take_batch()) is None:
+            for name, lease in granted(coordinator, now=1e6 * (version + 1)):
+                if lease.prompt_uid == failing:
+                    coordinator.fail(name, LeaseFailed(lease_id=lease.lease_id, reason="once"), 0.0)
+                    failing = None
+                else:
+                    coordinator.receive(name, group(lease.lease_id, [version], 2), 0.0)
+        trained.append([one.lease.prompt_uid for one in batch])
+        version += 1
+        coordinator.set_version(version, version)
+        for name in coordinator.members():
+            coordinator.loaded(name, version)
+    return trained
+
+
+@pytest.mark.parametrize("place", [4, 7])
+def test_a_prompt_that_failed_is_trained_in_the_same_step_after_a_resume(tmp_path: Path, place: int) -> None:
+    config = make_config(prompts_per_step=4, max_staleness=1)
+    prompts = [Prompt(uid=f"q{i}", text="", reference="") for i in range(100)]
+    stream = PromptStream(prompts, seed=0)
+    failing = [stream.next().uid for _ in range(8)][place]
+
+    def begin() -> Coordinator:
+        coordinator = Coordinator(config, PromptStream(prompts, seed=0), lambda prompt: [1])
+        coordinator.join("a", 8, 0.0)
+        coordinator.ready("a", 0, NO_PROBE)
+        return coordinator
+
+    undisturbed = sample_steps(begin(), 4, failing)
+    before = begin()
+    first = sample_steps(before, 1, failing)
+    after = resumed(through_a_file(before, tmp_path / "kept"), config, prompts)
+    after.loaded("b", 1)
+    assert first + sample_steps(after, 3) == undisturbed
+    assert failing in {uid for step in undisturbed[1:] for uid in step}
+
+
+def test_groups_of_a_checkpoint_are_not_those_of_a_process_that_has_their_actors_name_now(tmp_path: Path) -> None:
+    """Its weights are wrong; theirs were judged before they were kept."""
+    coordinator = make(make_config(), "b")
+    finish(coordinator, granted(coordinator)[:2], versions=(0, 0))
+    after = resumed(through_a_file(coordinator, tmp_path / "kept"), make_config())
+    after.ledger.buffer_finished(0.0)
+    (third, _), *_ = [(lease, name) for name, lease in granted(after) if lease.purpose is Purpose.TRAIN]
+    after.receive("b", group(third.lease_id, [0, 0]), 1.0)
+    assert after.ledger.num_buffered == 3
+    after.distrust("b", 0)
+    assert after.ledger.num_buffered == 2 and after.drops[DropReason.ACTOR_LOST] == 1
 
 
 def half_sampled() -> tuple[Coordinator, list[tuple[str, Lease]]]:
