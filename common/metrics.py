@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeGuard
 
 from common.trackers import Trackers
 from common.types import JSON, TrajectoryGroup
@@ -161,19 +161,24 @@ def read_jsonl(path: Path) -> Iterator[dict[str, JSON]]:
     """The rows of `path`. A last line without its newline was cut off by a crash and is left out.
 
     Raises:
-        ValueError: any other line that is not a JSON object, named by its number.
+        ValueError: any other line that is not a JSON object in UTF-8, named by its number.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except (ValueError, RecursionError) as error:  # and numbers of thousands of digits, and endless nesting
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+                raise ValueError(f"{path} line {number} is not JSON: {error}; remove the line") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} is not a JSON object")
+                raise ValueError(f"{path} line {number} is not a JSON object: remove the line")
             yield row
+
+
+def is_step(value: JSON) -> TypeGuard[int]:
+    """Whether a row that has it as its step is one that a run has written."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _write_line(file: IO[str], row: Mapping[str, JSON]) -> None:
@@ -191,10 +196,10 @@ def _jsonable(value: Value) -> JSON:
 
 
 def _drop_after(path: Path, keep_through: int) -> None:
-    """Rewrite `path` without the rows of later steps, atomically."""
+    """Rewrite `path` without the rows of later steps, and of none, atomically."""
     if not path.exists():
         return
-    kept = [row for row in read_jsonl(path) if row["step"] <= keep_through]
+    kept = [row for row in read_jsonl(path) if is_step(row.get("step")) and row["step"] <= keep_through]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for row in kept:

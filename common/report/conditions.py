@@ -179,7 +179,7 @@ def actors_wait(facts: Facts) -> str | None:
     if idle is None or idle < WAITS or waited >= WAITS or facts.run.config.staleness.exact:
         return None
     count = max(1, round(facts.run.now("actors/connected") or facts.run.config.actors.count))
-    enough = math.ceil(count * (1.0 - idle) / (1.0 - WAITS / 2))
+    enough = max(1, math.ceil(count * (1.0 - idle) / (1.0 - WAITS / 2)))
     fix = f"{enough} of {count} would do, or " if enough < count else ""
     return f"Actors were idle {percent(idle)} of the time: {fix}give the learner more ranks or cores."
 

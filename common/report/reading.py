@@ -187,12 +187,7 @@ def _read(path: Path, numbers: Sequence[str]) -> tuple[Row, ...]:
     """The rows of a file, which all have `numbers`; none when there is no file."""
     if not path.is_file():
         return ()
-    try:
-        rows = tuple(read_jsonl(path))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is damaged: byte {error.start} is not UTF-8 text; remove what was not written"
-        ) from None
+    rows = tuple(read_jsonl(path))
     for line, row in enumerate(rows, start=1):
         for name in numbers:
             value = number(row, name)

@@ -52,7 +52,7 @@ class History:
         self._done_s: float | None = None
         metrics = run_dir / "metrics.jsonl"
         for row in read_jsonl(metrics) if metrics.is_file() else ():
-            self._take(row["step"], row)
+            self._take(row["step"], row)  # RunLog has left out those without one
 
     def add(self, step: int, values: Mapping[str, Value], now: float) -> None:
         """The line of `step`, which was done or evaluated at `now` (monotonic)."""
@@ -88,7 +88,8 @@ class History:
     def _alarms(self) -> tuple[str, ...]:
         events = self._run_dir / "events.jsonl"
         rows = read_jsonl(events) if events.is_file() else ()
-        return tuple(deque((row["text"] for row in rows if row["kind"] == "alarm"), maxlen=MAX_ALARMS))
+        alarms = (str(row.get("text")) for row in rows if row.get("kind") == "alarm")
+        return tuple(deque(alarms, maxlen=MAX_ALARMS))
 
 
 def _is_number(value: JSON) -> bool:

@@ -7,12 +7,15 @@ A file is complete before its step is trained, so that a step which fails is the
 after a resume replace those of before.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import ConfigError
 from common.types import JSON, TrajectoryGroup
 from learner.rollouts.archive import ArchiveError, as_groups, as_messages, read_about, read_archive, write_archive
+
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
 
 class Recorder:
@@ -76,7 +79,9 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+    """Of its files; what else lies there, as a copy that somebody has made, is left alone."""
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _file(folder: Path, step: int) -> Path:

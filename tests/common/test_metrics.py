@@ -120,12 +120,23 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_then_overwritten(tmp_path: Pa
     assert [row["a"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{oops}", "[1]"])
-def test_any_other_broken_line_is_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    "line", [b"{oops}", b"[1]", b'{"a": "\xff"}', 100_000 * b"["], ids=["no JSON", "a list", "no UTF-8", "deep"]
+)
+def test_any_other_broken_line_is_named_with_what_to_do(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not .*: .*remove the line$") as refused:
         list(read_jsonl(path))
+    assert not isinstance(refused.value, UnicodeError), "the sentence is ours"
+
+
+def test_a_resume_drops_lines_that_are_of_no_step(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
+        (tmp_path / name).write_text('{"step": 1}\n{}\n{"step": null}\n{"step": "1"}\n{"step": true}\n{"step": 2}\n')
+    with RunLog(tmp_path, keep_through=1):
+        for name in ("metrics.jsonl", "ledger.jsonl", "events.jsonl"):
+            assert list(read_jsonl(tmp_path / name)) == [{"step": 1}]
 
 
 def test_the_progress_line_shows_the_allow_list_only() -> None:

@@ -154,6 +154,13 @@ def test_turns_at_bound_0_are_what_was_asked_for(tmp_path: Path) -> None:
     assert "With max_staleness=0 learner and actors take turns" in said["both_wait"]
 
 
+@pytest.mark.parametrize(("idle", "enough"), [(1.0, 1), (0.5, 2)])
+def test_actors_that_only_wait_are_not_advised_to_be_none(tmp_path: Path, idle: float, enough: int) -> None:
+    made = changed(learner__idle_fraction=0.0, actors__idle_fraction=idle, actors__connected=3.0)
+    said = {advice.rule: advice.text for advice in advise(read_run(write_run(tmp_path, made)))}
+    assert f": {enough} of 3 would do" in said["actors_wait"]
+
+
 def test_a_window_that_is_not_full_is_not_widened(tmp_path: Path) -> None:
     made = changed(learner__idle_fraction=0.3, actors__idle_fraction=0.3, queue__window_fill=0.6)
     said = {advice.rule: advice.text for advice in advise(read_run(write_run(tmp_path, made)))}

@@ -82,7 +82,7 @@ def rows(folder: Path) -> list[str]:
             "line 73 has a staleness/hist that is not tokens by",
         ),
         (b'{"step": 1, "time": 1, "staleness/hist": 7}\n', "line 73 has a staleness/hist that is not tokens by"),
-        (b'{"step": 1, "x": "\xff"}\n', "is damaged: byte"),
+        (b'{"step": 1, "x": "\xff"}\n', "line 73 is not JSON: 'utf-8' codec"),
     ],
 )
 def test_damaged_metrics_are_one_sentence(
