@@ -36,7 +36,7 @@ from common.config import ConfigError
 from common.types import JSON
 from learner.agreement import all_or_none, gather
 from learner.algorithm.optimised import StateDict
-from learner.checksums import absent, changed, file_names, manifest_of, write_manifest
+from learner.checksums import STATE, absent, changed, file_names, manifest_of, write_manifest
 from learner.files import write_synced
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 RNG_KEY = "rng_state"
 DAMAGED = "damaged_"  # begins the names of checkpoints that are not what was written
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})(?:\.([1-9][0-9]*))?")  # of a checkpoint, see _save_folder
 
 
 class Saveable(Protocol):
@@ -66,12 +67,13 @@ WriteExtra = Callable[[Path], None]  # writes files of rank 0's into the folder 
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Every method is a collective over the learner's ranks.
+    """Writes and reads the checkpoints of one run. Every method but `has_failed` is a collective over the ranks.
 
     States: idle, or one save under way in the background. `save` first waits for the one before, so there
     is never more than one; `wait` (and leaving the context) returns when none is. Background saves
     communicate over a process group of their own, so they cannot be mixed up with the training step's
-    collectives. A save that fails on one rank raises ConfigError on all, at the next `save` or `wait`.
+    collectives. A save that fails on one rank raises ConfigError on all, at the next `save` or `wait`; `has_failed`
+    (no collective) says on each rank, as soon as it is so there, that this is to come.
     """
 
     def __init__(self, directory: Path, keep: int, in_background: bool = False) -> None:
@@ -121,6 +123,9 @@ class Checkpointer:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def has_failed(self) -> bool:
+        return self._pending is not None and self._pending.done() and self._pending.exception(timeout=0) is not None
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         return complete_steps(self.directory)
@@ -131,7 +136,7 @@ class Checkpointer:
         tensors, values = _split(state.state_dict())
         tensors[RNG_KEY] = torch.get_rng_state()
         _read_tensors(folder, tensors, self._group)
-        info = json.loads((folder / "state.json").read_text())
+        info = json.loads((folder / STATE).read_text())
         missing = sorted(values.keys() - info["values"].keys())
         if missing:
             raise ValueError(f"checkpoint {folder} lacks {missing}, it was made by another version or setup")
@@ -148,7 +153,7 @@ class Checkpointer:
         with all_or_none(what, self._group):
             write()
             if self._is_main:
-                write_synced(temporary / "state.json", json.dumps(info).encode())
+                write_synced(temporary / STATE, json.dumps(info).encode())
                 if write_extra is not None:
                     write_extra(temporary)
             manifest = manifest_of(self._own_files(temporary))
@@ -200,10 +205,10 @@ def complete_steps(directory: Path) -> list[int]:
     return sorted({step for step, _ in _complete_saves(directory)})
 
 
-def torn(directory: Path) -> dict[str, list[str]]:
-    """What is missing or of another size of checkpoints that were complete once, by name."""
+def torn(directory: Path) -> dict[str, str]:
+    """A sentence for each checkpoint that was complete once and at a glance (learner/checksums.py) is not, by name."""
     missing = {_save_folder(directory, *save): absent(_save_folder(directory, *save)) for save in _saves(directory)}
-    return {folder.name: names for folder, names in missing.items() if names}
+    return {folder.name: _damaged(folder, names) for folder, names in missing.items() if names}
 
 
 def damage(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
@@ -229,7 +234,7 @@ def set_damaged_aside(directory: Path, group: dist.ProcessGroup | None = None) -
         found[folder] = names
     if not found:
         return None
-    words = "; ".join(f"{folder.name} lacks or has other bytes in {', '.join(found[folder])}" for folder in found)
+    words = "; ".join(_damaged(folder, names) for folder, names in found.items())
     if len(found) == len(saves):
         raise ConfigError(
             f"no checkpoint in {directory} is what was written ({words}): bring these files there from a copy, or "
@@ -240,6 +245,10 @@ def set_damaged_aside(directory: Path, group: dist.ProcessGroup | None = None) -
             folder.rename(directory / f"{DAMAGED}{folder.name}")
     lost = saves[-1][0] - step
     return f"{directory} is damaged ({words}): the run goes on from step {step}, {lost} step(s) are done again"
+
+
+def _damaged(folder: Path, names: list[str]) -> str:
+    return f"{folder.name} lacks or has other bytes in {', '.join(names)}"
 
 
 def _save_folder(directory: Path, step: int, save: int) -> Path:
@@ -254,7 +263,7 @@ def _complete_saves(directory: Path) -> list[tuple[int, int]]:
 
 def _saves(directory: Path) -> list[tuple[int, int]]:
     """(step, how many times it had been saved before), in that order."""
-    matches = (re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name) for path in directory.glob("step_*"))
+    matches = (_NAME.fullmatch(path.name) for path in directory.glob("step_*"))
     return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
 
 

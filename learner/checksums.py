@@ -1,6 +1,7 @@
 """Which files a checkpoint has and what was written to them: checksums.json, {name: [bytes, CRC-32]}, written last.
 
-A file that is missing or of another size is found at a glance, changed bytes by reading everything (2 GB/s a core).
+A file that is missing or of another size is found at a glance, and so are changed bytes of state.json, which is small
+and tells what the checkpoint is of; those of the others by reading everything (2 GB/s a core).
 """
 
 import json
@@ -12,6 +13,7 @@ from common.types import JSON
 from learner.files import write_synced
 
 MANIFEST = "checksums.json"
+STATE = "state.json"
 CHUNK_BYTES = 1 << 22
 
 Manifest = dict[str, list[int]]
@@ -32,13 +34,14 @@ def file_names(folder: Path) -> list[str]:
 
 
 def absent(folder: Path) -> list[str]:
-    """Files that a checkpoint lacks or that have another size than was written."""
+    """Files that a checkpoint lacks or that have another size than was written, and its state if that has changed."""
     try:
         manifest = _manifest(folder)
     except ValueError:
         return [MANIFEST]
     files = {name: folder / name for name in manifest}
-    return [name for name, file in files.items() if not file.is_file() or file.stat().st_size != manifest[name][0]]
+    names = [name for name, file in files.items() if not file.is_file() or file.stat().st_size != manifest[name][0]]
+    return names if STATE in names or _holds(files[STATE], manifest[STATE]) else [*names, STATE]
 
 
 def changed(folder: Path, names: Collection[str]) -> list[str]:
@@ -51,10 +54,12 @@ def _manifest(folder: Path) -> Manifest:
     """Raises ValueError for anything but what `write_manifest` writes."""
     try:
         manifest: JSON = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no {MANIFEST}") from error
-    is_whole = isinstance(manifest, dict) and all(
-        isinstance(entry, list) and [type(number) for number in entry] == [int, int] for entry in manifest.values()
+    except (OSError, RecursionError) as error:
+        raise ValueError(f"{folder} has no {MANIFEST} that can be read") from error
+    is_whole = (
+        isinstance(manifest, dict)
+        and STATE in manifest
+        and all(isinstance(pair, list) and [type(value) for value in pair] == [int, int] for pair in manifest.values())
     )
     if not is_whole:
         raise ValueError(f"{folder / MANIFEST} is damaged")

@@ -1,5 +1,7 @@
 """Model folders that a run writes: a network of a checkpoint (`run.py export RUN --out DIR`), and RUN/model."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from torch import nn
 
 from common.config import AdvantageEstimator, Config, ConfigError, DType, LoraConfig
 from common.loading import config_of_run, read_config
-from learner.checkpoint import complete_steps, damage, load_parameters, step_folder
+from learner.checkpoint import complete_steps, damage, load_parameters, step_folder, torn
 from learner.networks.export import export_adapter, export_critic, export_policy
 from learner.networks.model import Critic, load_critics, load_policy
 
@@ -57,21 +59,32 @@ def main(
 
 
 def checkpoint_of(run: Path, step: int | None) -> tuple[Path, int]:
-    """(folder, step) of the checkpoint of `step`, or of the newest. Raises ConfigError for one that is not there or is
-    damaged."""
-    steps = complete_steps(run / "checkpoints")
+    """(folder, step) of the checkpoint of `step`, or of the newest that is complete; which ones are not is printed.
+    Raises ConfigError for one that is not there or is damaged."""
+    checkpoints = run / "checkpoints"
+    steps, incomplete = complete_steps(checkpoints), "; ".join(torn(checkpoints).values())
     if not steps:
-        raise ConfigError(f"{run} has no complete checkpoint")
+        raise ConfigError(f"{run} has no complete checkpoint{incomplete and f': {incomplete}'}")
     if step is not None and step not in steps:
-        raise ConfigError(f"{run} has no checkpoint of step {step}: choose --step among {', '.join(map(str, steps))}")
+        which = f" ({incomplete})" if incomplete else ""
+        raise ConfigError(f"{run} has no checkpoint of step {step}{which}: {_intact_ones(checkpoints, steps)}")
     chosen = steps[-1] if step is None else step
-    folder = step_folder(run / "checkpoints", chosen)
+    folder = step_folder(checkpoints, chosen)
     if names := damage(folder):
+        others = [other for other in steps if other != chosen]
         raise ConfigError(
-            f"{folder} is damaged, it has other bytes than were written in {', '.join(names)}: choose another --step "
-            f"among {', '.join(map(str, steps))}"
+            f"{folder} is damaged, it has other bytes than were written in {', '.join(names)}: "
+            f"{_intact_ones(checkpoints, others)}"
         )
+    if step is None and incomplete:
+        print(f"{checkpoints} is damaged ({incomplete}): step {chosen} is taken", file=sys.stderr)
     return folder, chosen
+
+
+def _intact_ones(checkpoints: Path, steps: Sequence[int]) -> str:
+    """What to do instead. Reads all of them."""
+    intact = [str(step) for step in steps if not damage(step_folder(checkpoints, step))]
+    return f"choose --step among {', '.join(intact)}" if intact else "bring its files there from a copy"
 
 
 def with_tying(config: Config) -> Config:

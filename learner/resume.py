@@ -10,6 +10,7 @@ from common.metrics import read_jsonl
 from common.model_folder import weights_fingerprint
 from common.types import JSON
 from learner.checkpoint import complete_steps, step_folder, torn
+from learner.checksums import STATE
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +55,24 @@ def settings(config: Config) -> dict[str, JSON]:
 
 def standing(config: Config) -> Standing | None:
     """Where the run of `config` stands; None when it has no complete checkpoint and so begins anew. Looks only whether
-    all files are there: what they hold is checked by the learner (learner/rundir.py).
+    all files are there and the state is what was written: the rest is read by the learner (learner/rundir.py).
 
     Raises ConfigError when it cannot go on with these settings.
     """
     checkpoints = config.run_dir / "checkpoints"
     step = max(complete_steps(checkpoints), default=None)
     incomplete = torn(checkpoints)
-    for name, pieces in incomplete.items():
-        logger.warning("checkpoint %s lacks %s: it is left out", checkpoints / name, ", ".join(pieces))
+    for sentence in incomplete.values():
+        logger.warning("checkpoint %s: it is left out", checkpoints / sentence)
     if step is None and incomplete:
-        name, pieces = next(iter(incomplete.items()))
         raise ConfigError(
-            f"no checkpoint in {checkpoints} is complete, {name} lacks {', '.join(pieces)}: bring these files there, "
+            f"no checkpoint in {checkpoints} is complete ({'; '.join(incomplete.values())}): bring these files there, "
             "or begin anew with another name=..."
         )
     if step is None:
         return None
     folder = step_folder(checkpoints, step)
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     values = state["values"]
     missing = sorted({"warmup_steps", *(f"settings/{key}" for key in (*FIXED, WARMUP))} - values.keys())
     if missing:

@@ -52,7 +52,7 @@ def next_incarnation(run_dir: Path) -> tuple[str, int]:
         try:
             there: JSON = json.loads(path.read_bytes())
             run_id, count = str(there["run_id"]), int(there["incarnation"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is damaged: delete it when no actor of an earlier learner of this run is left"
             ) from error

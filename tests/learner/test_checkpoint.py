@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from learner.checkpoint import (
     load_parameters,
     set_damaged_aside,
     step_folder,
+    torn,
 )
 from learner.files import write_synced
 from learner.networks.model import load_policy
@@ -285,6 +287,26 @@ def test_damage_of_any_file_is_found_and_the_run_goes_on_from_the_checkpoint_bef
     assert set_damaged_aside(tmp_path) is None, "it is said once"
 
 
+def test_a_state_that_is_not_what_was_written_makes_a_checkpoint_incomplete_before_all_is_read(tmp_path: Path) -> None:
+    """It says what the checkpoint is of, and is read before the rest."""
+    saved(tmp_path, 5, 9)
+    flip(tmp_path / "step_00000009" / "state.json")
+    assert complete_steps(tmp_path) == [5]
+    assert torn(tmp_path) == {"step_00000009": "step_00000009 lacks or has other bytes in state.json"}
+    (tmp_path / "step_00000005" / "checksums.json").write_text("{}")
+    assert complete_steps(tmp_path) == [] and damage(tmp_path / "step_00000005") == ["checksums.json"]
+    (tmp_path / "step_00000005" / "checksums.json").write_text(60_000 * "[")
+    assert complete_steps(tmp_path) == [] and damage(tmp_path / "step_00000005") == ["checksums.json"]
+
+
+def test_what_is_called_almost_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    for name in ("step_00000005.bak", "step_00000005.0", "step_7", "step_0000000007", "step_"):
+        (tmp_path / name).mkdir()
+    assert complete_steps(tmp_path) == [5] and torn(tmp_path) == {}
+    assert set_damaged_aside(tmp_path) is None
+
+
 def test_a_damaged_checkpoint_of_a_later_step_does_not_outlive_those_that_are_saved_after_it(tmp_path: Path) -> None:
     run = saved(tmp_path, 5, 9)
     flip(tmp_path / "step_00000009" / "__0_0.distcp")
@@ -318,6 +340,29 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: P
     assert "the checkpoint of step 6 cannot be written on " in str(refused.value)
     assert "No space left on device" in str(refused.value)
     assert complete_steps(tmp_path) == [5]
+
+
+def test_a_save_in_the_background_that_fails_says_so_before_the_next(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def full(folder: Path) -> None:
+        assert gate.wait(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "rollouts.bin"))
+
+    checkpointer = Checkpointer(tmp_path, keep=1, in_background=True)
+    assert not checkpointer.has_failed(), "there is none"
+    checkpointer.save(5, 5, Counter(), full)
+    assert not checkpointer.has_failed(), "it is under way"
+    pending = checkpointer._pending
+    gate.set()
+    assert pending is not None and isinstance(pending.exception(60), ConfigError)
+    assert checkpointer.has_failed()
+    with pytest.raises(ConfigError, match="the checkpoint of step 5 cannot be written on "):
+        checkpointer.wait()
+    with checkpointer:
+        checkpointer.save(6, 6, Counter())
+        checkpointer.wait()
+        assert not checkpointer.has_failed()
 
 
 def _where_one_rank_cannot_write(rank: int, folder: Path, out: Path) -> None:

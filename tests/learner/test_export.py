@@ -1,6 +1,7 @@
 """`run.py export`: from a checkpoint of a trained policy to a folder that transformers and vLLM load."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -324,8 +325,31 @@ def test_a_damaged_checkpoint_is_not_exported(
     content[-1] ^= 1
     piece.write_bytes(content)
     message = refused(capsys, str(run_dir), "--out", str(tmp_path / "out"))
-    assert "step_00000003 is damaged, it has other bytes than were written in __0_0.distcp: choose another" in message
+    damaged = "step_00000003 is damaged, it has other bytes than were written in __0_0.distcp: "
+    assert message.endswith(f"{damaged}choose --step among 2")
+    other = run_dir / "checkpoints" / "step_00000002" / "__0_0.distcp"
+    other.write_bytes(bytes(other.stat().st_size))
+    message = refused(capsys, str(run_dir), "--out", str(tmp_path / "out"))
+    assert message.endswith(f"{damaged}bring its files there from a copy")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_older_step_than_the_newest_is_not_taken_without_a_word(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(trained.run_dir, tmp_path / "run")
+    piece = run_dir / "checkpoints" / "step_00000003" / "__0_0.distcp"
+    os.truncate(piece, piece.stat().st_size // 2)
+    torn = "step_00000003 lacks or has other bytes in __0_0.distcp"
+    message = refused(capsys, str(run_dir), "--step", "3", "--out", str(tmp_path / "out"))
+    assert message.endswith(f"has no checkpoint of step 3 ({torn}): choose --step among 2")
+    assert run.main(["export", str(run_dir), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{run_dir / 'checkpoints'} is damaged ({torn}): step 2 is taken\n"
+    assert "wrote the policy after step 2" in said.out
+    (run_dir / "checkpoints" / "step_00000002" / "state.json").unlink()
+    message = refused(capsys, str(run_dir), "--out", str(tmp_path / "other"))
+    assert "no complete checkpoint: step_00000002 lacks" in message and torn in message
 
 
 def test_a_run_without_checkpoints_is_one_sentence(

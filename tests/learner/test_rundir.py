@@ -148,7 +148,8 @@ def test_a_damaged_checkpoint_is_left_out_and_said_once(tmp_path: Path, capsys: 
 def test_before_the_learner_is_started_a_checkpoint_that_lacks_a_file_is_found_too(tmp_path: Path) -> None:
     run_dir = begun(tmp_path, step=5)
     (run_dir / "checkpoints" / "step_00000005" / "__0_0.distcp").unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is complete, step_00000005 lacks __0_0\.distcp"):
+    said = r"no checkpoint in .* is complete \(step_00000005 lacks or has other bytes in __0_0\.distcp\): bring"
+    with pytest.raises(ConfigError, match=said):
         standing(configured(tmp_path))
 
 
@@ -161,9 +162,10 @@ def test_learners_are_counted_and_the_run_keeps_its_id(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = next_incarnation(tmp_path / "other")
     assert other[1] == 1 and other[0] != first[0] and len(first[0]) == 16
-    (tmp_path / "incarnation.json").write_text('{"run_id": "x"')
-    with pytest.raises(ConfigError, match=r"incarnation\.json is damaged: delete it when"):
-        next_incarnation(tmp_path)
+    for damaged in ('{"run_id": "x"', 60_000 * "[", '{"run_id": "x", "incarnation": Infinity}', "[]", "\0"):
+        (tmp_path / "incarnation.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"incarnation\.json is damaged: delete it when"):
+            next_incarnation(tmp_path)
 
 
 HOLDER = """
