@@ -89,6 +89,7 @@ def _replayed(run: Path, overrides: list[str]) -> Config:
 
 def _resume(run: Path, overrides: list[str]) -> int:
     from common.launcher import EarlierRun, train
+    from learner.restart import refuse_loss
     from learner.resume import standing
 
     for override in overrides:
@@ -98,6 +99,7 @@ def _resume(run: Path, overrides: list[str]) -> int:
     if config.run_dir.resolve() != run.resolve():  # the folder was moved
         config = replace(config, runs_dir=str(run.resolve().parent), name=run.resolve().name)
     stands = standing(config)
+    refuse_loss(config, stands)
     if stands is not None and stands.is_complete:
         print(f"{run} is complete, {stands.policy_steps} policy steps are done: raise learner.steps to train on")
         return _report(config, None)

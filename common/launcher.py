@@ -28,7 +28,7 @@ from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common import placement
+from common import lastsettings, placement
 from common.causes import last_error
 from common.child import ChildSpec
 from common.config import Config, ConfigError, Device
@@ -44,6 +44,7 @@ from common.trackers import check_trackers
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
 RUN_CONTENT = (
     "config.yaml",
+    lastsettings.BEFORE,
     "data",
     "metrics.jsonl",
     "ledger.jsonl",
@@ -66,6 +67,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # Models are folders on disk, so nothing has to be fetched or reported.
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENDPOINT_POLL_S = 0.05
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _TCP = re.compile(r"tcp://.+:\d{1,5}")
 LEAVE_MARGIN_S = 10.0  # beyond actors.drain_s, for an engine to shut down
 
@@ -75,7 +77,7 @@ class EarlierRun(StrEnum):
 
     REFUSE = "refuse"
     OVERWRITE = "overwrite"
-    RESUME = "resume"  # the learner continues from its newest complete checkpoint, or begins anew without one
+    RESUME = "resume"  # the learner continues from its newest complete checkpoint, or begins if no step was done
 
 
 def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config]) -> Outcome:
@@ -100,21 +102,30 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
             prepare_run_dir(config, earlier)
             if needs_data and not is_resumed:
                 data.replace(config.run_dir / "data")
-        config = settle(config)
-        save_config(config, config.run_dir / "config.yaml")
-        shares = deal_cores(cores, len(specs))
-        specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
-        places = ", ".join(f"{spec.name} on {','.join(map(str, spec.cores))}" for spec in specs)
-        print(f"{config.run_dir}: starting on cores: {places}; this takes about half a minute", flush=True)
-        room = Room(config, tuple(cores), tuple(gpu.name for gpu in gpus))
-        return Supervisor(
-            specs,
-            config.run_dir / "logs",
-            stop_timeout_s=config.learner.stop_timeout_s,
-            recruit=room.one_more,
-            run_dir=config.run_dir,
-            console=console_for(config),
-        ).run()
+        outcome = None
+        try:
+            config = settle(config)
+            save_config(config, config.run_dir / "config.yaml")
+            outcome = _supervise(config, specs, Room(config, tuple(cores), tuple(gpu.name for gpu in gpus)))
+            return outcome
+        finally:
+            if outcome is None or outcome.exit_code not in INTERRUPTED:
+                lastsettings.put_back(config.run_dir)
+
+
+def _supervise(config: Config, specs: Sequence[ChildSpec], room: "Room") -> Outcome:
+    shares = deal_cores(room.cores, len(specs))
+    specs = [with_cores(spec, share) for spec, share in zip(specs, shares, strict=True)]
+    places = ", ".join(f"{spec.name} on {','.join(map(str, spec.cores))}" for spec in specs)
+    print(f"{config.run_dir}: starting on cores: {places}; this takes about half a minute", flush=True)
+    return Supervisor(
+        specs,
+        config.run_dir / "logs",
+        stop_timeout_s=config.learner.stop_timeout_s,
+        recruit=room.one_more,
+        run_dir=config.run_dir,
+        console=console_for(config),
+    ).run()
 
 
 def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> Outcome | None:
@@ -151,6 +162,8 @@ def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
         for name in RUN_CONTENT if earlier is EarlierRun.OVERWRITE else ("endpoint",):
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if earlier is EarlierRun.RESUME and (run_dir / "config.yaml").is_file():
+        lastsettings.set_aside(run_dir)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")  # from here on it is a run directory, whatever happens next
 
@@ -324,7 +337,7 @@ def wait_for_endpoint(connect: str, timeout_s: float) -> str:
         TimeoutError: nobody wrote PATH in time.
     """
     kind, _, path = connect.partition(":")
-    if kind == "ipc" or _TCP.fullmatch(connect):
+    if _is_address(connect):
         return connect
     if kind != "file" or not path:
         raise ConfigError(f"--connect {connect} must be tcp://HOST:PORT or file:PATH")
@@ -345,9 +358,14 @@ def moved_to(connect: str, endpoint: str) -> str:
 def _written(path: str) -> str | None:
     """A learner's address; None while there is none. `train` deletes it at any time, to begin again."""
     try:
-        return Path(path).read_text().strip()
-    except OSError:
+        text = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
         return None
+    return text if _is_address(text) else None
+
+
+def _is_address(text: str) -> bool:
+    return text.startswith("ipc:") or _TCP.fullmatch(text) is not None
 
 
 def _allowed_cores(config: Config) -> list[int]:

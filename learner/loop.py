@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from common import lastsettings
 from common.config import Config, ConfigError
 from common.metrics import Value
 from common.stopping import Interrupted, RunEnds
@@ -86,6 +87,7 @@ class Learner:
         self.version = 0
         self._saved_step = 0  # of the newest checkpoint
         self._is_mid_step = False  # trained, but not published: no state to go on from
+        self._is_published = True  # the policy is what actors got as `version` when that was new, not some steps later
         self.warmup_steps = config.algorithm.critic_warmup_steps
         self.sentinel = DriftSentinel(config.weights.drift_factor, config.model.dtype)
         self.alarm = Alarm(config.alarm)
@@ -103,7 +105,7 @@ class Learner:
                     self.leader.evaluate(self.version)
                 if self._is_checkpoint_due():
                     self._save()
-                self._end_if_interrupted()
+                self._end_if_asked_to_or_unsaved()
             self._end()
         except RunEnds:
             self._save_what_is_new()
@@ -125,6 +127,7 @@ class Learner:
     def state_dict(self) -> StateDict:
         own = {
             "warmup_steps": self.warmup_steps,
+            "is_published": self._is_published,
             "mismatch_floor": self.sentinel.floor,
             "alarm": self.alarm.state_dict(),
             "probe": self.publisher.probe.state_dict(),
@@ -135,6 +138,7 @@ class Learner:
     def load_state_dict(self, state_dict: StateDict, /) -> None:
         if state_dict["settings"][WARMUP] == self.config.algorithm.critic_warmup_steps:  # else it was changed since
             self.warmup_steps = state_dict["warmup_steps"]
+        self._is_published = state_dict["is_published"]
         self.sentinel.floor = state_dict["mismatch_floor"]
         self.alarm.load_state_dict(state_dict["alarm"])
         self.publisher.probe.load_state_dict(state_dict["probe"])
@@ -146,19 +150,21 @@ class Learner:
             self.leader.service.judge_ready(self.publisher.probe.at_ready())
         self._led(lambda leader: leader.begin())
         self._publish(self.version)  # finds a broken transfer, or a model that differs, before any work is done
-        if self.leader is not None and self.step == 0:
-            self.leader.evaluate(self.version)
+        if self.leader is not None:
+            lastsettings.drop(self.config.run_dir)
+            if self.step == 0:
+                self.leader.evaluate(self.version)
 
     def _take_step(self) -> None:
         groups, batch, wait_s = self._next_batch()
         self._is_mid_step = True
         version, is_warmup = self.version, self.step < self.warmup_steps
-        is_published = is_warmup or (self.step - self.warmup_steps) % self.config.weights.publish_every == 0
         observe = None if self.samples is None else self.samples.observer(self.step + 1, version, groups)
         with actors_asleep(self.config, self.publisher.control, version):
             values: dict[str, Value] = dict(
-                self.trainer.step(batch, version, is_warmup, is_published=is_published, observe=observe)
+                self.trainer.step(batch, version, is_warmup, is_published=self._is_published, observe=observe)
             )
+        self._is_published = is_warmup and self._is_published
         values |= self._watch_drift(values)
         self.step += 1
         if is_warmup:
@@ -205,6 +211,7 @@ class Learner:
         if not is_warmup and (self.step - self.warmup_steps) % self.config.weights.publish_every == 0:
             self._wait_before_publication()
             values |= self._publish(self.version + 1).metrics()
+            self._is_published = True
         elif self.leader is not None:
             self.leader.service.set_version(self.version, self.step)
         return values | {"time/publish_s": time.monotonic() - started}
@@ -248,10 +255,14 @@ class Learner:
         self.checkpointer.wait()
 
     def _end(self) -> None:
-        """Saves and exports the model, evaluates it as published, and sends the actors home."""
+        """Saves and exports the model, evaluates it as published, and sends the actors home.
+
+        All of that but the export waits until the last checkpoint is complete: who dies here is to go on from it.
+        """
         self._save()
         final = self.config.run_dir / "checkpoints" / "final"
         export_policy(self.trainer.policy.network, self.config.model.path, final)
+        self.checkpointer.wait()
         self._finish_evaluation()  # the one that may still be running
         if self.leader is not None:
             self.leader.evaluate(self.version)
@@ -290,13 +301,17 @@ class Learner:
             if said is _Said.SERVE:
                 self.publisher.serve(self.version)
 
-    def _end_if_interrupted(self) -> None:
-        _, number = self._agreed(_Said.ANSWER)
+    def _end_if_asked_to_or_unsaved(self) -> None:
+        """After each step. A save that has failed in the background fails on all ranks, on some a little later."""
+        said, number = self._agreed(_Said.FAILED if self.checkpointer.has_failed() else _Said.ANSWER)
+        if said is _Said.FAILED:
+            self.checkpointer.wait()
         if number:
             raise RunEnds(Interrupted(number))
 
     def _agreed(self, said: _Said) -> tuple[_Said, int]:
-        """What rank 0 says and the signal that has reached any rank (0: none), the same on all; a collective."""
+        """The gravest of what ranks say, as a rule rank 0, and the signal that has reached any rank (0: none), the same
+        on all; a collective."""
         number = self.asked_to_stop() or 0
         if self.world.size == 1:
             return said, number

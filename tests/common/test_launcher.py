@@ -231,6 +231,12 @@ def test_an_address_that_is_deleted_while_it_is_read_is_not_there_yet(
         wait_for_endpoint(connect, timeout_s=0.0)
 
 
+@pytest.mark.parametrize("damaged", [b"tcp://\xff:1", bytes(20), b""])
+def test_an_address_that_is_damaged_is_none(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "endpoint").write_bytes(damaged)
+    assert moved_to(f"file:{tmp_path / 'endpoint'}", "tcp://host:1") == "tcp://host:1"
+
+
 def test_forbidden_cores_are_named(config: Config) -> None:
     missing = max(os.sched_getaffinity(0)) + 1000
     result = run("train", "-c", "demo", f"runs_dir={config.runs_dir}", f"cores=[{missing}]")

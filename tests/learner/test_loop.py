@@ -2,12 +2,14 @@
 
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
+from common import lastsettings
 from common.config import (
     AlarmConfig,
     AlgorithmConfig,
@@ -17,6 +19,7 @@ from common.config import (
     EvalConfig,
     LearnerConfig,
     ModelConfig,
+    WeightsConfig,
 )
 from common.stopping import Interrupted, RunEnds
 from learner import loop
@@ -38,12 +41,15 @@ class Stage:
     network: Any = None
     control: None = None  # of the publisher
     probe: Any = None
+    published: list[bool] = field(default_factory=list)  # of each step, whether its policy was what actors have
+    failure: ConfigError | None = None  # of the save under way
 
     # the trainer
     def step(
         self, batch: None, version: int, is_warmup: bool, *, is_published: bool, observe: None
     ) -> dict[str, float]:
         self.calls.append(("warm-up" if is_warmup else "policy", version))
+        self.published.append(is_published)
         return {"critic/explained_variance": self.explained_variance.pop(0)} if self.explained_variance else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,6 +76,11 @@ class Stage:
 
     def wait(self) -> None:
         self.calls.append(("saved", 0))
+        if self.failure is not None:
+            raise self.failure
+
+    def has_failed(self) -> bool:
+        return self.failure is not None
 
     def of(self, name: str) -> list[int]:
         return [number for called, number in self.calls if called == name]
@@ -119,7 +130,8 @@ def test_the_pretrained_critic_is_saved_when_the_gate_ends_the_warm_up_early(sta
 
 def test_a_run_without_policy_steps_trains_the_critic_saves_once_and_ends(stage: Stage) -> None:
     run(stage, steps=0, warmup=3)
-    assert [name for name, _ in stage.calls] == ["hold", "publish", "warm-up", "warm-up", "warm-up", "save", "export"]
+    end = ["save", "export", "saved"]
+    assert [name for name, _ in stage.calls] == ["hold", "publish", "warm-up", "warm-up", "warm-up", *end]
     assert stage.of("save") == [3]
 
 
@@ -128,13 +140,18 @@ def test_a_run_without_warm_up_does_not_save_before_its_first_policy_step(stage:
     assert stage.of("save") == [2]
 
 
-def test_an_evaluation_that_is_due_with_a_checkpoint_is_in_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a resume from there would never start it."""
+def test_an_evaluation_that_is_due_with_a_checkpoint_is_in_it_and_the_last_one_comes_after_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a resume from there would never start it; and actors are not sent home before all is on the disk."""
     order: list[str] = []
     monkeypatch.setattr(stage, "save", lambda step, *_: order.append(f"save {step}"))
+    monkeypatch.setattr(stage, "wait", lambda: order.append("saved"))
     stage.probe = SimpleNamespace(at_ready=lambda: None)
     leader = SimpleNamespace(
-        service=SimpleNamespace(set_version=lambda *_: None, judge_ready=lambda _: None, stop=lambda _: None),
+        service=SimpleNamespace(
+            set_version=lambda *_: None, judge_ready=lambda _: None, stop=lambda _: order.append("home")
+        ),
         begin=lambda: None,
         next_groups=lambda *_: [],
         before_publication=lambda: None,
@@ -153,7 +170,7 @@ def test_an_evaluation_that_is_due_with_a_checkpoint_is_in_it(stage: Stage, monk
         eval=EvalConfig(every=2),
     )
     make_learner(stage, config, leader).run()
-    assert order == ["evaluate 0", "evaluate 2", "save 2", "save 4", "evaluate 4"]
+    assert order == ["evaluate 0", "evaluate 2", "save 2", "save 4", "saved", "evaluate 4", "home"]
 
 
 # ---- a run that ends before its last step
@@ -236,6 +253,64 @@ def test_a_run_that_ends_before_its_first_step_has_nothing_to_save(
     assert stage.of("save") == []
 
 
+@pytest.mark.parametrize("on_this_rank", [True, False], ids=["here", "on another rank"])
+def test_a_save_that_has_failed_in_the_background_ends_all_ranks_after_the_step(
+    stage: Stage, on_this_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever has noticed it first: that is agreed with the interrupts, in a collective that there is anyway."""
+    config = Config(model=ModelConfig(path="nowhere"), algorithm=AlgorithmConfig(critic_warmup_steps=0))
+    learner = make_learner(stage, config)
+    learner.world = World(rank=0, size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(loop.dist, "broadcast", lambda tensor, src: None)
+    step, full = stage.step, ConfigError("the checkpoint of step 5 cannot be written")
+
+    def step_while_the_disk_fills(*arguments: Any, **more: Any) -> dict[str, float]:
+        stage.failure = full
+        return step(*arguments, **more)
+
+    def as_the_other_rank_says(codes: torch.Tensor, operation: object) -> None:
+        if stage.failure is not None and len(stage.of("publish")) == 2:  # the step is over
+            codes[0] = max(int(codes[0]), 0 if on_this_rank else loop._Said.FAILED)
+
+    stage.step = step_while_the_disk_fills  # type: ignore[method-assign]
+    stage.has_failed = lambda: on_this_rank and stage.failure is not None  # type: ignore[method-assign]
+    monkeypatch.setattr(loop.dist, "all_reduce", as_the_other_rank_says)
+    with pytest.raises(ConfigError) as ended:
+        learner.run()
+    assert ended.value is full
+    assert stage.of("policy") == [0] and stage.of("save") == []
+
+
+@pytest.mark.parametrize(
+    "step", [2, 3, 4], ids=["before the first policy step", "a step into version 0", "two steps into it"]
+)
+def test_a_step_knows_also_after_a_resume_whether_actors_sample_from_its_policy(stage: Stage, step: int) -> None:
+    """Before the resume a version takes three policy steps, after it one."""
+
+    def configured(publish_every: int) -> Config:
+        return Config(
+            model=ModelConfig(path="nowhere"),
+            algorithm=AlgorithmConfig(critic_warmup_steps=2),
+            weights=WeightsConfig(publish_every=publish_every),
+            learner=LearnerConfig(steps=6),
+        )
+
+    stage.probe = Probe(Config(), torch.arange(4))
+    learner = make_learner(stage, configured(3))
+    learner._begin()
+    for _ in range(step):
+        learner._take_step()
+    assert stage.published == [True, True, True, False][:step]
+    resumed = make_learner(stage, configured(1))
+    resumed.load_state_dict(learner.state_dict())
+    resumed.step, resumed.version = learner.step, learner.version
+    stage.published.clear()
+    resumed._begin()
+    for _ in range(2):
+        resumed._take_step()
+    assert stage.published == [step == 2, True]
+
+
 def test_a_checkpoint_holds_what_the_probe_saw_at_version_0(stage: Stage) -> None:
     stage.probe = Probe(Config(), torch.arange(4))
     stage.probe.floor = 0.03
@@ -282,6 +357,21 @@ def test_actors_can_be_judged_by_the_initial_policy_before_the_first_one_is_read
     begin = lambda: stage.calls.append(("begin", len(judged)))  # noqa: E731
     make_learner(stage, Config(), SimpleNamespace(service=service, begin=begin, evaluate=lambda version: None))._begin()
     assert stage.calls == [("hold", 0), ("begin", 1), ("publish", 0)] and judged == ["by the probe"]
+
+
+def test_the_settings_of_a_resume_are_kept_when_it_has_published(stage: Stage, tmp_path: Path) -> None:
+    """And not before: an actor, or the transfer, may refuse them."""
+    config = Config(name="run", runs_dir=str(tmp_path))
+    config.run_dir.mkdir()
+    aside = config.run_dir / lastsettings.BEFORE
+    aside.touch()
+    stage.probe = SimpleNamespace(at_ready=lambda: None)
+    service = SimpleNamespace(
+        judge_ready=lambda _: None, set_version=lambda *_: stage.calls.append(("aside", aside.exists()))
+    )
+    begin = lambda: None  # noqa: E731
+    make_learner(stage, config, SimpleNamespace(service=service, begin=begin, evaluate=lambda version: None))._begin()
+    assert stage.of("aside") == [True] and not aside.exists()
 
 
 def test_what_the_probe_did_not_measure_is_no_metric() -> None:

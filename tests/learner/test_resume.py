@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import run
+from common import lastsettings, launcher
 from common.config import Config, ConfigError
-from common.loading import load_config, save_config
+from common.loading import load_config, read_config, save_config
+from common.processes import Outcome
 from learner.checkpoint import Checkpointer
 from learner.checksums import MANIFEST, manifest_of, write_manifest
 from learner.resume import Standing, settings, standing
@@ -130,6 +132,69 @@ def test_adapters_go_on_only_upon_the_weights_that_they_were_trained_on(tmp_path
     (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(ConfigError, match=r"moved holds other weights than those that .*/run trains adapters of"):
         standing(configured(tmp_path, *settings))
+
+
+@pytest.mark.parametrize(
+    ("before", "damaged"),
+    [(b'"settings/seed": 0', b'"settings/seed": 1'), (b'"step": 7', b'"step": 9'), (b"{", b"\xff")],
+    ids=["a setting", "the step", "no text"],
+)
+def test_a_state_that_was_damaged_is_not_believed_and_the_checkpoint_before_is_taken(
+    tmp_path: Path, before: bytes, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = begun(tmp_path, step=5)
+    Checkpointer(run_dir / "checkpoints", keep=2).save(7, 0, State(configured(tmp_path), 4))
+    state = run_dir / "checkpoints" / "step_00000007" / "state.json"
+    assert before in state.read_bytes()
+    state.write_bytes(state.read_bytes().replace(before, damaged, 1))
+    assert standing(configured(tmp_path)) == Standing(step=5, policy_steps=1, is_complete=False)
+    assert "step_00000007 lacks or has other bytes in state.json: it is left out" in caplog.text
+    (run_dir / "checkpoints" / "step_00000005" / "state.json").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is complete \(.*00000005 .*state\.json; .*00000007 "):
+        standing(configured(tmp_path))
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_is_refused_and_nothing_is_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beginning anew would delete what it has done."""
+    run_dir = begun(tmp_path, step=7)
+    (run_dir / "metrics.jsonl").write_text('{"step": 7}\n')
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run.main(["train", "--resume", str(run_dir)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the 7 steps that" in line and f"bring {run_dir / 'checkpoints'} back" in line and "--overwrite" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("has_begun", "exit_code", "kept"),
+    [(False, 2, "old"), (False, 1, "old"), (False, 130, "new"), (True, 2, "new"), (True, 0, "new")],
+)
+def test_the_settings_of_a_resume_stay_once_it_has_begun_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_begun: bool, exit_code: int, kept: str
+) -> None:
+    """Or a plain --resume would be refused in the words that refused them. Other processes are left out."""
+    run_dir = begun(tmp_path, step=7)
+    before = (run_dir / "config.yaml").read_bytes()
+
+    def supervise(config: Config, specs: object, room: object) -> Outcome:
+        assert read_config(run_dir / "config.yaml").learner.steps == 9, "the children read it there"
+        if has_begun:
+            lastsettings.drop(run_dir)
+        return Outcome(exit_code=exit_code, message=None)
+
+    monkeypatch.setattr(launcher, "_supervise", supervise)
+    monkeypatch.setattr(launcher, "check", lambda *_: None)
+    monkeypatch.setattr(run, "_report", lambda config, outcome: outcome.exit_code)
+    assert run.main(["train", "--resume", str(run_dir), "learner.steps=9"]) == exit_code
+    assert ((run_dir / "config.yaml").read_bytes() == before) == (kept == "old")
+    if exit_code == 130:  # the next one tries them again, and what it cannot begin with is not kept either
+        exit_code = 2
+        assert run.main(["train", "--resume", str(run_dir)]) == exit_code
+        assert (run_dir / "config.yaml").read_bytes() == before
+    assert not (run_dir / lastsettings.BEFORE).exists()
 
 
 @pytest.mark.parametrize("override", ["name=other", "runs_dir=elsewhere"])
