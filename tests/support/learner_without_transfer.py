@@ -39,7 +39,8 @@ class Announcement(Publisher):
     def publish(self, version: int) -> Publication:
         members = self.control.member_ids() if self.control is not None else ()
         if self.control is not None and members:
-            self.control.command(WeightsPhase.FINISH, version, {actor: {} for actor in members}, 30.0)
+            for phase in (WeightsPhase.FINISH, WeightsPhase.RESUME):  # it is loaded, and it is sampled from
+                self.control.command(phase, version, {actor: {} for actor in members}, 30.0)
         return Publication(version=version, members=members, seconds=0.0, costs=Costs(), probe_difference=0.0)
 
     def serve(self, version: int) -> Publication:
