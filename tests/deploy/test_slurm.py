@@ -79,6 +79,26 @@ def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs
     assert (run_dir / "queued_again").exists(), "those that it sent home are to know"
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_slurm_that_fails_for_a_moment_or_for_good_does_not_keep_a_learner_from_being_queued_again(
+    programs: Programs, run_dir: Path, is_gone: bool
+) -> None:
+    fails_once = "[[ -e {0}.failed ]] || {{ touch {0}.failed; exit 1; }}; "
+    programs.add("sleep")
+    programs.add("torchrun", UNTIL_STOPPED)
+    programs.add("scancel", "exit 1" if is_gone else fails_once.format("scancel") + 'kill -TERM "$(cat pid)"')
+    shows = 'if [[ $1 == show ]]; then printf "gpu7\\n"; exit; fi; '
+    programs.add("scontrol", shows + fails_once.format("scontrol"))
+    job = programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)
+    running(programs)
+    job.send_signal(signal.SIGUSR1)
+    code, errors = finish(job)
+    assert code == 143
+    assert len(programs.calls("scancel")) == (3 if is_gone else 2)
+    assert ("failed 3 times: scancel" in errors) is is_gone
+    assert programs.calls("scontrol")[-2:] == [["requeue", "1234"]] * 2
+
+
 def test_a_learner_that_is_done_when_its_time_is_up_is_not_queued_again(programs: Programs, run_dir: Path) -> None:
     programs.add("torchrun", UNTIL_STOPPED.replace("143", "0"))
     job = programs.start(LEARNER, str(run_dir), "demo", SLURM_NODEID="0", **NODES)
