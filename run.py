@@ -5,9 +5,9 @@
     python run.py --help                             all commands
 
 Exit codes: 0 done; 2 a mistake in the call, the configuration or the data, explained in one sentence on stderr;
-1 somebody was waited for in vain, gradients stayed infinite, or a file could not be written; 70 an error that nobody
-foresaw, its traceback is in the log; 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM); else the code of the
-process that failed first.
+1 somebody was waited for in vain, gradients stayed infinite, or a file could not be read or written; 70 an error that
+nobody foresaw, its traceback is in the log; 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM, 129 a lost terminal,
+141 a reader of the output that went away); else the code of the process that failed first.
 
 Commands import what they need after parsing, so that `--help` needs neither torch nor vLLM.
 """
@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from common.launcher import QUIET_ENVIRONMENT
 from common.loading import config_of_run, load_config
 from common.processes import Outcome
 from common.processtree import Guardian
+from common.stopping import has_lost_reader
 from common.types import AnswerForm
 
 USER_ERROR = 2
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, run the command, return its exit code."""
     arguments = parse(argv)
     try:
-        return COMMANDS[arguments.command](arguments)
+        code = COMMANDS[arguments.command](arguments)
+        print(end="", flush=True)
+        return code
     except FileNotFoundError as error:
         if error.filename is None:  # not about a path that the user can have meant
             raise
@@ -51,11 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(error, str(error), USER_ERROR if isinstance(error, ValueError) else 1)
     except OSError as error:
-        if (problem := disk_problem(error)) is None:
+        if isinstance(error, BrokenPipeError) and has_lost_reader():
+            return 128 + signal.SIGPIPE
+        if (problem := disk_problem(error, _place(arguments))) is None:
             raise
         return _fail(error, problem, 1)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _place(arguments: argparse.Namespace) -> str:
+    """Where a command writes, for an error that does not say it; `train` knows better."""
+    names = ("html", "out", "folder") if arguments.command != "check" else ("data",)
+    return next((path for name in names if (path := getattr(arguments, name, None)) is not None), "a file")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -366,7 +377,8 @@ def _fail(error: Exception, message: str, code: int) -> int:
     """One sentence for the reader; a role's log also gets the traceback, unless the mistake is in the configuration."""
     if logging.getLogger().handlers and not isinstance(error, ConfigError):
         logging.getLogger(__name__).error("the role ends", exc_info=error)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # on a full disk its log has no room for it, and the code says as much
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -32,7 +32,7 @@ from common.broadcast import BrokenTransfer
 from common.child import announce_ready
 from common.config import Config, ConfigError, Device
 from common.keys import ActorKeys
-from common.stopping import is_echo
+from common.stopping import is_echo, stop_numbers
 from common.transport import ActorConnection
 from common.types import (
     Ack,
@@ -63,8 +63,8 @@ NO_PROBE = np.empty(0, dtype=np.float32)
 
 @dataclass
 class Departure:
-    """How signals end this actor, made on its event loop: the first SIGTERM lets one that takes part finish what it
-    samples; SIGINT, a later SIGTERM that is no echo, or any before it takes part, ends it at once."""
+    """How signals end this actor, made on its event loop: the first SIGTERM or SIGHUP lets one that takes part finish
+    what it samples; SIGINT, a later SIGTERM that is no echo, or any before it takes part, ends it at once."""
 
     task: "asyncio.Task[None]"
     is_draining: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,7 +76,7 @@ class Departure:
     def handle(self, number: int) -> None:
         if self.is_draining.is_set() and is_echo(number, time.monotonic() - self.drains_since_s):
             return
-        if number == signal.SIGTERM and self.takes_part and not self.is_draining.is_set():
+        if number in (signal.SIGTERM, signal.SIGHUP) and self.takes_part and not self.is_draining.is_set():
             self.is_draining.set()
             self.drains_since_s = time.monotonic()
         else:
@@ -360,7 +360,7 @@ def main(
         task = asyncio.current_task()
         assert task is not None
         departure = Departure(task)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_numbers():
             asyncio.get_running_loop().add_signal_handler(number, departure.handle, number)
         code = 0
         try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.causes import CRASHED, count_oom_kills, how_it_ended
+from common.causes import CRASHED, count_oom_kills, disk_problem, how_it_ended
 from common.processtree import child_setup
 from common.restarts import RestartBudget
 
@@ -56,6 +56,7 @@ class Child:
         self.ready_path = log_dir / f".{spec.name}.ready"
         self.was_ready = False  # in this or an earlier life
         self.is_settled = False  # its end was dealt with
+        self._has_announced = False  # in this life, that it is ready
         self.start_again_at: float | None = None  # monotonic
         self.leave_by: float | None = None  # monotonic
         self.why_given_up: str | None = None
@@ -65,10 +66,12 @@ class Child:
         """Start in a session of its own, with `environment` on top; output to the log, stdout of an echoed child to a
         pipe. Raises CannotStart."""
         self.ready_path.unlink(missing_ok=True)
-        self.start_again_at, self.is_settled = None, False
+        self.start_again_at, self.is_settled, self._has_announced = None, False, False
         own = {READY_FILE: str(self.ready_path.absolute()), "PYTHONUNBUFFERED": "1"}
         try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             with self.log_path.open("ab") as log:
+                self._log_before = log.tell()  # of earlier lives and runs
                 self._popen = subprocess.Popen(
                     self.spec.command,
                     env={**os.environ, **self.spec.environment, **environment, **own},
@@ -79,7 +82,8 @@ class Child:
                     preexec_fn=child_setup(self.spec.cores),
                 )
         except (OSError, subprocess.SubprocessError) as error:
-            raise CannotStart(f"{self.spec.name} cannot be started ({error})") from error
+            why = disk_problem(error, self.log_path) or str(error)
+            raise CannotStart(f"{self.spec.name} cannot be started: {why}") from error
         self.started_at = time.monotonic()
         self._oom_kills_before = count_oom_kills()
 
@@ -98,8 +102,9 @@ class Child:
 
     @property
     def is_ready(self) -> bool:
-        self.was_ready = self.was_ready or self.ready_path.exists()
-        return self.ready_path.exists()
+        self._has_announced = self._has_announced or self.ready_path.exists()
+        self.was_ready = self.was_ready or self._has_announced
+        return self._has_announced
 
     @property
     def is_active(self) -> bool:
@@ -119,7 +124,7 @@ class Child:
     def how_it_ended(self) -> str:
         """One sentence with its name, the reason and the log."""
         oom_kills = count_oom_kills() - self._oom_kills_before
-        return how_it_ended(self.spec.name, self._returncode, self.log_path, oom_kills)
+        return how_it_ended(self.spec.name, self._returncode, self.log_path, oom_kills, self._log_before)
 
     @property
     def exit_code(self) -> int:
@@ -129,7 +134,7 @@ class Child:
     @property
     def has_crashed(self) -> bool:
         """It ended in a way that it has not chosen, so that another life may fare better."""
-        asked = (-signal.SIGTERM, -signal.SIGINT)
+        asked = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
         return self._returncode == CRASHED or (self._returncode < 0 and self._returncode not in asked)
 
     @property

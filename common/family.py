@@ -8,7 +8,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from common.child import Child
 from common.console import Console
 from common.control import CONTROL_VARIABLE, ControlSocket
 from common.processtree import Guardian, adopt_orphans, descendants, family, kill, reap_adopted
-from common.stopping import is_echo
+from common.stopping import ECHO_S, GONE, is_echo, silence, stop_numbers
 from common.types import JSON
 
 KILL_S = 4.0  # for SIGKILL to take effect
@@ -30,9 +29,9 @@ KILL_S = 4.0  # for SIGKILL to take effect
 class Family:
     """All processes of one run, as a context manager that leaves none behind.
 
-    One thread, the main one. Signals (SIGCHLD, SIGINT, SIGTERM) arrive as bytes on a pipe that `pump` selects on beside
-    the output of echoed children and RUN/control, so an exit is seen at once and nothing is polled. The console is
-    renewed between two waits.
+    One thread, the main one. Signals (SIGCHLD and those that ask to stop) arrive as bytes on a pipe that `pump` selects
+    on beside the output of echoed children and RUN/control, so an exit is seen at once and nothing is polled. The
+    console is renewed between two waits.
     Invariant: every process below this one that was not there when the family was made belongs to it. While it is open,
     the process must start no others.
 
@@ -56,7 +55,8 @@ class Family:
         self._console = console
         self._foreign = {process.pid for process in descendants()}
         self._guardian = Guardian()
-        self.interrupts: list[int] = []  # SIGINT and SIGTERM so far (no echo), SIGPIPE for a console that went away
+        self._protected = set[int]()  # pids that it knows
+        self.interrupts: list[int] = []  # of stop_numbers so far (no echo), SIGPIPE for a console that went away
         self._interrupted_at = math.inf  # monotonic, of the first
 
     def __enter__(self) -> Self:
@@ -87,6 +87,7 @@ class Family:
             environment[CONTROL_VARIABLE] = str(self._run_dir.absolute())
         child.start(environment)
         self._guardian.protect(child.popen.pid)
+        self._protected.add(child.popen.pid)
         if child.popen.stdout is not None:
             os.set_blocking(child.popen.stdout.fileno(), False)
             self._selector.register(child.popen.stdout, selectors.EVENT_READ, child)
@@ -112,10 +113,20 @@ class Family:
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
-        if number == signal.SIGCHLD or (self.interrupts and is_echo(number, now - self._interrupted_at)):
+        if number == signal.SIGCHLD or (self.interrupts and self._is_echo(number, now - self._interrupted_at)):
             return
         self._interrupted_at = min(self._interrupted_at, now)
         self.interrupts.append(number)
+
+    def _is_echo(self, number: int, since_first_s: float) -> bool:
+        """Ctrl-C also ends the `tee` of `train | tee`, and a terminal that hangs up can no longer be written to: that
+        the console is gone asks for nothing new, and what comes with it is the same request."""
+        is_first_from_console = self.interrupts[0] == signal.SIGPIPE
+        return (
+            number == signal.SIGPIPE
+            or (is_first_from_console and since_first_s < ECHO_S)
+            or is_echo(number, since_first_s)
+        )
 
     def drain(self, child: Child) -> None:
         """What an ended child had still written."""
@@ -128,11 +139,15 @@ class Family:
         They are listed before the families of the living: what one of those starts in between is in no list.
         """
         reap_adopted(self._foreign | {child.popen.pid for child in self._children() if child.was_started})
+        ended = self._protected - {child.popen.pid for child in self._children() if child.is_running}
         found = descendants(self._foreign)
         spared = family(child.popen.pid for child in self._children() if child.is_running)
         orphans = [process for process in found if process.pid not in spared]
         kill(orphans)
-        psutil.wait_procs(orphans, timeout=KILL_S)
+        _, left = psutil.wait_procs(orphans, timeout=KILL_S)
+        for pid in () if left else ended:
+            self._guardian.forget(pid)
+            self._protected.remove(pid)
 
     def _kill_everything(self) -> None:
         """Kill what is still there, again until nothing is (a process may be forking)."""
@@ -166,6 +181,7 @@ class Family:
             stream.close()
             return False
         try:
+            child.log_path.parent.mkdir(exist_ok=True)
             with child.log_path.open("ab") as log:
                 log.write(piece)
         except OSError as error:  # the console has it, and a disk that is full ends the run where it matters
@@ -177,17 +193,19 @@ class Family:
         """A reader that went away (`train | head`) ends the run like an interrupt."""
         try:
             act()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            silence()
             self._note(signal.SIGPIPE)
 
     def _listen_to_signals(self) -> None:
-        """SIGCHLD, SIGINT and SIGTERM become bytes on a pipe from now on."""
+        """SIGCHLD and what asks to stop become bytes on a pipe from now on."""
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         os.set_blocking(self._reader, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        numbers = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGCHLD, *stop_numbers())
         self._handlers_before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
         self._selector.register(self._reader, selectors.EVENT_READ)
 

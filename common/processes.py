@@ -9,8 +9,8 @@ restarts (common/restarts.py).
 A follower that is given up does not end the run, because others may take part, from other machines as well. The leaders
 know who does; they ask here (common/control.py) whether somebody may still come, and end the run when nobody may.
 
-The first SIGINT or SIGTERM asks the leaders to finish (they save a checkpoint and send all actors home), the second
-ends everything at once, unless it is an echo of the first (common/stopping.py).
+The first SIGINT, SIGTERM or SIGHUP asks the leaders to finish (they save a checkpoint and send all actors home), the
+second ends everything at once, unless it is an echo of the first (common/stopping.py).
 """
 
 import math

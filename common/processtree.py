@@ -120,6 +120,10 @@ class Guardian:
         """Tell it of one more session (the pid of a child started with start_new_session)."""
         os.write(self._writer, b"session %d\n" % session)
 
+    def forget(self, session: int) -> None:
+        """Nobody is left in it, so that the kernel may give its number to a stranger."""
+        os.write(self._writer, b"forget %d\n" % session)
+
     def protect_descendants(self) -> None:
         """Whatever this process starts from now on, and what that starts, dies with it.
 
@@ -142,7 +146,7 @@ def _guard(reader: int) -> None:
     """The guardian's life, in the forked child: it must end in os._exit and touch nothing of the parent's."""
     try:
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM):  # Slurm tells it too, and it must stay to the end
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Slurm tells it too, and it must stay to the end
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
@@ -161,9 +165,21 @@ def _guard(reader: int) -> None:
                 known = {process for process in known if _is_alive(process)} | set(_below(parent))
         if not text.endswith(Guardian.FAREWELL):
             kill([process for one in known for process in (one, *_below(one))])
-            _kill_all(set(text.decode().splitlines()))
+            _kill_all(_told(text.decode()))
     finally:
         os._exit(0)
+
+
+def _told(text: str) -> set[str]:
+    """The sessions and marks that the guardian was told of, less those that it was to forget."""
+    told = set[str]()
+    for line in text.splitlines():
+        kind, _, session = line.partition(" ")
+        if kind == "forget":
+            told.discard(f"session {session}")
+        else:
+            told.add(line)
+    return told
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:

@@ -1,8 +1,10 @@
 """How a role is asked to stop: the first SIGINT or SIGTERM lets it finish, the second ends it at once.
 
-Slurm and torchrun both tell every process of a job, so that one request comes as two SIGTERM: see `is_echo`.
+Slurm and torchrun both tell every process of a job, so that one request comes as two SIGTERM: see `is_echo`. SIGHUP, of
+a terminal that went away, is as SIGTERM, unless it is ignored, as under nohup.
 """
 
+import errno
 import math
 import os
 import select
@@ -10,14 +12,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from common.causes import disk_problem
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 5.0  # from the first signal: SIGTERM is no second request, but the same one from somebody else
+
+
+# What a write to a console meets whose reader (`train | head`) or terminal went away.
+GONE = (errno.EPIPE, errno.EIO)
 
 
 class Interrupted(Exception):
@@ -42,14 +48,58 @@ def is_crash(error: BaseException | None) -> bool:
     return isinstance(error, Exception) and not isinstance(error, foreseen) and disk_problem(error, ".") is None
 
 
+def stop_numbers() -> tuple[signal.Signals, ...]:
+    """The signals that ask this process to stop."""
+    is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if is_deaf else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """The first signal of stop_numbers but SIGINT, which Python sees to, raises Interrupted here; the others are for
+    naught, as they would interrupt what it has begun to clean up. In the main thread."""
+    has_raised = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal has_raised
+        if not has_raised:
+            has_raised = True
+            raise Interrupted(number)
+
+    numbers = [number for number in stop_numbers() if number != signal.SIGINT]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def silence() -> None:
+    """Nobody reads standard output any more: what is still written there is lost, and no error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def has_lost_reader() -> bool:
+    """Whether nobody reads standard output any more; then it is silenced."""
+    console = select.poll()
+    console.register(sys.stdout.fileno(), 0)  # errors are told in any case
+    is_lost = any(event & select.POLLERR for _, event in console.poll(0))
+    if is_lost:
+        silence()
+    return is_lost
+
+
 def is_echo(number: int, since_first_s: float) -> bool:
     """Whether the signal `number`, so long after the first one, asks for nothing new. SIGINT, which a person sends,
     always does."""
-    return number == signal.SIGTERM and since_first_s < ECHO_S
+    return number in (signal.SIGTERM, signal.SIGHUP) and since_first_s < ECHO_S
 
 
 class StopSignals:
-    """SIGINT and SIGTERM to this process, as a context manager of the main thread.
+    """SIGINT, SIGTERM and SIGHUP to this process, as a context manager of the main thread.
 
     At first a signal raises Interrupted in the main thread, wherever that is. After `defer` it is only noted as
     `number`, for whoever asks between two pieces of work. A thread reads the signals from a pipe, so that the second
@@ -69,7 +119,7 @@ class StopSignals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, self._handle) for number in NUMBERS}
+        self._handlers_before = {number: signal.signal(number, self._handle) for number in stop_numbers()}
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -106,7 +156,7 @@ class StopSignals:
             if not received:
                 return
             for number in received:
-                if number in NUMBERS:
+                if number in self._handlers_before:
                     self._note(number)
 
     def _time_left(self) -> float | None:

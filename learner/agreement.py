@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from common.causes import CannotWrite
 from common.config import ConfigError
 from common.types import JSON
 
@@ -31,17 +32,19 @@ def gather(value: JSON, group: dist.ProcessGroup | None) -> list[JSON]:
 def all_or_none(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """What keeps one rank from `what` (a file that cannot be written) ends it on every rank, in the same words.
 
-    A collective. Otherwise the others would wait in their next one for a rank that has left. Raises ConfigError.
+    A collective. Otherwise the others would wait in their next one for a rank that has left. Raises ConfigError
+    where that was raised, else CannotWrite.
     """
-    problem = None
+    problem: list[JSON] | None = None  # [whether it is the user's mistake, sentence]
     try:
         yield
     except ConfigError as error:
-        problem = str(error)
+        problem = [True, str(error)]
     except (OSError, CheckpointException) as error:
-        problem = f"{what} on {socket.gethostname()}: {_reason(error)}"
-    if problem := next(filter(None, gather(problem, group)), None):
-        raise ConfigError(problem)
+        problem = [False, f"{what} on {socket.gethostname()}: {_reason(error)}"]
+    if found := next(filter(None, gather(problem, group)), None):
+        is_mistake, sentence = found
+        raise ConfigError(sentence) if is_mistake else CannotWrite(sentence)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -102,8 +103,46 @@ def test_a_run_directory_that_is_not_writable_is_one_sentence(
 
     monkeypatch.setitem(run.COMMANDS, "inspect", refused)
     assert run.main(["inspect", "runs/a"]) == 1
-    sentence = "error: runs/a/logs cannot be written, this user may not write there: choose another runs_dir\n"
-    assert capsys.readouterr().err == sentence
+    sentence = "error: runs/a/logs cannot be read or written, this user may not: change its owner or mode, or choose "
+    assert capsys.readouterr().err == f"{sentence}another place\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["inspect", "runs/a", "--html", "page.html"], "page.html"),
+        (["check", "-c", "demo", "--data", "tokens"], "tokens"),
+        (["export", "runs/a", "--out", "model"], "model"),
+        (["keygen", "keys"], "keys"),
+        (["eval", "runs/a", "--data", "rows.jsonl"], "a file"),
+    ],
+)
+def test_a_disk_that_is_full_while_an_open_file_is_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], place: str
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(run.COMMANDS, arguments[0], full)
+    assert run.main(arguments) == 1
+    assert (
+        capsys.readouterr().err == f"error: {place} cannot be written, no space is left on its file system: free some\n"
+    )
+
+
+def test_output_that_nobody_takes_is_no_traceback_and_does_not_hide_the_exit_code(tmp_path: Path) -> None:
+    """As with `run.py keygen | true`, and of a role whose log is on a full disk."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def code(stdout: IO[str] | int, stderr: IO[str] | int, *arguments: str) -> tuple[int, str | None]:
+        command = [sys.executable, "run.py", *arguments]
+        done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=stderr, text=True, timeout=LIMIT_S, check=False)
+        return done.returncode, done.stderr
+
+    with os.fdopen(writer, "w") as gone, open("/dev/full", "w") as full:
+        assert code(gone, subprocess.PIPE, "keygen", str(tmp_path / "keys")) == (128 + signal.SIGPIPE, "")
+        assert code(subprocess.PIPE, full, "actors", str(tmp_path)) == (2, None)
 
 
 def test_ctrl_c_before_anything_is_started_is_no_traceback(

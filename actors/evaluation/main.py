@@ -9,7 +9,6 @@ the engine says, OUT/scores.json what the table says.
 import asyncio
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,13 +27,14 @@ from actors.verifier.pool import VerifierError, pool_of
 from actors.verifier.trial import needs_trial, try_verifier
 from common.lines import for_terminal
 from common.progress import Progress
+from common.stopping import stop_numbers
 
 LOG, SCORES = "engine.log", "scores.json"
 
 
 @dataclass
 class Interruption:
-    """How SIGINT and SIGTERM end an evaluation, on its event loop.
+    """How SIGINT, SIGTERM and SIGHUP end an evaluation, on its event loop.
 
     Nothing can break off an engine that starts. Then a signal, or the end of its time, ends this process on the spot,
     and its guardian sees to what it has started (common/processtree.py).
@@ -117,7 +117,7 @@ def _sample(plan: Plan, found: Transcripts, *, is_quiet: bool) -> tuple[int | No
         task = asyncio.current_task()
         assert task is not None
         interruption = Interruption(task, console)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_numbers():
             asyncio.get_running_loop().add_signal_handler(number, interruption.handle, number)
         try:
             return None, await _run(plan, found, interruption, is_quiet=is_quiet)

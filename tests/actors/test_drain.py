@@ -189,6 +189,7 @@ def test_signals_end_an_actor_at_once_or_let_it_drain() -> None:
         return asyncio.run(ended_by(*numbers, takes_part=takes_part, late=late))
 
     assert run(signal.SIGTERM) == (True, None)
+    assert run(signal.SIGHUP) == run(signal.SIGHUP, signal.SIGTERM) == (True, None), "of a terminal that went away"
     assert run(signal.SIGTERM, signal.SIGTERM) == (True, None), "an echo, as Slurm and torchrun send it"
     assert run(signal.SIGTERM, signal.SIGTERM, late=True) == (True, signal.SIGTERM)
     assert run(signal.SIGTERM, signal.SIGINT) == (True, signal.SIGINT)

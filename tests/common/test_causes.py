@@ -1,13 +1,15 @@
 """What a user is told of a process that ended."""
 
 import errno
+import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common import causes
-from common.causes import count_oom_kills, disk_problem, how_it_ended, last_error
+from common.causes import CannotWrite, count_oom_kills, disk_problem, how_it_ended, last_error, naming
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,51 @@ def test_the_kernel_s_count_is_read_from_either_kind_of_cgroup(
     assert count_oom_kills() == 2
 
 
+def test_of_a_copy_the_file_that_is_written_is_to_blame_for_a_full_disk() -> None:
+    def problem(number: int) -> str | None:
+        return disk_problem(OSError(number, os.strerror(number), "from", None, "to"))
+
+    assert problem(errno.ENOSPC) == "to cannot be written, no space is left on its file system: free some"
+    assert str(problem(errno.EIO)).startswith("from or to cannot be read or written, its file system reports")
+
+
+def test_an_error_of_the_disk_without_a_name_gets_one_and_others_do_not() -> None:
+    def named(number: int, *names: str) -> object:
+        with pytest.raises(OSError) as raised, naming(Path("runs/a")):
+            raise OSError(number, "", *names)
+        return raised.value.filename
+
+    assert named(errno.ENOSPC) == "runs/a"
+    assert named(errno.ENOSPC, "runs/a/logs") == "runs/a/logs"
+    assert named(errno.EACCES) is None and named(errno.ECONNRESET) is None
+
+
+def test_the_reason_is_looked_for_in_the_present_life(tmp_path: Path) -> None:
+    log = tmp_path / "role.log"
+    log.write_text("error: of an earlier life\n")
+    since = log.stat().st_size
+    assert last_error(log, since) == "no output"
+    log.write_text("error: of an earlier life\nTraceback\nKeyError: 'x'\n")
+    assert how_it_ended("a", 70, log, since=since) == f"a ended with exit code 70: KeyError: 'x' (log: {log})"
+    log.write_text("error: anew\n")
+    assert last_error(log, since) == "anew", "somebody has emptied it"
+    log.unlink()
+    assert last_error(log, since) == "its log cannot be read (No such file or directory)"
+
+
+def test_a_log_that_is_cut_off_by_a_full_disk_still_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "role.log"
+    log.write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
+    assert last_error(log) == f"{tmp_path} cannot be written, no space is left on its file system: free some"
+    log.write_text("Traceback\nOSError: [Errno 5] Input/output error: 'runs/x'\n")
+    assert last_error(log).startswith("runs/x cannot be read or written, its file system reports an input/output error")
+    log.write_text("OSError: [Errno 98] Address already in use\n")
+    assert last_error(log) == "OSError: [Errno 98] Address already in use"
+    log.write_text("")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0))
+    assert last_error(log) == f"no output, as no space is left for it in {tmp_path}"
+
+
 def test_a_full_disk_is_found_behind_what_it_caused() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     try:
@@ -61,8 +108,10 @@ def test_a_full_disk_is_found_behind_what_it_caused() -> None:
         )
     collected = type("CheckpointException", (Exception,), {"failures": {1: (full, None)}})()
     assert disk_problem(collected, "runs/a") is not None
+    assert disk_problem(CannotWrite("a sentence")) == "a sentence"
     assert disk_problem(OSError(errno.EACCES, "Permission denied", "runs/a/logs"), "runs/a") == (
-        "runs/a/logs cannot be written, this user may not write there: choose another runs_dir"
+        "runs/a/logs cannot be read or written, this user may not: change its owner or mode, or choose another place"
     )
+    assert disk_problem(OSError(errno.EACCES, "Permission denied"), "runs/a") is None, "a socket's, maybe"
     assert disk_problem(OSError(errno.ECONNRESET, "reset"), "runs/a") is None
     assert disk_problem(KeyError("x"), "runs/a") is None

@@ -13,10 +13,14 @@ import psutil
 import pytest
 
 from common.causes import CRASHED
-from common.child import ChildSpec
+from common.child import Child, ChildSpec
 from common.config import ConfigError
+from common.console import Console
 from common.control import PACKET_BYTES, Status, ask, status
+from common.family import Family
 from common.processes import MAX_FOLLOWERS, Supervisor, deal_cores
+from common.processtree import Guardian
+from tests.support.fake_run import to_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0  # for anything that should take a moment; two cores may be busy
@@ -339,7 +343,7 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_lets_the_leaders_finish_while_the_followers_stay(log_dir: Path, number: signal.Signals) -> None:
     asked = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(print(time.time()))); "
     process = start(
@@ -393,6 +397,76 @@ def test_children_and_grandchildren_die_with_a_killed_supervisor(log_dir: Path) 
     wait_until(lambda: not family(log_dir))
 
 
+def test_the_guardian_forgets_who_has_ended_as_its_number_may_be_a_stranger_s(
+    log_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, pids = list[tuple[str, int]](), list[int]()
+    monkeypatch.setattr(Guardian, "protect", lambda _, session: told.append(("protect", session)))
+    monkeypatch.setattr(Guardian, "forget", lambda _, session: told.append(("forget", session)))
+    ends = to_spec(follower("pass"), str(log_dir))
+    stays = to_spec(leader("import time; time.sleep(1000)"), str(log_dir))
+    children = [Child(spec, log_dir) for spec in (ends, stays)]
+    log_dir.mkdir()
+    with Family(lambda: children, lambda _: None, None, Console()) as supervised:
+        for child in children:
+            supervised.start(child)
+            pids.append(child.popen.pid)
+        children[0].popen.wait(LIMIT_S)
+        supervised.kill_orphans()
+        supervised.kill_orphans()
+        assert told == [("protect", pids[0]), ("protect", pids[1]), ("forget", pids[0])]
+
+
+def test_a_guardian_kills_whom_it_was_told_of_but_for_those_that_it_was_to_forget(log_dir: Path) -> None:
+    def stranger() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-c", SLEEP, str(log_dir)], start_new_session=True)
+
+    forgotten, mine = stranger(), stranger()
+    holds = (
+        "import os, signal, sys; from common.processtree import Guardian\n"
+        "with Guardian() as guardian:\n"
+        "    for pid in sys.argv[1:]: guardian.protect(int(pid))\n"
+        "    guardian.forget(int(sys.argv[1]))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    try:
+        subprocess.run([sys.executable, "-c", holds, str(forgotten.pid), str(mine.pid)], cwd=ROOT, timeout=LIMIT_S)
+        assert mine.wait(timeout=LIMIT_S) == -signal.SIGKILL
+        assert forgotten.poll() is None, "all are killed in one go"
+    finally:
+        for process in (forgotten, mine):
+            process.kill()
+            process.wait()
+
+
+def test_logs_that_somebody_removed_are_begun_anew_and_the_run_goes_on(log_dir: Path, tmp_path: Path) -> None:
+    removes = f"import shutil; shutil.rmtree({str(log_dir)!r}); sys.exit({CRASHED})"
+    rows = [leader(lives(tmp_path, removes, "print('done')"), restarts=1, is_echoed=True)]
+    code, message, console = finish(start(log_dir, rows))
+    assert (code, message) == (0, None)
+    assert "learner-0 ended with exit code 70: its log cannot be read (No such file or directory)" in console
+    assert (log_dir / "learner-0.log").read_text() == "done\n"
+
+
+def test_who_was_ready_stays_so_without_its_file_until_its_next_life(log_dir: Path) -> None:
+    log_dir.mkdir()
+    child = Child(to_spec(follower("pass"), str(log_dir)), log_dir)
+    for _ in range(2):
+        child.start({})
+        assert child.popen.wait(LIMIT_S) == 0 and not child.is_ready
+        child.ready_path.touch()
+        assert child.is_ready
+        child.ready_path.unlink()
+        assert child.is_ready
+
+
+def test_the_reason_of_an_end_is_not_an_earlier_run_s(log_dir: Path) -> None:
+    log_dir.mkdir()
+    (log_dir / "learner-0.log").write_text("error: no space is left\n")
+    _, message, _ = finish(start(log_dir, [leader("raise KeyError('x')")]))
+    assert message.startswith("learner-0 ended with exit code 1: KeyError: 'x'")
+
+
 def test_a_child_runs_on_its_cores(log_dir: Path) -> None:
     core = max(os.sched_getaffinity(0))
     prints = "import os; print(sorted(os.sched_getaffinity(0)))"
@@ -406,6 +480,26 @@ def test_a_console_that_goes_away_ends_the_run(log_dir: Path) -> None:
     assert process.stdout is not None and process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=LIMIT_S) == 0
+
+
+def test_a_console_that_goes_away_with_an_interrupt_does_not_end_the_patience(log_dir: Path) -> None:
+    """Ctrl-C ends `tee` too, in `train | tee`."""
+    saves = "import pathlib, sys; pathlib.Path(sys.argv[1], 'saved').touch()"
+    chatty = "import time\nwhile not asked: print('x' * 1000, flush=True); time.sleep(0.01)\n"
+    asked = (
+        "import signal\nasked = []\nsignal.signal(signal.SIGINT, lambda *_: asked.append(1))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+    )
+    more = "for _ in range(50): print('y' * 1000, flush=True); time.sleep(0.01)\n"
+    for is_first in (True, False):
+        process = start(log_dir, [leader(asked + chatty + more + saves, is_echoed=True)])
+        assert process.stdout is not None and process.stdout.readline()
+        if is_first:
+            process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.stdout.close()
+        assert process.wait(timeout=LIMIT_S) == 0
+        (log_dir / "saved").unlink()  # it is there: the leader had its time
 
 
 def test_cores_are_dealt_in_shares_or_in_turns() -> None:

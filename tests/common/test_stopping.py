@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common.stopping import ECHO_S, Interrupted, RunEnds, is_crash, is_echo
+from common.stopping import ECHO_S, Interrupted, RunEnds, is_crash, is_echo, stop_numbers, stopped_by_signals
 from tests.support.runs import ROOT
 
 LIMIT_S = 60.0
@@ -88,6 +88,7 @@ def test_a_sigterm_that_comes_again_later_ends_the_process_at_once() -> None:
 def test_only_sigterm_has_an_echo_and_not_for_long() -> None:
     assert is_echo(signal.SIGTERM, 0.0) and is_echo(signal.SIGTERM, ECHO_S - 0.01)
     assert not is_echo(signal.SIGTERM, ECHO_S)
+    assert is_echo(signal.SIGHUP, 0.0) and not is_echo(signal.SIGHUP, ECHO_S)
     assert not is_echo(signal.SIGINT, 0.0) and not is_echo(signal.SIGPIPE, 0.0)
 
 
@@ -113,3 +114,27 @@ def test_what_was_foreseen_is_no_crash(error: Exception) -> None:
     assert not is_crash(error)
     assert not is_crash(None) and not is_crash(KeyboardInterrupt())
     assert is_crash(RuntimeError("a tensor"))
+
+
+def test_a_lost_terminal_asks_to_stop_unless_that_is_ignored_as_under_nohup() -> None:
+    assert stop_numbers() == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_numbers() == (signal.SIGINT, signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process = blocked()
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout is not None and process.stdout.readline() == "noted 1\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=LIMIT_S) == 128 + signal.SIGINT
+
+
+def test_the_first_signal_is_raised_and_the_next_ones_are_for_naught() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="interrupted by SIGHUP"), stopped_by_signals():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

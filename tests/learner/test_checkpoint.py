@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from common.causes import CannotWrite, disk_problem
 from common.config import Config, ConfigError, Device
 from learner.algorithm.optimised import load_network_state, network_state
 from learner.checkpoint import (
@@ -335,7 +336,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: P
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "rollouts.bin"))
 
-    with pytest.raises(ConfigError) as refused, Checkpointer(tmp_path, keep=1, in_background=True) as checkpointer:
+    with pytest.raises(CannotWrite) as refused, Checkpointer(tmp_path, keep=1, in_background=True) as checkpointer:
         checkpointer.save(6, 6, run, full)
     assert "the checkpoint of step 6 cannot be written on " in str(refused.value)
     assert "No space left on device" in str(refused.value)
@@ -375,9 +376,9 @@ def _where_one_rank_cannot_write(rank: int, folder: Path, out: Path) -> None:
             limit = 1000 if rank == unlucky else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             checkpointer = Checkpointer(folder, keep=1, in_background=in_background)
-            with pytest.raises(ConfigError) as refused, checkpointer:
+            with pytest.raises(CannotWrite) as refused, checkpointer:
                 checkpointer.save(6, 6, Shares(rank))
-            said.append(str(refused.value))
+            said.append(str(disk_problem(refused.value)))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         with Checkpointer(folder, keep=1) as checkpointer:
             checkpointer.save(7, 7, Shares(rank))
