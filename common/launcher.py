@@ -29,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common import lastsettings, placement
-from common.causes import last_error
+from common.causes import last_error, naming
 from common.child import ChildSpec
 from common.config import Config, ConfigError, Device
 from common.console import console_for
@@ -39,11 +39,12 @@ from common.placement import visible_gpus
 from common.processes import Outcome, Supervisor, deal_cores
 from common.processtree import child_setup
 from common.runlock import ENDING_S, LEARNER_LOCK, held
+from common.stopping import Interrupted, stopped_by_signals
 from common.trackers import check_trackers
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
+# But for config.yaml, which makes a folder a run directory: it is replaced, so that it is there at any time.
 RUN_CONTENT = (
-    "config.yaml",
     lastsettings.BEFORE,
     "data",
     "metrics.jsonl",
@@ -60,6 +61,8 @@ RUN_CONTENT = (
     "checkpoints",
     "incarnation.json",
     "record",
+    "samples",
+    "report.html",
     "eval",
     "signal",
 )
@@ -67,8 +70,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # Models are folders on disk, so nothing has to be fetched or reported.
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENDPOINT_POLL_S = 0.05
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _TCP = re.compile(r"tcp://.+:\d{1,5}")
+STAGING = "check-"  # a folder .NAME.check-xxxxxxxx in runs_dir, while the data are checked
 LEAVE_MARGIN_S = 10.0  # beyond actors.drain_s, for an engine to shut down
 
 
@@ -85,32 +89,41 @@ def train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config
 
     `settle` is called when RUN is there and before anything reads the configuration; its result is what all roles use.
     """
-    with lock_run(config), reserve_port() as port:
-        cores = _allowed_cores(config)
-        refuse_earlier(config, earlier)
-        check_keys(config)
-        check_trackers(config)
-        gpus = visible_gpus() if config.device is Device.cuda else []
-        config = placement.settle(config, gpus)  # refuses what has no room, before anything is deleted
-        specs = role_specs(config, port, [gpu.name for gpu in gpus])
-        with TemporaryDirectory(prefix=f".{config.name}.", dir=config.runs_dir) as staging:
-            is_resumed = earlier is EarlierRun.RESUME
-            needs_data = config.learner.replay is None
-            data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
-            if needs_data and (refusal := check(config, Path(staging), data, cores)) is not None:
-                return refusal  # and nothing has been made or deleted
-            prepare_run_dir(config, earlier)
-            if needs_data and not is_resumed:
-                data.replace(config.run_dir / "data")
-        outcome = None
-        try:
-            config = settle(config)
-            save_config(config, config.run_dir / "config.yaml")
-            outcome = _supervise(config, specs, Room(config, tuple(cores), tuple(gpu.name for gpu in gpus)))
-            return outcome
-        finally:
-            if outcome is None or outcome.exit_code not in INTERRUPTED:
-                lastsettings.put_back(config.run_dir)
+    try:
+        with naming(config.run_dir), stopped_by_signals(), lock_run(config), reserve_port() as port:
+            return _train(config, earlier, settle, port)
+    except Interrupted as interrupt:  # before there was anybody who could finish something
+        return Outcome(exit_code=128 + interrupt.number, message=str(interrupt))
+
+
+def _train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Config], port: int) -> Outcome:
+    """`train`, with the run locked and a port for the ranks."""
+    cores = _allowed_cores(config)
+    refuse_earlier(config, earlier)
+    check_keys(config)
+    check_trackers(config)
+    gpus = visible_gpus() if config.device is Device.cuda else []
+    config = placement.settle(config, gpus)  # refuses what has no room, before anything is deleted
+    specs = role_specs(config, port, [gpu.name for gpu in gpus])
+    sweep_staging(config)
+    with TemporaryDirectory(prefix=f".{config.name}.{STAGING}", dir=config.runs_dir) as staging:
+        is_resumed = earlier is EarlierRun.RESUME
+        needs_data = config.learner.replay is None
+        data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
+        if needs_data and (refusal := check(config, Path(staging), data, cores)) is not None:
+            return refusal  # and nothing has been made or deleted
+        prepare_run_dir(config, earlier)
+        if needs_data and not is_resumed:
+            data.replace(config.run_dir / "data")
+    outcome = None
+    try:
+        config = settle(config)
+        save_config(config, config.run_dir / "config.yaml")
+        outcome = _supervise(config, specs, Room(config, tuple(cores), tuple(gpu.name for gpu in gpus)))
+        return outcome
+    finally:
+        if outcome is None or outcome.exit_code not in INTERRUPTED:
+            lastsettings.put_back(config.run_dir)
 
 
 def _supervise(config: Config, specs: Sequence[ChildSpec], room: "Room") -> Outcome:
@@ -151,6 +164,8 @@ def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> 
         return Outcome(exit_code=128 + signal.SIGINT, message="interrupted by SIGINT")
     if code < 0:
         return Outcome(exit_code=128 - code, message=f"the check of the data ended with {signal.Signals(-code).name}")
+    if code == 128 + signal.SIGPIPE:
+        return Outcome(exit_code=code, message="interrupted by SIGPIPE")
     return Outcome(exit_code=code, message=last_error(log)) if code else None
 
 
@@ -160,12 +175,27 @@ def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:
     run_dir = config.run_dir
     if run_dir.exists() and any(run_dir.iterdir()):
         for name in RUN_CONTENT if earlier is EarlierRun.OVERWRITE else ("endpoint",):
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(run_dir / name)
     if earlier is EarlierRun.RESUME and (run_dir / "config.yaml").is_file():
         lastsettings.set_aside(run_dir)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")  # from here on it is a run directory, whatever happens next
+
+
+def _remove(path: Path) -> None:
+    """The folder or file if there is one; of a link only the link, as what it points to is not in RUN."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep_staging(config: Config) -> None:
+    """Removes what killed checks of this run have left; the run is locked, so that no other one is at work."""
+    name = re.compile(rf"\.{re.escape(config.name)}\.{STAGING}[a-z0-9_]{{8}}")  # as tempfile makes it
+    for path in Path(config.runs_dir).iterdir():
+        if name.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
@@ -185,13 +215,25 @@ def refuse_earlier(config: Config, earlier: EarlierRun) -> None:
 
 def _refuse_own_source(config: Config) -> None:
     """Raises ConfigError when the new run starts from something that goes with the earlier one."""
-    goes = [(config.run_dir / name).resolve() for name in RUN_CONTENT]
+    run_dir = config.run_dir.resolve()
+    goes = [run_dir / "config.yaml", *((run_dir / name).resolve() for name in RUN_CONTENT)]
+    for setting, path in _sources(config):
+        if any(path.resolve().is_relative_to(place) for place in goes):
+            raise ConfigError(
+                f"{setting} is a part of {config.run_dir}, which --overwrite deletes: choose another name=..."
+            )
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Path]]:
+    """Every setting that names something on disk which a run reads, as "key=value", and where that is."""
     for key in ("model.path", "model.critic_path", "task.train_file", "task.heldout_file", "transport.keys"):
         path = operator.attrgetter(key)(config)
-        if path is not None and any(Path(path).resolve().is_relative_to(folder) for folder in goes):
-            raise ConfigError(
-                f"{key}={path} is a part of {config.run_dir}, which --overwrite deletes: choose another name=..."
-            )
+        if path is not None:
+            yield f"{key}={path}", Path(path)
+    for number, file in enumerate(config.task.train_files or ()):
+        yield f"task.train_files[{number}].path={file.path}", Path(file.path)
+    if config.learner.replay is not None:
+        yield f"learner.replay={config.learner.replay}", Path(config.learner.replay) / "record"
 
 
 @contextmanager

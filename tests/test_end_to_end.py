@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from common.catalogue import find
+from common.launcher import RUN_CONTENT
+from common.runlock import LEARNER_LOCK
 from common.samples import read_samples, sampled_steps
 from tests.support.runs import ROOT, processes_of, rows
 
@@ -75,6 +77,7 @@ def finished(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> list[dic
     assert (tmp_path / "run" / "checkpoints" / "final" / "model.safetensors").is_file()
     page = tmp_path / "run" / "report.html"
     assert f"report     {page}\n" in done.stdout and "</html>" in page.read_text()
+    assert {path.name for path in page.parent.iterdir()} <= {*RUN_CONTENT, "config.yaml", LEARNER_LOCK}, "all goes"
     assert processes_of(tmp_path) == []
     return steps
 

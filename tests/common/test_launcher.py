@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 
 from common import launcher
 from common.child import ChildSpec
-from common.config import Config, ConfigError, Device, TransferBackend
+from common.config import Config, ConfigError, Device, TrainFile, TransferBackend
 from common.launcher import (
     EarlierRun,
     Room,
@@ -24,8 +27,10 @@ from common.launcher import (
     moved_to,
     prepare_run_dir,
     rank_environment,
+    refuse_earlier,
     reserve_port,
     role_specs,
+    sweep_staging,
     train,
     wait_for_endpoint,
     with_cores,
@@ -170,6 +175,65 @@ def test_what_the_new_run_starts_from_is_not_overwritten(config: Config) -> None
     assert final.is_dir()
 
 
+def test_no_setting_may_name_what_the_earlier_run_holds(config: Config) -> None:
+    prepare_run_dir(config, EarlierRun.REFUSE)
+    run_dir = config.run_dir
+    (run_dir / "record").mkdir()
+    rows, elsewhere = run_dir / "data" / "rows.jsonl", TrainFile(path="elsewhere.jsonl")
+    model, task = replace(config.model, critic_path=str(run_dir / "checkpoints" / "c")), config.task
+    sources = {
+        "model.critic_path": replace(config, model=model),
+        "task.train_file": replace(config, task=replace(task, train_file=str(rows))),
+        "task.heldout_file": replace(config, task=replace(task, heldout_file=str(rows))),
+        "task.train_files[1].path": replace(
+            config, task=replace(task, train_files=[elsewhere, TrainFile(path=str(rows))])
+        ),
+        "transport.keys": replace(config, transport=replace(config.transport, keys=str(run_dir / "keys"))),
+        "learner.replay": replace(config, learner=replace(config.learner, replay=str(run_dir))),
+    }
+    for setting, again in sources.items():
+        with pytest.raises(ConfigError, match=rf"^{re.escape(setting)}=\S+ is a part of \S+/trial, which --overwrite"):
+            prepare_run_dir(again, EarlierRun.OVERWRITE)
+    assert (run_dir / "record").is_dir()
+
+
+@pytest.mark.parametrize("where", ["common.launcher.shutil.rmtree", "common.launcher.save_config"])
+def test_a_run_whose_deletion_was_interrupted_can_be_overwritten_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    prepare_run_dir(config, EarlierRun.REFUSE)
+    (config.run_dir / "checkpoints").mkdir()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(where, interrupted)
+        prepare_run_dir(config, EarlierRun.OVERWRITE)
+    (config.run_dir / "logs").mkdir(exist_ok=True)  # what makes it no empty folder
+    refuse_earlier(config, EarlierRun.RESUME)
+    prepare_run_dir(config, EarlierRun.OVERWRITE)
+
+
+def test_of_a_link_to_a_larger_disk_only_the_link_is_deleted(config: Config, tmp_path: Path) -> None:
+    prepare_run_dir(config, EarlierRun.REFUSE)
+    (tmp_path / "large" / "step_00000001").mkdir(parents=True)
+    (config.run_dir / "checkpoints").symlink_to(tmp_path / "large")
+    (config.run_dir / "samples").symlink_to(tmp_path / "nowhere")
+    prepare_run_dir(config, EarlierRun.OVERWRITE)
+    assert sorted(path.name for path in config.run_dir.iterdir()) == ["config.yaml", "logs"]
+    assert (tmp_path / "large" / "step_00000001").is_dir()
+
+
+def test_what_a_killed_check_has_left_is_swept_and_nothing_else(config: Config, tmp_path: Path) -> None:
+    mine = tmp_path / ".trial.check-abcd1234"
+    others = [tmp_path / name for name in (".trial.lock", ".trial.2.check-abcd1234", ".other.check-abcd1234", "trial")]
+    for folder in (mine, *others):
+        folder.mkdir()
+    sweep_staging(config)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
 def test_a_folder_that_is_no_run_is_left_alone(config: Config) -> None:
     config.run_dir.mkdir()
     (config.run_dir / "thesis.tex").write_text("years of work")
@@ -288,6 +352,26 @@ def test_a_bad_row_does_not_cost_the_earlier_run(tmp_path: Path) -> None:
         (tmp_path / "trial" / name).write_text("seed: 1\n")
     assert run("train", "--overwrite", *arguments).returncode == 2
     assert (tmp_path / "trial" / "metrics.jsonl").read_text() == "seed: 1\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_check_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "train", *data_arguments(tmp_path, "")],
+        cwd=RECIPES.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60.0
+    while not list(tmp_path.glob(".trial.check-*/check.log")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.communicate(timeout=60.0) == ("", f"error: interrupted by {number.name}\n")
+    assert process.returncode == 128 + number
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".trial.lock", "heldout.jsonl", "train.jsonl"]
 
 
 @pytest.mark.slow
