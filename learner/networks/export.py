@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from learner.networks.model import Critic, Policy
-from learner.networks.pretrained import read_config, write_folder
+from learner.networks.pretrained import read_config, save_tensors, write_folder
 
 
 def export_policy(policy: Policy, base: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -59,7 +58,7 @@ def export_adapter(network: Policy | Critic, base: str | Path, out_dir: str | Pa
         key = f"{prefix}{inner}" if ".lora_" in name else "base_model.model.score.weight"
         tensors[key.replace(f".{adapter.name}.", ".")] = parameter.detach().to(dtype or parameter.dtype).contiguous()
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(out_dir) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, Path(out_dir) / "adapter_model.safetensors")
     peft_config.save_pretrained(str(out_dir))
 
 

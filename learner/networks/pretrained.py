@@ -4,13 +4,15 @@ Everything is loaded on the CPU in float32 (master weights); learner/networks/mo
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +31,7 @@ from learner.networks.attention import IMPLEMENTATION
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 SHARD_BYTES = 4 << 30
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
 
 
 def load_causal_lm(
@@ -187,8 +190,18 @@ def write_folder(
 
 
 def _write_shard(out_dir: Path, index: int, shard: dict[str, Tensor]) -> list[str]:
-    save_file(shard, out_dir / _partial(index), metadata={"format": "pt"})
+    save_tensors(shard, out_dir / _partial(index))
     return list(shard)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file. Raises OSError for one that cannot be written, which safetensors hides in its own error."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _partial(index: int) -> str:

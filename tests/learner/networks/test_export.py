@@ -1,6 +1,7 @@
 """Networks written as Hugging Face folders: transformers, and the learner itself, read back what was trained."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from common.causes import disk_problem
 from learner.networks.export import export_critic, export_policy
 from learner.networks.model import Policy, load_critic, load_policy
 from tests.support.tiny_models import naive_logprobs, packed, tiny_run, write_tiny_mixture, write_tiny_model
@@ -122,3 +124,18 @@ def test_a_critic_with_another_vocabulary_is_refused_in_one_sentence(tmp_path: P
     (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"critic_path=.*critic knows 37 tokens, the policy has 40"):
         load_critic(tiny_run(path, critic_path=str(tmp_path / "critic")), CPU, None)
+
+
+@pytest.mark.parametrize(("limit", "file"), [(100, "generation_config.json"), (10_000, "shard-00000.partial")])
+def test_a_folder_that_cannot_be_written_is_one_sentence_about_the_file(tmp_path: Path, limit: int, file: str) -> None:
+    """A limit on the size of files stands for a disk that is full, first for a copy, then for safetensors."""
+    policy = policy_of(tmp_path / "base")
+    with pytest.raises(OSError) as raised:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            export_policy(policy, tmp_path / "base", tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sentence = "cannot be written, the file would be larger than allowed: raise the limit (ulimit -f)"
+    assert disk_problem(raised.value) == f"{tmp_path / 'out' / file} {sentence}"
