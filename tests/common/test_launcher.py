@@ -227,7 +227,8 @@ def test_of_a_link_to_a_larger_disk_only_the_link_is_deleted(config: Config, tmp
 
 def test_what_a_killed_check_has_left_is_swept_and_nothing_else(config: Config, tmp_path: Path) -> None:
     mine = tmp_path / ".trial.check-abcd1234"
-    others = [tmp_path / name for name in (".trial.lock", ".trial.2.check-abcd1234", ".other.check-abcd1234", "trial")]
+    names = (".trial.lock", ".trial.check-of-mine", ".trial.2.check-abcd1234", ".other.check-abcd1234", "trial")
+    others = [tmp_path / name for name in names]
     for folder in (mine, *others):
         folder.mkdir()
     sweep_staging(config)

@@ -20,6 +20,7 @@ from common.control import PACKET_BYTES, Status, ask, status
 from common.family import Family
 from common.processes import MAX_FOLLOWERS, Supervisor, deal_cores
 from common.processtree import Guardian
+from common.stopping import ECHO_S
 from tests.support.fake_run import to_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -491,15 +492,27 @@ def test_a_console_that_goes_away_with_an_interrupt_does_not_end_the_patience(lo
         "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
     )
     more = "for _ in range(50): print('y' * 1000, flush=True); time.sleep(0.01)\n"
-    for is_first in (True, False):
-        process = start(log_dir, [leader(asked + chatty + more + saves, is_echoed=True)])
-        assert process.stdout is not None and process.stdout.readline()
-        if is_first:
-            process.stdout.close()
-        process.send_signal(signal.SIGINT)
-        process.stdout.close()
-        assert process.wait(timeout=LIMIT_S) == 0
-        (log_dir / "saved").unlink()  # it is there: the leader had its time
+    process = start(log_dir, [leader(asked + chatty + more + saves, is_echoed=True)])
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.stdout.close()
+    assert process.wait(timeout=LIMIT_S) == 0
+    (log_dir / "saved").unlink()  # it is there: the leader had its time
+
+
+def test_ctrl_c_is_no_second_request_when_the_console_went_first(
+    log_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("common.family.time.monotonic", lambda: now)
+    supervised = Family(list, lambda _: None, None, Console())
+    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGPIPE):
+        supervised._note(number)
+    assert supervised.interrupts == [signal.SIGPIPE]
+    now += ECHO_S
+    for number in (signal.SIGPIPE, signal.SIGINT):
+        supervised._note(number)
+    assert supervised.interrupts == [signal.SIGPIPE, signal.SIGINT]
 
 
 def test_cores_are_dealt_in_shares_or_in_turns() -> None:
