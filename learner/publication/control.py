@@ -95,6 +95,7 @@ class Channel:
     deadlines: Deadlines
     costs: Costs
     lost: set[MemberId] = field(default_factory=set)  # in this attempt
+    dismissed: set[MemberId] = field(default_factory=set)  # likewise
 
     def pause(self) -> None:
         """The first phase. Those who do not answer it are dismissed; the rest are the members of this attempt.
@@ -176,13 +177,16 @@ class Channel:
             elif report is None:
                 problems.append(f"{member.name}: no answer")
                 if reports or not is_collective:
-                    silence = f"it did not answer within {self.deadlines.answer_s:g} s"
-                    self.control.dismiss(member, f"{silence} in {where}")
+                    self._dismiss(member, f"it did not answer within {self.deadlines.answer_s:g} s in {where}")
             elif report.error is not None:
                 problems.append(f"{member.name}: {report.error}")
                 if not report.is_shared:
-                    self.control.dismiss(member, f"it failed in {where}: {report.error}")
+                    self._dismiss(member, f"it failed in {where}: {report.error}")
         return problems
+
+    def _dismiss(self, member: MemberId, reason: str) -> None:
+        self.dismissed.add(member)
+        self.control.dismiss(member, reason)
 
 
 def names(members: tuple[MemberId, ...]) -> str:

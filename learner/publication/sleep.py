@@ -31,6 +31,7 @@ def actors_asleep(config: Config, control: ActorControl | None, version: int) ->
     channel = Channel(control, control.member_ids(), version, Deadlines(config.weights.timeout_s), Costs())
     _run(channel, WeightsPhase.SLEEP)
     yield
+    channel.members = tuple(member for member in channel.members if member not in channel.dismissed)
     torch.cuda.empty_cache()  # what training has freed goes back to the GPU, for the actors to take
     _run(channel, WeightsPhase.WAKE)
 

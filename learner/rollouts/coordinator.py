@@ -12,6 +12,7 @@ Everything to be sent is put into an outbox. learner/rollouts/service.py calls a
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import islice
 
 from common.config import Config, ConfigError
 from common.types import (
@@ -46,6 +47,7 @@ from learner.rollouts.speed import Speed
 logger = logging.getLogger(__name__)
 
 NOW = float("-inf")
+DESCRIBED = 32  # actors in a sentence
 CANCELS_PER_BEAT = 64  # answers to one heartbeat; what else it lists is in the next one too
 
 
@@ -491,5 +493,9 @@ class Coordinator:
 
     def describe(self, now: float) -> str:
         """Who holds what, for the message of a time-out."""
-        members = [self._members.describe(member, self.ledger.version, now) for member in self._members]
+        members = [
+            self._members.describe(member, self.ledger.version, now) for member in islice(self._members, DESCRIBED)
+        ]
+        if (num_others := len(self._members) - len(members)) > 0:
+            members.append(f"and {num_others} other actors")
         return "; ".join([*self.ledger.describe(), *(members or ["no actor is connected"])])

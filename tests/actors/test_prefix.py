@@ -71,11 +71,11 @@ def killed(bench: Bench, asked: Lease, num_tokens: int) -> Partial:
     """What the learner knows of a lease whose actor died after so many tokens, with an update in between."""
     running = bench.thread.submit(bench.engine.sample(asked))
     partial = Partial(asked.num_samples)
-    partial.add(before(asked), asked)
+    partial.add(before(asked), asked, "a")
     for _ in range(2):
         wait_for_tokens(bench, asked.lease_id, num_drawn(bench, asked.lease_id) + num_tokens)
         for progress in reports(bench, asked.lease_id):
-            assert partial.add(progress, asked) is None
+            assert partial.add(progress, asked, "a") is None
         perturb(bench.policy)
         remember(bench, bench.publish())
     running.cancel()
@@ -150,11 +150,11 @@ def test_what_is_reported_of_an_undisturbed_lease_is_what_it_ends_with(bench: Be
     for count in (40, 200):
         wait_for_tokens(bench, 30, count)
         for progress in reports(bench, 30):
-            assert partial.add(progress, asked) is None
+            assert partial.add(progress, asked, "a") is None
         bench.publish()
     completions = running.result(120.0)
     for progress in reports(bench, 30):
-        assert partial.add(progress, asked) is None
+        assert partial.add(progress, asked, "a") is None
     assert reports(bench, 30) == []
     told = partial.prefix()
     assert told["prefix_lengths"].tolist() == [len(completion.token_ids) for completion in completions]

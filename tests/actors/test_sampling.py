@@ -134,18 +134,19 @@ def test_messages_are_bounded_and_add_up_to_all_that_was_drawn(steps: list[tuple
                 finish_reasons=(None, None),
             ),
             asked,
+            "a",
         )
         for request_id, count, is_new_version in steps:
             processor.version += is_new_version
             processor.draw(request_id, *range(count))
             if (progress := under_way.progress()) is not None:
                 assert len(progress.token_ids) <= limit
-                assert partial.add(progress, asked) is None
+                assert partial.add(progress, asked, "a") is None
         for sample in under_way.samples:
             processor.draw(sample.request_id, 7)
             processor.end(sample)
         while (progress := under_way.progress()) is not None:
-            assert partial.add(progress, asked) is None
+            assert partial.add(progress, asked, "a") is None
         whole = [sample.completion for sample in under_way.samples]
         assert partial.is_sampled
         for name in ("token_ids", "behavior_logprobs", "versions"):

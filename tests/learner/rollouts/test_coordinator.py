@@ -1407,3 +1407,9 @@ def test_a_training_set_that_cannot_be_streamed_is_one_sentence() -> None:
         PromptStream([], seed=0)
     with pytest.raises(ConfigError, match="different uids"):
         PromptStream([*PROMPTS, PROMPTS[0]], seed=0)
+
+
+def test_the_sentence_of_a_time_out_has_no_end_of_actors() -> None:
+    coordinator = make(make_config(), *(f"a{number}" for number in range(100)))
+    text = coordinator.describe(0.0)
+    assert text.endswith("; and 68 other actors") and text.count("(") == 32
