@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -39,7 +39,7 @@ from common.placement import visible_gpus
 from common.processes import Outcome, Supervisor, deal_cores
 from common.processtree import child_setup
 from common.runlock import ENDING_S, LEARNER_LOCK, held
-from common.stopping import Interrupted, stopped_by_signals
+from common.stopping import Interrupted, postponed_signals, stopped_by_signals
 from common.trackers import check_trackers
 
 RUN_PY = Path(__file__).resolve().parent.parent / "run.py"
@@ -151,15 +151,7 @@ def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> 
     environment = {**os.environ, **QUIET_ENVIRONMENT, **dict.fromkeys(THREAD_VARIABLES, "1")}
     log = staging / "check.log"  # a user's verifier function may print whatever it likes before it fails
     try:
-        with log.open("w") as errors:
-            code = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stderr=errors,
-                preexec_fn=child_setup(cores),
-                check=False,
-            ).returncode
+        code = _exit_code(command, environment, log, cores)
     except KeyboardInterrupt:
         return Outcome(exit_code=128 + signal.SIGINT, message="interrupted by SIGINT")
     if code < 0:
@@ -167,6 +159,23 @@ def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> 
     if code == 128 + signal.SIGPIPE:
         return Outcome(exit_code=code, message="interrupted by SIGPIPE")
     return Outcome(exit_code=code, message=last_error(log)) if code else None
+
+
+def _exit_code(command: Sequence[str], environment: Mapping[str, str], log: Path, cores: Collection[int]) -> int:
+    """Of this process, which an exception here ends."""
+    process, setup = None, child_setup(cores)
+    with log.open("w") as errors:
+        try:
+            with postponed_signals():
+                process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stderr=errors, preexec_fn=setup
+                )
+            return process.wait()
+        except BaseException:
+            if process is not None:
+                process.kill()
+                process.wait()
+            raise
 
 
 def prepare_run_dir(config: Config, earlier: EarlierRun) -> None:

@@ -33,8 +33,9 @@ def adopt_orphans() -> None:
 
 
 def child_setup(cores: Collection[int]) -> Callable[[], None]:
-    """What a child does between fork and exec: die with this process, run on `cores` (empty: any)."""
-    parent = os.getpid()
+    """What a child does between fork and exec: die with this process, run on `cores` (empty: any), and hear the signals
+    that this process hears now."""
+    parent, blocked = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def setup() -> None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -42,6 +43,7 @@ def child_setup(cores: Collection[int]) -> Callable[[], None]:
             os._exit(1)
         if cores:
             os.sched_setaffinity(0, cores)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     return setup
 

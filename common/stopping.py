@@ -75,6 +75,17 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def postponed_signals() -> Iterator[None]:
+    """Those that ask to stop come when this ends. For the start of a process: Python's hooks around a fork swallow what
+    a handler raises in them, and with it the request."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_numbers())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def silence() -> None:
     """Nobody reads standard output any more: what is still written there is lost, and no error."""
     null = os.open(os.devnull, os.O_WRONLY)

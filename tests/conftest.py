@@ -1,6 +1,7 @@
 """What every test process sees: no network, one thread, and with pytest-xdist a share of the cores to itself."""
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would every process of a test
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...
 

@@ -12,7 +12,7 @@ from tests.support.chaos import Chaos
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(560)
 def test_a_minute_of_chaos(tmp_path: Path) -> None:
     chaos = Chaos(tmp_path, seed=int(os.environ.get("CHAOS_SEED", time.time_ns() % 100_000)))
     print(f"CHAOS_SEED={chaos.seed}")

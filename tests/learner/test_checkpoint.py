@@ -356,9 +356,9 @@ def test_a_save_in_the_background_that_fails_says_so_before_the_next(tmp_path: P
     assert not checkpointer.has_failed(), "it is under way"
     pending = checkpointer._pending
     gate.set()
-    assert pending is not None and isinstance(pending.exception(60), ConfigError)
+    assert pending is not None and isinstance(pending.exception(60), CannotWrite)
     assert checkpointer.has_failed()
-    with pytest.raises(ConfigError, match="the checkpoint of step 5 cannot be written on "):
+    with pytest.raises(CannotWrite, match="the checkpoint of step 5 cannot be written on "):
         checkpointer.wait()
     with checkpointer:
         checkpointer.save(6, 6, Counter())

@@ -24,7 +24,7 @@ from tests.support.runs import ROOT
 
 NUM_ACTORS, FEWEST_ACTORS = 6, 3
 PROMPTS_PER_STEP = 4
-STEPS_A_MINUTE = 32  # more than free cores do in one, chaos included
+STEPS_A_MINUTE = 48  # more than free cores do in one, chaos included
 HEARTBEAT_TIMEOUT_S, LEASE_TIMEOUT_S, DRAIN_S = 3.0, 2.5, 2.0
 HANGS_S = (5.0, 35.0)  # in each minute of chaos, the time at which an engine hangs in any case
 SETTINGS = (
@@ -78,7 +78,7 @@ class Chaos:
     seed: int
     minutes: float = 1.0
     learner_kills: int = 2
-    limit_s: float = 330.0
+    limit_s: float = 480.0
     pause_s: tuple[float, float] = (0.8, 2.4)
     events: list[Event] = field(default_factory=list)
     steps: int = field(init=False)
