@@ -5,6 +5,7 @@ nothing and tells whoever started it, through a pipe, what it is told and what i
 """
 
 import asyncio
+import faulthandler
 import hashlib
 import os
 import signal
@@ -109,7 +110,10 @@ class FaultyEngine(FakeEngine):
             await self._fail(self._strike.fault)
         self._num_obeyed[phase] += 1
         if payload is not None:
+            # longer than a collective may take: whoever looks at a failed test sees where this process was
+            faulthandler.dump_traceback_later(0.6 * self._config.weights.timeout_s)
             error, _, _ = await asyncio.to_thread(self._network.obey, phase, payload)
+            faulthandler.cancel_dump_traceback_later()
             if error is not None:
                 raise BrokenTransfer(error)
         self._pipe.send((phase, digest(self._network.weights().items()) if phase is WeightsPhase.RESUME else ""))
