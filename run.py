@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from common.broadcast import leave
 from common.causes import CRASHED, disk_problem
 from common.child import READY_FILE
 from common.commandline import parse
@@ -416,4 +417,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,10 +7,13 @@ broke is closed and never used again.
 torch and vLLM are imported where they are used: importing `common` loads neither.
 """
 
+import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeAlias, TypeVar
 from weakref import ReferenceType, ref
 
 from common.addresses import address_towards
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     Kept: TypeAlias = tuple[Memory, ReferenceType[Memory]]  # and the part of it that the last tensor cut from it holds
 
 T = TypeVar("T")
+
+_BACKGROUND = "transfer"  # the name of a thread
 
 
 class BrokenTransfer(RuntimeError):
@@ -79,11 +84,11 @@ class Buffers:
 
 
 class Background(Generic[T]):
-    """A call in a daemon thread: one that never returns hinders neither its caller nor the end of the process."""
+    """A call in a daemon thread: one that never returns does not hinder its caller, nor `leave`."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
-        self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=_BACKGROUND, daemon=True)
         self._thread.start()
 
     def result(self, timeout_s: float) -> T:
@@ -103,11 +108,26 @@ class Background(Generic[T]):
             self._error = error
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process as sys.exit does, but at once where a call in the background was left behind in a library: one
+    that comes back while Python ends would abort the process instead."""
+    if any(thread.name == _BACKGROUND for thread in threading.enumerate()):
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 class GlooGroup:
     """Over CPUs. Binds the address that it is given: the one with which the others reach this process."""
 
     def __init__(self, store: "Store", rank: int, size: int, host: str, timeout_s: float) -> None:
-        """Meets the others at `store`. Raises BrokenTransfer when they do not all come within `timeout_s`."""
+        """Meets the others at `store`. Raises BrokenTransfer when they do not all come within `timeout_s`.
+
+        gloo waits five times as long for each peer that has said where it is and does not connect, so it meets in a
+        thread that is left behind.
+        """
         from torch._C._distributed_c10d import PrefixStore
         from torch.distributed import ProcessGroupGloo
 
@@ -116,9 +136,11 @@ class GlooGroup:
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [gloo.create_device(hostname=host)]
         self._store: Store | None = store
-        self._group: Any = None
         try:
-            self._group = gloo(PrefixStore("weights", store), rank, size, options)
+            meeting = Background(lambda: gloo(PrefixStore("weights", store), rank, size, options))
+            self._group: Any = meeting.result(timeout_s)
+        except TimeoutError:
+            raise BrokenTransfer(f"the others did not all connect within {timeout_s:g} s") from None
         except RuntimeError as error:
             raise BrokenTransfer(error) from error
 
@@ -143,10 +165,13 @@ def join_gloo(master_address: str, master_port: int, rank: int, size: int, timeo
     """
     from torch._C._distributed_c10d import TCPStore
 
-    timeout = timedelta(seconds=timeout_s)
+    def connect() -> tuple[TCPStore, str]:
+        store = TCPStore(master_address, master_port, is_master=False, timeout=timedelta(seconds=timeout_s))
+        return store, address_towards(master_address, master_port)
+
     try:
-        store = TCPStore(master_address, master_port, is_master=False, timeout=timeout)
-        own = address_towards(master_address, master_port)
+        # torch's own limit does not hold where something accepts and never answers
+        store, own = Background(connect).result(1.5 * timeout_s)
     except (RuntimeError, OSError) as error:
         raise RuntimeError(f"the learner cannot be reached at {master_address}:{master_port}: {error}") from error
     return GlooGroup(store, rank, size, own, timeout_s)

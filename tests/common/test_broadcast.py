@@ -1,5 +1,7 @@
 """Transfer groups: every wait ends. gloo is real, NCCL's communicator is a stand-in that waits without end."""
 
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,12 +15,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import TCPStore
+from torch.distributed import Store, TCPStore
 
 from common.broadcast import Background, BrokenTransfer, Buffers, GlooGroup, NcclGroup, join_gloo
 
 HOST = "127.0.0.1"
 LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Lest it come back while pytest ends, which aborts the process."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "transfer":
+            thread.join(LONG_S)
+            assert not thread.is_alive()
 
 
 def test_a_call_in_the_background_gives_what_it_returns_or_raises() -> None:
@@ -114,6 +126,66 @@ def test_a_peer_that_hangs_breaks_the_transfer_in_time() -> None:
 def test_a_peer_that_never_comes_breaks_the_meeting_in_time() -> None:
     with pytest.raises(BrokenTransfer):
         GlooGroup(listen(0.5), 0, 2, HOST, 0.5)
+
+
+class Holding(Store):
+    """Takes what a member says of itself, and never tells it of the others."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store, self.has_set, self.over = store, threading.Event(), threading.Event()
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(key, value)
+        self.has_set.set()
+
+    def wait(self, keys: list[str], timeout: timedelta = timedelta(0)) -> None:
+        self.over.wait(LONG_S)
+        raise RuntimeError("nobody came")
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return b""
+
+
+def test_a_peer_that_says_where_it_is_and_does_not_connect_breaks_the_meeting_in_time() -> None:
+    store = listen()
+    holding = Holding(store)
+    # of two addresses the larger one connects, the other waits for that
+    absent = Background(lambda: GlooGroup(holding, 1, 2, "127.0.0.2", LONG_S))
+    assert holding.has_set.wait(LONG_S)
+    started = time.monotonic()
+    with pytest.raises(BrokenTransfer, match=r"the others did not all connect within 0\.5 s"):
+        GlooGroup(store, 0, 2, HOST, 0.5)
+    assert time.monotonic() - started < 1.5, "gloo itself waits five times as long"
+    holding.over.set()
+    with pytest.raises(BrokenTransfer):
+        absent.result(LONG_S)
+
+
+ABANDONED = """
+from common.broadcast import Background, leave
+import torch
+
+call = Background(lambda: torch.distributed.TCPStore("127.0.0.1", {port}, is_master=False))
+try:
+    call.result(0.5)
+except TimeoutError:
+    print("left behind")
+leave(7)
+"""
+
+
+def test_a_process_with_a_call_that_was_left_behind_ends_with_its_own_exit_code() -> None:
+    with socket.create_server((HOST, 0)) as mute:
+        script = ABANDONED.format(port=mute.getsockname()[1])
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LONG_S)
+    assert (done.returncode, done.stdout) == (7, "left behind\n"), done.stderr
+
+
+def test_a_learner_that_accepts_a_worker_and_never_answers_it_is_not_waited_for() -> None:
+    with socket.create_server((HOST, 0)) as mute, pytest.raises(RuntimeError, match=r"still under way after 0\.75 s"):
+        join_gloo(HOST, mute.getsockname()[1], 1, 2, 0.5)
 
 
 def test_who_cannot_reach_the_learner_has_no_broken_transfer_but_a_problem_of_its_own() -> None:
