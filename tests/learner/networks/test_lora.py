@@ -238,8 +238,10 @@ def _compare_with_one_rank(rank: int, config: Config, port: int) -> None:
             found = _steps(networks, pick(INPUTS, shares[rank]))
             assert found.keys() == expected.keys()
             for name, tensor in expected.items():
-                assert torch.allclose(found[name], tensor, rtol=1e-4, atol=2e-6), (
+                scale = max(1.0, float(tensor.abs().max()))  # an entry near 0 is as exact as the largest of its sums
+                assert torch.allclose(found[name], tensor, rtol=1e-4, atol=2e-6 * scale), (
                     name,
+                    scale,
                     (found[name] - tensor).abs().max(),
                 )
 
