@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.broadcast import leave
-from common.causes import CRASHED, disk_problem
+from common.causes import CRASHED, disk_problem, is_raised_by_library
 from common.child import READY_FILE
 from common.commandline import parse
 from common.config import Config, ConfigError, Device, DType, VerifierConfig
@@ -33,7 +33,7 @@ from common.launcher import QUIET_ENVIRONMENT
 from common.loading import config_of_run, load_config
 from common.processes import Outcome
 from common.processtree import Guardian
-from common.stopping import has_lost_reader
+from common.stopping import has_lost_reader, is_crash
 from common.types import AnswerForm
 
 USER_ERROR = 2
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(error, f"{error.filename} does not exist", USER_ERROR)
     except (ValueError, TimeoutError, FloatingPointError) as error:
-        if _is_raised_by_library(error):
+        if is_raised_by_library(error):
             raise
         return _fail(error, str(error), USER_ERROR if isinstance(error, ValueError) else 1)
     except OSError as error:
@@ -360,18 +360,15 @@ def _crash_safely(role: Callable[[], int], config: Config) -> int:
     """The role's exit code, which tells `train` whether to start it again: CRASHED for what nobody foresaw."""
     try:
         return role()
-    except (ValueError, TimeoutError, FloatingPointError) as error:
-        if not _is_raised_by_library(error):
-            raise
-        crash: Exception = error
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and error.filename is not None:  # `main` says it
-            raise
-        if (problem := disk_problem(error, config.run_dir)) is not None:
-            return _fail(error, problem, 1)
-        crash = error
-    logging.getLogger(__name__).error("the role crashes", exc_info=crash)
-    return CRASHED
+        if is_crash(error):
+            logging.getLogger(__name__).error("the role crashes", exc_info=error)
+            return CRASHED
+        is_for_main = isinstance(error, (ValueError, TimeoutError, FloatingPointError, FileNotFoundError))
+        problem = None if is_for_main else disk_problem(error, config.run_dir)
+        if problem is None:
+            raise  # `main` says it
+        return _fail(error, problem, 1)
 
 
 def _fail(error: Exception, message: str, code: int) -> int:
@@ -381,20 +378,6 @@ def _fail(error: Exception, message: str, code: int) -> int:
     with suppress(OSError):  # on a full disk its log has no room for it, and the code says as much
         print(f"error: {message}", file=sys.stderr, flush=True)
     return code
-
-
-def _is_raised_by_library(error: BaseException) -> bool:
-    """Then it takes the traceback to understand it; what our own code raises is a sentence for the user."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    home = Path(__file__).resolve().parent
-    own = {home / "run.py", *(home / package for package in ("actors", "common", "configs", "learner"))}
-    return trace is None or own.isdisjoint(_and_parents(Path(trace.tb_frame.f_code.co_filename).resolve()))
-
-
-def _and_parents(path: Path) -> set[Path]:
-    return {path, *path.parents}
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -16,6 +16,8 @@ _RANK = re.compile(r"^\[rank\d+\]:\s*")  # torch puts it before every line of a 
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Timeout|Exit)\b")
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the log cannot know why
 _CGROUPS = Path("/sys/fs/cgroup")
+_HOME = Path(__file__).resolve().parents[1]
+_OWN = {_HOME / "run.py", *(_HOME / package for package in ("actors", "common", "configs", "learner"))}
 
 # Only what writes meets these, so that they need no name of a file to be understood.
 _WRITING = {
@@ -57,10 +59,30 @@ def how_it_ended(name: str, returncode: int, log: Path, oom_kills: int = 0, sinc
     elif -returncode == signal.SIGKILL:
         how = "was killed with SIGKILL, from outside or because memory ran out (the kernel's log would say so)"
     elif -returncode in _FROM_OUTSIDE:
-        how = f"was ended with {signal.Signals(-returncode).name} from outside"
+        how = f"was ended with {signal_name(-returncode)} from outside"
     else:
-        how = f"died of {signal.Signals(-returncode).name}: {last_error(log, since)}"
+        how = f"died of {signal_name(-returncode)}: {last_error(log, since)}"
     return f"{name} {how} (log: {log})"
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15; most real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def is_raised_by_library(error: BaseException) -> bool:
+    """Then it takes the traceback to understand it; what our own code raises is a sentence for the user."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and _OWN.isdisjoint(_and_parents(Path(trace.tb_frame.f_code.co_filename).resolve()))
+
+
+def _and_parents(path: Path) -> set[Path]:
+    return {path, *path.parents}
 
 
 def last_error(log: Path, since: int = 0) -> str:

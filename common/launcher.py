@@ -29,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common import lastsettings, placement
-from common.causes import last_error, naming
+from common.causes import last_error, naming, signal_name
 from common.child import ChildSpec
 from common.config import Config, ConfigError, Device
 from common.console import console_for
@@ -70,7 +70,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # Models are folders on disk, so nothing has to be fetched or reported.
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENDPOINT_POLL_S = 0.05
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, 128 + signal.SIGPIPE)
 _TCP = re.compile(r"tcp://.+:\d{1,5}")
 STAGING = "check-"  # a folder .NAME.check-xxxxxxxx in runs_dir, while the data are checked
 LEAVE_MARGIN_S = 10.0  # beyond actors.drain_s, for an engine to shut down
@@ -115,14 +115,18 @@ def _train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Confi
         prepare_run_dir(config, earlier)
         if needs_data and not is_resumed:
             data.replace(config.run_dir / "data")
-    outcome = None
+    is_interrupted = False
     try:
         config = settle(config)
         save_config(config, config.run_dir / "config.yaml")
         outcome = _supervise(config, specs, Room(config, tuple(cores), tuple(gpu.name for gpu in gpus)))
+        is_interrupted = outcome.exit_code in INTERRUPTED
         return outcome
+    except (Interrupted, KeyboardInterrupt):
+        is_interrupted = True
+        raise
     finally:
-        if outcome is None or outcome.exit_code not in INTERRUPTED:
+        if not is_interrupted:
             lastsettings.put_back(config.run_dir)
 
 
@@ -155,7 +159,7 @@ def check(config: Config, staging: Path, data: Path, cores: Collection[int]) -> 
     except KeyboardInterrupt:
         return Outcome(exit_code=128 + signal.SIGINT, message="interrupted by SIGINT")
     if code < 0:
-        return Outcome(exit_code=128 - code, message=f"the check of the data ended with {signal.Signals(-code).name}")
+        return Outcome(exit_code=128 - code, message=f"the check of the data ended with {signal_name(-code)}")
     if code == 128 + signal.SIGPIPE:
         return Outcome(exit_code=code, message="interrupted by SIGPIPE")
     return Outcome(exit_code=code, message=last_error(log)) if code else None

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from common.causes import CRASHED
+from common.causes import CRASHED, signal_name
 from common.child import CannotStart, Child, ChildSpec
 from common.config import ConfigError
 from common.console import Console
@@ -112,8 +112,8 @@ class Supervisor:
 
     def _judge(self, now: float) -> Outcome | None:
         if self._interrupts:
-            number = signal.Signals(self._interrupts[0])
-            return Outcome(exit_code=128 + number, message=f"interrupted by {number.name}")
+            number = self._interrupts[0]
+            return Outcome(exit_code=128 + number, message=f"interrupted by {signal_name(number)}")
         for child in self._followers:
             self._look_after(child, now)
         return self._judge_leaders(now)
@@ -134,7 +134,7 @@ class Supervisor:
             self._family.say(f"{child.spec.name} did not leave within {child.spec.leave_timeout_s:g} s and is killed")
             child.send_signal(signal.SIGKILL)
             child.leave_by = math.inf
-        elif not child.is_ready and now >= child.started_at + child.spec.start_timeout_s:
+        elif child.why_given_up is None and not child.is_ready and now >= child.started_at + child.spec.start_timeout_s:
             child.send_signal(signal.SIGKILL)
             self._give_up(
                 child,
@@ -159,12 +159,21 @@ class Supervisor:
             self._family.say(f"{child.spec.name} has left")
             return
         if child.exit_code == 0:  # the leaders have sent it home
+            if self._was_sent_home_by_the_lost(child, now):
+                self._start_follower(child)
             return
         how = child.how_it_ended()
         if not child.was_ready and not child.is_ready and child.started_at > self._leaders_lost_at:
             self._give_up(child, f"{how}, before it was ready")
             return
         self._try_later(child, how, now)
+
+    def _was_sent_home_by_the_lost(self, child: Child, now: float) -> bool:
+        """By leaders that thought that the run was over and then crashed, and it took its time: the others are at work
+        by now."""
+        is_over = self._leaders_start_at is not None or not any(leader.is_running for leader in self._leaders)
+        is_recent = now < self._leaders_lost_at + child.spec.leave_timeout_s
+        return not is_over and is_recent and child.started_at < self._leaders_lost_at
 
     def _try_later(self, child: Child, why: str, now: float) -> None:
         backoff_s = child.budget.take(now)

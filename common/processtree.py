@@ -6,6 +6,7 @@ descendants of a role that was started alone, when that was killed with SIGKILL 
 """
 
 import ctypes
+import logging
 import os
 import secrets
 import select
@@ -16,6 +17,10 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+
+from common.stopping import postponed_signals
+
+logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -104,13 +109,15 @@ class Guardian:
     """
 
     FAREWELL = b"farewell\n"
+    _is_missed = False  # it is gone, and that was said
 
     def __enter__(self) -> Self:
         reader, self._writer = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            os.close(self._writer)
-            _guard(reader)
+        with postponed_signals():
+            self._pid = os.fork()
+            if self._pid == 0:
+                os.close(self._writer)
+                _guard(reader)
         os.close(reader)
         return self
 
@@ -118,13 +125,21 @@ class Guardian:
     def pid(self) -> int:
         return self._pid
 
+    def _tell(self, line: bytes) -> None:
+        try:
+            os.write(self._writer, line)
+        except BrokenPipeError:
+            if not self._is_missed:
+                logger.warning("the guardian was killed: if this process is killed too, what it has started stays")
+            self._is_missed = True
+
     def protect(self, session: int) -> None:
         """Tell it of one more session (the pid of a child started with start_new_session)."""
-        os.write(self._writer, b"session %d\n" % session)
+        self._tell(b"session %d\n" % session)
 
     def forget(self, session: int) -> None:
         """Nobody is left in it, so that the kernel may give its number to a stranger."""
-        os.write(self._writer, b"forget %d\n" % session)
+        self._tell(b"forget %d\n" % session)
 
     def protect_descendants(self) -> None:
         """Whatever this process starts from now on, and what that starts, dies with it.
@@ -134,12 +149,12 @@ class Guardian:
         guardian also looks every LOOK_S who is there.
         """
         mark = os.environ[FAMILY] = secrets.token_hex(16)
-        os.write(self._writer, f"mark {mark}\n".encode())
+        self._tell(f"mark {mark}\n".encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.write(self._writer, self.FAREWELL)
+        self._tell(self.FAREWELL)
         os.close(self._writer)
         os.waitpid(self._pid, 0)
 
@@ -148,7 +163,8 @@ def _guard(reader: int) -> None:
     """The guardian's life, in the forked child: it must end in os._exit and touch nothing of the parent's."""
     try:
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Slurm tells it too, and it must stay to the end
+        # Slurm tells it too, and it must stay to the end
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)

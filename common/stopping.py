@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from common.causes import disk_problem
+from common.causes import disk_problem, is_raised_by_library
 
 ECHO_S = 5.0  # from the first signal: SIGTERM is no second request, but the same one from somebody else
 
@@ -44,8 +44,15 @@ class RunEnds(Exception):
 
 def is_crash(error: BaseException | None) -> bool:
     """Whether nobody foresaw this end, so that the role may be started again and others should wait for it."""
-    foreseen = (ValueError, TimeoutError, FloatingPointError, Interrupted, RunEnds)
-    return isinstance(error, Exception) and not isinstance(error, foreseen) and disk_problem(error, ".") is None
+    if isinstance(error, RunEnds):
+        return is_crash(error.reason)
+    if not isinstance(error, Exception) or isinstance(error, Interrupted):
+        return False
+    if isinstance(error, (ValueError, TimeoutError, FloatingPointError)):
+        return is_raised_by_library(error)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return False
+    return disk_problem(error, ".") is None
 
 
 def stop_numbers() -> tuple[signal.Signals, ...]:

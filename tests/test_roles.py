@@ -3,12 +3,15 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import psutil
 import pytest
 
@@ -17,6 +20,7 @@ from common.causes import CRASHED
 from common.config import Config, ConfigError, ModelConfig
 from common.loading import load_config
 from common.processtree import LOOK_S
+from common.stopping import is_crash
 from tests.support.runs import ROOT
 
 LIMIT_S = 60.0
@@ -93,6 +97,46 @@ def test_a_full_disk_is_one_sentence_and_a_crash_has_a_code_of_its_own(capsys: p
     assert outcome_of(RuntimeError("a tensor"), capsys)[0] == CRASHED
     with pytest.raises(ConfigError):  # `main` says it, with its own code
         run._crash_safely(lambda: bool(load_config(["demo"], ["nope=1"])), Config(model=ModelConfig(path="m")))
+
+
+def _of_numpy() -> object:
+    return np.zeros(3).reshape(2, 2)
+
+
+def _of_a_socket() -> object:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(0.01)
+        return silent.accept()
+
+
+def _of_a_user() -> object:
+    return load_config(["demo"], ["nope=1"])
+
+
+def _of_a_file() -> object:
+    return Path("no-such-file").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fails", "is_one"), [(_of_numpy, True), (_of_a_socket, True), (_of_a_user, False), (_of_a_file, False)]
+)
+def test_actors_are_kept_where_the_learner_is_started_again_and_nowhere_else(
+    fails: Callable[[], object], is_one: bool
+) -> None:
+    """The exit code and LearnerService are of one mind."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        fails()
+    assert is_crash(caught.value) == is_one
+
+    def role() -> int:
+        fails()
+        return 0
+
+    try:
+        code = run._crash_safely(role, Config(name="a", model=ModelConfig(path="m")))
+    except (ValueError, OSError):
+        code = 2
+    assert (code == CRASHED) == is_one
 
 
 def test_a_run_directory_that_is_not_writable_is_one_sentence(

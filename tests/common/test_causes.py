@@ -34,6 +34,7 @@ def test_the_log_explains_an_exit_code_and_a_crash_but_not_a_kill(tmp_path: Path
     log.write_text("INFO checkpoint 30 is complete\n")
     assert how_it_ended("a", 3, log) == f"a ended with exit code 3: INFO checkpoint 30 is complete (log: {log})"
     assert how_it_ended("a", -signal.SIGSEGV, log).startswith("a died of SIGSEGV: INFO checkpoint")
+    assert how_it_ended("a", -40, log).startswith("a died of signal 40: INFO checkpoint"), "it has no name"
     assert how_it_ended("a", -signal.SIGTERM, log) == f"a was ended with SIGTERM from outside (log: {log})"
     assert "from outside or because memory ran out" in how_it_ended("a", -signal.SIGKILL, log)
     assert "by the kernel, because memory ran out" in how_it_ended("a", -signal.SIGKILL, log, oom_kills=1)

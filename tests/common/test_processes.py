@@ -187,6 +187,25 @@ def test_a_follower_that_never_gets_ready_is_named(log_dir: Path) -> None:
     assert "actor-0 was not ready within 0.5 s" in console
 
 
+class Dying(Child):
+    """SIGKILL was sent, and the kernel still frees its memory."""
+
+    is_running, is_ready, started_at = True, False, 0.0  # type: ignore[assignment]
+
+    def send_signal(self, number: int) -> None:
+        """As good as sent."""
+
+
+def test_that_a_follower_was_not_ready_in_time_is_said_once(log_dir: Path) -> None:
+    specs = [to_spec(row, str(log_dir)) for row in (leader("pass"), follower("pass"))]
+    supervisor, said = Supervisor(specs, log_dir), list[str]()
+    supervisor._family.say = said.append  # type: ignore[method-assign]
+    child = Dying(specs[1], log_dir)
+    for _ in range(3):
+        supervisor._look_after(child, time.monotonic())
+    assert len(said) == 1 and "actor-0 was not ready within 300 s" in said[0]
+
+
 # ---- leaders that are started again
 
 
@@ -237,6 +256,23 @@ def test_a_rank_that_waits_for_a_lost_one_does_not_keep_the_learner_from_its_res
     rows = [
         leader(lives(tmp_path, "time.sleep(1000)", "pass"), restarts=1),
         leader(lives(tmp_path / "one", KILLED, "pass"), "learner-1", restarts=1),
+    ]
+    assert finish(start(log_dir, rows))[0] == 0
+
+
+def test_a_follower_that_lost_leaders_have_sent_home_is_started_again_also_when_it_leaves_after_their_restart(
+    log_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    again, back = tmp_path / "again", tmp_path / "back"
+    wait = "[time.sleep(0.02) for _ in range(1500) if not Path({!r}).exists()]; "
+    at_work = (
+        f"Path({str(again)!r}).touch(); {wait.format(str(back))}sys.exit(0 if Path({str(back)!r}).exists() else 3)"
+    )
+    leaves = READY + wait.format(str(again)) + "sys.exit(0)"
+    rows = [
+        leader(lives(tmp_path, f"time.sleep(0.5); sys.exit({CRASHED})", at_work), restarts=1),
+        follower(lives(tmp_path / "one", leaves, f"Path({str(back)!r}).touch(); time.sleep(1000)")),
     ]
     assert finish(start(log_dir, rows))[0] == 0
 
@@ -400,6 +436,40 @@ def test_children_and_grandchildren_die_with_a_killed_supervisor(log_dir: Path) 
     process.kill()
     process.communicate(timeout=LIMIT_S)
     wait_until(lambda: not family(log_dir))
+
+
+def test_a_run_goes_on_without_its_guardian(log_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    gone = tmp_path / "gone"
+    wait = f"[time.sleep(0.02) for _ in range(1500) if not Path({str(gone)!r}).exists()]; "
+    rows = [
+        leader(f"from pathlib import Path; import time; {wait}time.sleep(4)"),
+        follower(lives(tmp_path / "one", READY + wait + KILLED, READY + "time.sleep(1000)"), restarts=1),
+    ]
+    process = start(log_dir, rows)
+    wait_until(lambda: len(family(log_dir)) == 4)
+    supervisor = psutil.Process(process.pid)
+    (guardian,) = [child for child in supervisor.children() if child.cmdline() == supervisor.cmdline()]
+    guardian.kill()
+    gone.touch()
+    code, message, console = finish(process)
+    assert (code, message) == (0, None)
+    assert "actor-0 is started" in console or "starting it again" in console
+    assert console.count("the guardian was killed") == 1
+
+
+def test_a_guardian_is_made_without_losing_a_signal_that_comes_meanwhile() -> None:
+    code = (
+        "import os, signal\n"
+        "from common.processtree import Guardian\n"
+        "from common.stopping import Interrupted, stopped_by_signals\n"
+        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "try:\n"
+        "    with stopped_by_signals(), Guardian(): print('goes on')\n"
+        "except Interrupted as interrupt: print(interrupt)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.stdout, done.stderr) == ("interrupted by SIGTERM\n", "")
 
 
 def test_the_guardian_forgets_who_has_ended_as_its_number_may_be_a_stranger_s(

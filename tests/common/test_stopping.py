@@ -106,7 +106,15 @@ def test_a_signal_before_there_is_work_is_an_exception_and_its_echo_is_none() ->
     assert process.communicate(timeout=LIMIT_S)[0] == "cleaned up\ninterrupted by SIGTERM 15\n"
 
 
-FORESEEN = [ValueError(), TimeoutError(), Interrupted(2), RunEnds(None), OSError(errno.ENOSPC, "")]
+FORESEEN = [
+    ValueError(),
+    TimeoutError(),
+    Interrupted(2),
+    RunEnds(None),
+    RunEnds(TimeoutError()),
+    OSError(errno.ENOSPC, ""),
+    FileNotFoundError(errno.ENOENT, "", "data.jsonl"),
+]
 
 
 @pytest.mark.parametrize("error", FORESEEN)
