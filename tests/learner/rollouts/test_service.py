@@ -476,7 +476,8 @@ def test_an_actor_whose_engine_starts_keeps_its_name_without_a_word(service: Lea
         async with ActorConnection(endpoint, "a", 16) as connection:
             await connection.send(hello("a"))
             assert isinstance(await connection.receive(5.0), Welcome)
-            assert await asyncio.to_thread(talk, service, hello("a")) == [Refused(reason=NAME_TAKEN, fatal=True)]
+            other = hello("a", process="another")
+            assert await asyncio.to_thread(talk, service, other) == [Refused(reason=NAME_TAKEN, fatal=True)]
 
     asyncio.run(start_and_wait())
 
