@@ -698,6 +698,17 @@ def test_a_data_row_that_is_no_json_is_one_sentence() -> None:
         service.take_batch(30.0)
 
 
+def test_a_lease_that_no_actor_would_take_is_one_sentence() -> None:
+    """An actor's end of the connection would refuse it, and so would that of everybody who gets it next."""
+    prompts = [replace(PROMPTS[0], row={"tests": "x" * (1 << 20)})]
+    config = make_config()
+    config = replace(config, transport=replace(config.transport, max_message_mb=1))
+    service = LearnerService(config, prompts, lambda prompt: [1], FINGERPRINTS, [1])
+    sentence = r"cannot travel: Lease of 10\d+ bytes: transport\.max_message_mb=1 holds 1048576"
+    with service, FakeActor(service.endpoint, "a"), pytest.raises(ConfigError, match=sentence):
+        service.take_batch(30.0)
+
+
 def test_a_port_in_use_ends_before_anything_started(service: LearnerService) -> None:
     config = make_config()
     port = int(service.endpoint.rsplit(":", 1)[1])
