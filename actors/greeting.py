@@ -8,6 +8,7 @@ actor, or misses something of it.
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable
 
@@ -41,6 +42,7 @@ class Session:
         self.connection = connection
         self._locate = locate or (lambda: connection.endpoint)
         self._fingerprints = ("", "")
+        self._secret = secrets.token_hex(16)
         self._greeted_s = float("-inf")
 
     async def begin(self) -> Config:
@@ -139,6 +141,7 @@ class Session:
             Hello(
                 protocol_version=PROTOCOL_VERSION,
                 name=self.connection.name,
+                secret=self._secret,
                 capacity=self.config.actors.groups_in_flight,
                 model_fingerprint=model,
                 tokenizer_fingerprint=tokenizer,

@@ -79,6 +79,7 @@ def _made_up() -> list[Message]:
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         name="a",
+        secret="d" * 32,
         capacity=4,
         model_fingerprint="f" * 64,
         tokenizer_fingerprint="e" * 64,

@@ -5,6 +5,7 @@ learner sends only the kind and the lease id are looked at. One group is sent ev
 another, whatever has become of those before: an open loop. An actor without a lease has to let its turn pass.
 """
 
+import secrets
 import select
 import time
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class Actor:
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             name=name,
+            secret=secrets.token_hex(16),
             capacity=1,
             model_fingerprint="m",
             tokenizer_fingerprint="t",

@@ -27,13 +27,14 @@ from common.addresses import in_url
 from common.config import ConfigError
 from common.connections import Connections, Refusal
 from common.keys import ActorKeys, LearnerKeys
-from common.types import ActorMessage, LearnerMessage
+from common.types import ActorMessage, LearnerMessage, Message
 from common.wire import WireError, decode, encode, pack, unpack
 
 LINGER_MS = 3000  # how long a closed socket may still deliver what was sent: Stop, Bye, the last group
 MESSAGES_PER_TURN = 1000  # read at once, so that a flood does not keep the learner from sending
 BYTES_PER_TURN = 64 << 20  # the same
 FRAMES_PER_TURN = 10_000  # of a message that has too many of them, skipped at once
+ENCRYPTION_BYTES = 64  # more than CURVE adds to a message, which libzmq counts when it compares with the limit
 RCV_QUEUE = 64  # messages of one actor that wait to be read; then its TCP connection waits
 SND_QUEUE = 100_000  # messages that an actor has not read: it is given up
 HANDSHAKE_MS = 10_000  # longest handshake
@@ -201,9 +202,11 @@ class LearnerSocket:
             return error
 
     def send(self, identity: bytes, message: LearnerMessage) -> bool:
-        """False when no peer of that identity is connected, or when it has stopped reading."""
+        """False when no peer of that identity is connected, or when it has stopped reading. Raises WireError when the
+        message is larger than an actor takes."""
+        packed = _packed(message, self._max_bytes)
         try:
-            self._socket.send_multipart([identity, pack(encode(message))], zmq.NOBLOCK)
+            self._socket.send_multipart([identity, packed], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -276,10 +279,7 @@ class ActorConnection:
 
     async def send(self, message: ActorMessage) -> None:
         """Queue the message. Raises WireError when it is larger than the learner takes."""
-        packed = pack(encode(message))
-        if len(packed) > self._max_bytes:  # the learner would cut the connection, again after every reconnect
-            raise WireError(f"{type(message).__name__} of {len(packed)} bytes: limit {self._max_bytes}")
-        await self._channel.send(packed, copy=False)
+        await self._channel.send(_packed(message, self._max_bytes), copy=False)
 
     async def receive(self, timeout_s: float) -> LearnerMessage:
         """The next message. Raises TimeoutError naming the learner's endpoint, HandshakeError, WireError, or
@@ -385,8 +385,17 @@ def _require_keys(router: zmq.Socket[bytes], keys: LearnerKeys) -> None:
     router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without its authenticator it accepts nobody, instead of everybody
 
 
+def _packed(message: Message, max_bytes: int) -> bytes:
+    """Raises WireError above the limit: the other side would end the connection, again after every reconnect."""
+    packed = pack(encode(message))
+    if len(packed) > max_bytes:
+        limit = f"transport.max_message_mb={max_bytes >> 20} holds {max_bytes}"
+        raise WireError(f"{type(message).__name__} of {len(packed)} bytes: {limit}")
+    return packed
+
+
 def _limit(channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int, receive: int, send: int) -> None:
-    channel.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    channel.setsockopt(zmq.MAXMSGSIZE, max_bytes + ENCRYPTION_BYTES)
     channel.setsockopt(zmq.RCVHWM, receive)
     channel.setsockopt(zmq.SNDHWM, send)
     channel.setsockopt(zmq.LINGER, LINGER_MS)  # a connection that is ending when the socket closes keeps this one

@@ -15,6 +15,7 @@ Example, n = 2 with completions of 3 and 2 tokens (T = 5):
     versions           [ 4  4  5 |  4  5]    policy version that drew each token, stamped by the engine
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from common.fields import ArraySpec, Count, Seconds, Text
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 BYTES_PER_TOKEN = 12  # of a group on its way: id, log-prob and version of each token
 LARGEST_REWARD = 1e6  # in magnitude, of one response: sums of squares over a batch stay far inside float32
 
@@ -32,6 +33,8 @@ MAX_CAPACITY = 1024  # groups of one actor: more than an engine schedules at onc
 MAX_LISTED = 4 * MAX_CAPACITY  # lease ids in one list of an actor's
 
 MAX_SHOWN_MEMBERS = 256  # in a status
+
+_SECRET = re.compile(r"[0-9a-f]{32}")
 
 JSON: TypeAlias = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]; checked by the wire
 
@@ -257,11 +260,14 @@ class Hello:
     """Actor -> learner, first message, and again when asked or on a new connection. The fingerprints must equal the
     learner's, else the actor is refused.
 
-    `run_id`, `incarnation` and `number` are those of the last Welcome, None before the first.
+    `secret` is drawn anew by each process and told to the learner alone: by it a member is known on whatever connection
+    it greets. `run_id`, `incarnation` and `number` are those of the last Welcome, None before the first. Raises
+    ValueError for a secret of another form, or lists that are too long.
     """
 
     protocol_version: int
     name: str
+    secret: str = field(repr=False)  # 32 hexadecimal digits
     capacity: int  # groups that it will hold at once
     model_fingerprint: str
     tokenizer_fingerprint: str
@@ -273,6 +279,8 @@ class Hello:
 
     def __post_init__(self) -> None:
         _check_listed(self.held, self.finished)
+        if _SECRET.fullmatch(self.secret) is None:
+            raise ValueError(f"a secret of {len(self.secret)} characters that is no 32 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from common.config import (
 )
 from common.model_folder import check_model_folder
 from common.types import BYTES_PER_TOKEN, LARGEST_REWARD
+from common.wire import MAX_HEADER_BYTES, MAX_PACKING_BYTES
 
 INF = float("inf")
 LARGEST_INTEGER = 2**32 - 1  # of any setting: numpy's and vLLM's seeds end there, counts and lengths earlier
@@ -273,6 +274,20 @@ def _check_device(config: Config) -> None:
     _check_transport(config)
 
 
+def _largest_group(config: Config) -> tuple[int, str]:
+    """Responses to one prompt, at most, and the setting that says so."""
+    group, samples = config.rollout.group_size, config.eval.samples_per_prompt if config.eval.temperature > 0 else 1
+    return max((group, f"rollout.group_size={group}"), (samples, f"eval.samples_per_prompt={samples}"))
+
+
+def largest_message_bytes(config: Config) -> int:
+    """Of what a run sends: a lease that goes on with responses of which nearly all has been sampled. Its row may fill
+    the header. A group has neither row nor prompt."""
+    per_response = config.rollout.max_tokens * BYTES_PER_TOKEN + 4
+    prompt = 4 * config.model.max_model_len
+    return MAX_HEADER_BYTES + prompt + _largest_group(config)[0] * per_response + MAX_PACKING_BYTES
+
+
 def _check_transport(config: Config) -> None:
     transport, rollout = config.transport, config.rollout
     beat, silence = transport.heartbeat_s, transport.heartbeat_timeout_s
@@ -284,11 +299,12 @@ def _check_transport(config: Config) -> None:
         transport.keys is not None and not transport.curve,
         f"transport.keys={transport.keys} has no effect with transport.curve=off: leave out one of them",
     )
-    largest_mb = 1 + (rollout.group_size * rollout.max_tokens * BYTES_PER_TOKEN >> 20)
+    largest_mb = 1 + (largest_message_bytes(config) >> 20)
     refuse_if(
         transport.max_message_mb < largest_mb,
-        f"transport.max_message_mb={transport.max_message_mb} does not hold a group of rollout.group_size="
-        f"{rollout.group_size} responses of rollout.max_tokens={rollout.max_tokens}: set it to {largest_mb} or more",
+        f"transport.max_message_mb={transport.max_message_mb} does not hold a lease that goes on with "
+        f"{_largest_group(config)[1]} responses of rollout.max_tokens={rollout.max_tokens}: set it to {largest_mb} or "
+        "more",
     )
     grace, reconnect = config.transport.grace_s, config.transport.reconnect_s
     refuse_if(

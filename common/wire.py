@@ -33,6 +33,7 @@ MAX_HEADER_BYTES = 4 << 20  # a row with its test cases, or the names and shapes
 MAX_JSON_DEPTH = 16
 MAX_FRAMES = 64
 ALIGNMENT = 8  # bytes
+MAX_PACKING_BYTES = 1 << 10  # more than `pack` adds: a length and a filling for each of MAX_FRAMES
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 

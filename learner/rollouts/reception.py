@@ -1,13 +1,14 @@
 """What each message from an actor leads to: greetings and their checks, routing to the coordinator, dismissals.
 
-An actor is known by its name; its ZeroMQ identity is that of one connection. A member that greets again, with what the
-last Welcome gave it, goes on over its new connection. Another process gets the name of a member that is lost; the
-name of one that seems to be there is a claim: the member is asked, and keeps its name when it is heard, loses it when
-its connection turns out to be closed or when it is silent for transport.grace_s.
+An actor is known by its name; its ZeroMQ identity is that of one connection, and the secret in its greetings that of
+its process. A member that greets again goes on over its new connection. Another process gets the name of a member that
+is lost; the name of one that seems to be there is a claim: the member is asked, and keeps its name when it is heard,
+loses it when its connection turns out to be closed or when it is silent for transport.grace_s.
 
 Used under the lock of learner/rollouts/service.py.
 """
 
+import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,9 @@ class Claim:
 
 
 class Reception:
-    """Invariants: `_names` and `_identities` are inverse maps of the coordinator's members, lost ones included. A
-    connection is a member's, or claims one name, or neither: what it greets with last counts."""
+    """Invariants: `_names` and `_identities` are inverse maps of the coordinator's members, lost ones included, and
+    `_secrets` has the same names. A connection is a member's, or claims one name, or neither: what it greets with last
+    counts, and so does what a process does."""
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class Reception:
         self._probe_token_ids = np.asarray(probe_token_ids, dtype=np.int32)
         self._identities: dict[str, bytes] = {}
         self._names: dict[bytes, str] = {}
+        self._secrets: dict[str, str] = {}  # by name
         self._dismissed: dict[bytes, str] = {}  # why; answers what was under way
         self._claims: dict[str, Claim] = {}  # by name
         self._run_id, self._incarnation = run_id, incarnation
@@ -156,7 +159,7 @@ class Reception:
         return None
 
     def _greet(self, identity: bytes, hello: Hello, now: float) -> None:
-        self._forget_claims(identity)
+        self._forget_claims(identity, hello.secret)
         if self._stop is not None:
             self._direct.append((identity, self._stop))
             return
@@ -170,7 +173,7 @@ class Reception:
             self._part(self._names[identity], "it greeted under another name")
         owner = self._identities.get(hello.name)
         if owner is not None and self._is_member(hello):
-            self._welcome_back(identity, hello, now)
+            self._greet_again(identity, hello, now)
         elif owner is None or owner == identity or self._coordinator.is_lost(hello.name):
             self._admit(identity, hello, now)
         else:
@@ -178,17 +181,26 @@ class Reception:
 
     def _is_member(self, hello: Hello) -> bool:
         """Whether it comes from the process that is the member of its name."""
-        life = (self._run_id, self._incarnation, self._coordinator.member(hello.name).number)
-        return (hello.run_id, hello.incarnation, hello.number) == life
+        return hmac.compare_digest(hello.secret, self._secrets.get(hello.name, ""))
+
+    def _greet_again(self, identity: bytes, hello: Hello, now: float) -> None:
+        """A member, on any connection."""
+        if hello.number is not None:
+            self._welcome_back(identity, hello, now)
+        elif not self._coordinator.member(hello.name).was_ready:
+            self._admit(identity, hello, now)  # no Welcome has reached it
+        else:
+            logger.info("a greeting of actor %s from before it was ready comes late", hello.name)
 
     def _admit(self, identity: bytes, hello: Hello, now: float) -> None:
         """A new member, which may have been another learner's."""
-        if self._identities.get(hello.name) == identity:
+        if self._identities.get(hello.name) == identity or self._is_member(hello):
             self._part(hello.name, "it greeted anew")
         elif hello.name in self._identities:
             self._send_away(hello.name, "another process has its name")
         self._identities[hello.name] = identity
         self._names[identity] = hello.name
+        self._secrets[hello.name] = hello.secret
         self._coordinator.join(hello.name, hello.capacity, now)
         if hello.incarnation is not None:
             self._coordinator.join_again(hello.name, hello.held.tolist(), hello.finished.tolist(), now)
@@ -222,11 +234,15 @@ class Reception:
         self._direct.append((identity, welcome))
 
     def _claim(self, identity: bytes, owner: bytes, hello: Hello, now: float) -> None:
-        """The message to the owner finds out whether its connection is closed; `tick` and `undeliverable` decide."""
+        """`tick` and `undeliverable` decide."""
         earlier = self._claims.get(hello.name)
         if earlier is not None and earlier.identity != identity:
             self._refuse_claim(earlier)
         self._claims[hello.name] = Claim(identity=identity, hello=hello, since_s=now)
+        self._ask(owner)
+
+    def _ask(self, owner: bytes) -> None:
+        """The message finds out whether its connection is closed."""
         self._direct.append((owner, Pulse(version=self._coordinator.ledger.version)))
 
     def _settle_claims(self, now: float) -> None:
@@ -343,8 +359,13 @@ class Reception:
         self.observers.forget(identity)
         self._forget_claims(identity)
 
-    def _forget_claims(self, identity: bytes) -> None:
-        self._claims = {name: claim for name, claim in self._claims.items() if claim.identity != identity}
+    def _forget_claims(self, identity: bytes, secret: str = "") -> None:
+        """Of this connection, and of this process."""
+        self._claims = {
+            name: claim
+            for name, claim in self._claims.items()
+            if claim.identity != identity and not hmac.compare_digest(claim.hello.secret, secret)
+        }
 
     def _dismiss_condemned(self) -> None:
         for name, reason in list(self._coordinator.condemned.items()):
@@ -360,7 +381,9 @@ class Reception:
         self._dismiss_condemned()
 
     def _look_at_members(self, now: float) -> None:
-        """At each of them."""
+        """At each of them. A connection may be found closed only a while after it was."""
+        for name in self._claims:
+            self._ask(self._identities[name])
         for name, reason in self._coordinator.hung():
             self._coordinator.condemn(name, reason)
         for name in self._coordinator.forgettable(now):
@@ -389,7 +412,7 @@ class Reception:
 
     def _part(self, name: str, reason: str) -> bytes:
         identity = self._identities.pop(name)
-        del self._names[identity]
+        del self._names[identity], self._secrets[name]
         self._coordinator.remove(name, reason)
         return identity
 

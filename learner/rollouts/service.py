@@ -377,7 +377,7 @@ class LearnerService:
             socket.wake()
 
     def _open_socket(self) -> LearnerSocket:
-        if isinstance(self._failure, WireError):  # a prompt's row or a payload that is no JSON
+        if isinstance(self._failure, WireError):  # a prompt's row or a payload that is no JSON, or is too large
             raise ConfigError(
                 f"the learner has something to send that cannot travel: {self._failure}"
             ) from self._failure

@@ -292,24 +292,41 @@ def test_progress_that_gets_lost_is_reported_again_and_nothing_is_held_against_i
         assert line.service.stats()["dropped/straggler"] == 0
 
 
+class Interrupted:
+    """A connection on which this comes."""
+
+    name, endpoint = "a", "tcp://127.0.0.1:1"
+
+    def __init__(self, answers: list[Any]) -> None:
+        self._answers = iter(answers)
+        self.sent: list[Any] = []
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def receive(self, timeout_s: float) -> Any:
+        if isinstance(answer := next(self._answers), Exception):
+            raise answer
+        return answer
+
+
 def test_the_first_greeting_is_repeated_on_every_connection() -> None:
-    sent: list[Any] = []
-    answers = iter([ConnectionRenewed(), ConnectionRenewed(), Stop(reason="enough")])
-
-    class Interrupted:
-        name, endpoint = "a", "tcp://127.0.0.1:1"
-
-        async def send(self, message: Any) -> None:
-            sent.append(message)
-
-        async def receive(self, timeout_s: float) -> Stop:
-            if isinstance(answer := next(answers), Exception):
-                raise answer
-            return answer
-
+    connection = Interrupted([ConnectionRenewed(), ConnectionRenewed(), Stop(reason="enough")])
     with pytest.raises(LearnerStops, match="enough"):
-        asyncio.run(Session(make_config(), Interrupted()).begin())  # type: ignore[arg-type]
-    assert [type(message) for message in sent] == [Hello] * 3
+        asyncio.run(Session(make_config(), connection).begin())  # type: ignore[arg-type]
+    assert [type(message) for message in connection.sent] == [Hello] * 3
+    assert len({message.secret for message in connection.sent}) == 1
+
+
+def test_no_two_actors_have_one_secret() -> None:
+    def greeting() -> Hello:
+        connection = Interrupted([Stop(reason="enough")])
+        with pytest.raises(LearnerStops):
+            asyncio.run(Session(make_config(), connection).begin())  # type: ignore[arg-type]
+        (hello,) = connection.sent
+        return hello
+
+    assert greeting().secret != greeting().secret
 
 
 def test_an_actor_that_comes_while_the_learner_is_being_started_waits_for_it(caplog: pytest.LogCaptureFixture) -> None:

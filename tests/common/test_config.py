@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.config import Aggregation, Config, ConfigError, OnBadRow, TrainFile, TransferBackend
 from common.loading import RECIPES, load_config, read_config, save_config
+from common.types import FinishReason, Lease, Purpose
+from common.validation import largest_message_bytes
+from common.wire import MAX_HEADER_BYTES, MAX_PACKING_BYTES, encode, pack
 
 MODEL = "model.path=configs/models/chain_sum"
 NAMES = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
@@ -352,7 +356,14 @@ def test_a_mistake_is_explained_in_one_sentence(override: str, words: tuple[str,
         (["transport.curve=auto"], ("transport.curve=auto",)),
         (
             ["transport.max_message_mb=1", "rollout.group_size=4096"],
-            ("transport.max_message_mb=1 does not hold a group of rollout.group_size=4096", "set it to 7 or more"),
+            (
+                "transport.max_message_mb=1 does not hold a lease that goes on with rollout.group_size=4096",
+                "set it to 11 or more",
+            ),
+        ),
+        (
+            ["transport.max_message_mb=4", "eval.samples_per_prompt=9"],
+            ("does not hold a lease that goes on with eval.samples_per_prompt=9 responses", "set it to 5 or more"),
         ),
         (["verifier.function=module.function"], ("verifier.function=module.function", "module:function")),
         (["transport.port=70000"], ("transport.port=70000", "65535")),
@@ -376,11 +387,39 @@ def test_what_cannot_work_together_is_refused_with_the_values(overrides: list[st
         ["device=cuda", "weights.backend=nccl", "model.dtype=bfloat16"],
         ["learner.policy.learning_rate=0"],
         ["learner.steps=0"],
+        ["transport.max_message_mb=5"],
+        ["transport.max_message_mb=5", "eval.samples_per_prompt=4096", "eval.temperature=0"],
     ],
 )
 def test_unusual_but_possible_combinations_are_accepted(overrides: list[str]) -> None:
     config = load_config([], [MODEL, *overrides])
     assert config.weights.backend in TransferBackend
+
+
+def test_the_largest_message_is_a_lease_with_all_that_it_may_hold() -> None:
+    """Its row fills the header, and nearly every token of its responses has been sampled."""
+    config = load_config([], [MODEL, "eval.samples_per_prompt=50", "rollout.max_tokens=200"])
+    n, num_tokens = 50, 50 * 200
+    lease = Lease(
+        lease_id=1,
+        purpose=Purpose.EVAL,
+        prompt_uid="p",
+        prompt_token_ids=np.zeros(config.model.max_model_len, np.int32),
+        reference="",
+        row={"tests": ""},
+        num_samples=n,
+        seed=1,
+        temperature=1.0,
+        max_tokens=200,
+        prefix_lengths=np.full(n, 200, np.int32),
+        prefix_token_ids=np.zeros(num_tokens, np.int32),
+        prefix_behavior_logprobs=np.zeros(num_tokens, np.float32),
+        prefix_versions=np.zeros(num_tokens, np.int32),
+        prefix_finish_reasons=(FinishReason.LENGTH,) * n,
+    )
+    row = {"tests": "x" * (MAX_HEADER_BYTES - len(encode(lease)[0]) - 8)}
+    size = len(pack(encode(dataclasses.replace(lease, row=row))))
+    assert 0 <= largest_message_bytes(config) - size <= MAX_PACKING_BYTES + 8
 
 
 def test_a_missing_model_says_what_to_set() -> None:

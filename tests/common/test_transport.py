@@ -5,16 +5,19 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zmq
 
-from common.config import ConfigError
+from common.config import Config, ConfigError, TransportConfig
+from common.keys import ActorKeys, LearnerKeys, actor_keys, make_keys
 from common.transport import ActorConnection, ConnectionRenewed, LearnerSocket, model_fingerprints
 from common.types import Ack, ActorMessage, Bye, Ready, Stop, WeightsCommand, WeightsPhase
-from common.wire import WireError
+from common.wire import WireError, encode, pack
 from tests.support.fake_actors import group
 from tests.support.proxy import Proxy
 
@@ -186,6 +189,51 @@ def test_an_actor_does_not_send_what_the_learner_would_not_take(learner: Learner
 
     with pytest.raises(WireError, match=r"Ready of .* bytes"):
         asyncio.run(send())
+
+
+def test_the_learner_does_not_send_what_no_actor_would_take(learner: LearnerSocket) -> None:
+    """It would not be told: the actor's side ends the connection, and what waits for it there is lost."""
+    command = WeightsCommand(command_id=1, phase=WeightsPhase.UPDATE, version=1, payload={"names": "x" * (1 << 20)})
+    with pytest.raises(WireError, match=r"WeightsCommand of 10\d+ bytes: transport\.max_message_mb=1 holds 1048576"):
+        learner.send(b"a", command)
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_the_largest_message_is_carried_in_both_directions(is_encrypted: bool, tmp_path: Path) -> None:
+    """Encrypted it is longer, and ZeroMQ counts that."""
+    of_learner, of_actor = keys(tmp_path) if is_encrypted else (None, None)
+    learner = LearnerSocket("127.0.0.1", 0, 1, of_learner)
+    ready = Ready(version=0, probe_logprobs=np.zeros((1 << 18) - 64, np.float32))
+    command = WeightsCommand(command_id=1, phase=WeightsPhase.UPDATE, version=1, payload={"names": ""})
+
+    async def talk() -> None:
+        async with ActorConnection(learner.endpoint, "a", 1, of_actor) as connection:
+            await connection.send(grown(ready))
+            ((identity, message),) = await asyncio.to_thread(received, learner, 1)
+            assert isinstance(message, Ready)
+            assert learner.send(identity, grown(command))
+            assert isinstance(await connection.receive(5.0), WeightsCommand)
+
+    try:
+        asyncio.run(talk())
+    finally:
+        learner.close()
+
+
+def keys(folder: Path) -> tuple[LearnerKeys, ActorKeys | None]:
+    make_keys(folder)
+    return LearnerKeys(folder), actor_keys(Config(transport=TransportConfig(keys=str(folder))), "a")
+
+
+def grown(message: Any) -> Any:
+    """To 1 MiB, when packed."""
+    missing = (1 << 20) - len(pack(encode(message)))
+    if isinstance(message, Ready):
+        message = replace(message, probe_logprobs=np.zeros(len(message.probe_logprobs) + missing // 4, np.float32))
+    else:
+        message = replace(message, payload={"names": "x" * (missing - 4)})
+    assert len(pack(encode(message))) == 1 << 20
+    return message
 
 
 def test_a_peer_that_sends_too_much_is_cut_off_and_garbage_is_a_wire_error(learner: LearnerSocket) -> None:

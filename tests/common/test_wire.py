@@ -48,6 +48,7 @@ steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 ints = st.integers(-(2**63), 2**63 - 1)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+secrets = st.from_regex("[0-9a-f]{32}", fullmatch=True)
 floats = st.floats(allow_nan=False, allow_infinity=False)
 seconds = st.floats(0, MAX_SECONDS)
 counts = st.integers(0, MAX_COUNT)
@@ -92,7 +93,7 @@ messages: st.SearchStrategy[Any] = st.one_of(
     progresses,
     groups(),
     leases,
-    st.builds(Hello, protocol_version=ints, name=texts, capacity=ints, model_fingerprint=texts,
+    st.builds(Hello, protocol_version=ints, name=texts, secret=secrets, capacity=ints, model_fingerprint=texts,
               tokenizer_fingerprint=texts, run_id=st.none() | texts, incarnation=st.none() | ints,
               number=st.none() | ints, held=int32s, finished=int32s),
     st.builds(Ready, version=ints, probe_logprobs=float32s),
@@ -190,10 +191,22 @@ def test_nobody_lists_more_leases_than_an_actor_can_have(kind: type) -> None:
         decode(with_header(parts, [many.tobytes(), *encode(message)[2:]]), MAX_BYTES)
 
 
-# Ids, versions and fingerprints are compared with what the learner knows, a capacity is cut: none is summed or quoted.
+@pytest.mark.parametrize("secret", ["", "0" * 31, "0" * 33, "G" * 32, "\u0661" * 32, "0" * 32 + "\n"])
+def test_a_greeting_without_a_secret_of_its_length_is_none_and_no_secret_is_quoted(secret: str) -> None:
+    message = hello("a")
+    parts = header(message)
+    parts[2]["secret"] = secret
+    with pytest.raises(WireError, match=r"a secret of \d+ characters that is no 32 hexadecimal digits") as caught:
+        decode(with_header(parts, encode(message)[1:]), MAX_BYTES)
+    assert not secret or secret not in str(caught.value)
+    assert message.secret not in repr(message)
+
+
+# Ids, versions, fingerprints and secrets are compared with what the learner knows, a capacity is cut: none is summed or
+# quoted.
 COMPARED = {
     *(f"Hello.{name}" for name in ("protocol_version", "model_fingerprint", "tokenizer_fingerprint", "name")),
-    *(f"Hello.{name}" for name in ("run_id", "incarnation", "number", "capacity")),
+    *(f"Hello.{name}" for name in ("run_id", "incarnation", "number", "capacity", "secret")),
     *(f"{kind}.lease_id" for kind in ("Progress", "CompletedGroup", "LeaseFailed")),
     *(f"WeightsReport.{name}" for name in ("command_id", "version")),
     "Ready.version",
@@ -253,13 +266,13 @@ def test_an_error_quotes_little_of_what_a_stranger_sent() -> None:
 
 
 def test_the_bytes_of_a_small_message_never_change_within_a_protocol_version() -> None:
-    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x05\x81\xa8lease_id\x07\x90"]
+    assert encode(Ack(lease_id=7)) == [b"\x94\xa3Ack\x06\x81\xa8lease_id\x07\x90"]
 
 
 def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
     frames = [bytes(frame) for frame in encode(GROUP)]
     assert frames[0] == (
-        b"\x94\xaeCompletedGroup\x05\x86\xa8lease_id\x07"
+        b"\x94\xaeCompletedGroup\x06\x86\xa8lease_id\x07"
         b"\xa8verdicts\x92\xa7correct\xa9timed_out\xaeverifier_error\xc0\xaefinish_reasons\x92\xa4stop\xa6length"
         b"\xacgeneration_s\xcb\x3f\xf8\0\0\0\0\0\0\xaeverification_s\xcb\x3f\xd0\0\0\0\0\0\0"
         b"\x95\x93\xa7lengths\xa5int32\x91\x02\x93\xa9token_ids\xa5int32\x91\x03"
@@ -276,7 +289,7 @@ def test_the_bytes_of_a_group_never_change_within_a_protocol_version() -> None:
 
 def test_the_bytes_of_a_lease_never_change_within_a_protocol_version() -> None:
     assert [bytes(frame) for frame in encode(LEASE)] == [
-        b"\x94\xa5Lease\x05\x8d\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
+        b"\x94\xa5Lease\x06\x8d\xa8lease_id\x07\xa7purpose\xa4eval\xaaprompt_uid\xa1u\xa9reference\xa242"
         b"\xa3row\x81\xa1n\x01\xabnum_samples\x02\xa4seed\x03\xabtemperature\xcb\x3f\xe0\0\0\0\0\0\0"
         b"\xaamax_tokens\x09\xa4stop\x91\xa4</a>\xa5top_p\xcb\x3f\xe8\0\0\0\0\0\0\xa5top_k\x04"
         b"\xb5prefix_finish_reasons\x92\xa4stop\xc0"

@@ -5,6 +5,8 @@ staleness from the data.
 """
 
 import asyncio
+import hashlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -57,11 +59,13 @@ def hello(
     welcome: Welcome | None = None,
     held: Iterable[int] = (),
     finished: Iterable[int] = (),
+    process: str | None = None,
 ) -> Hello:
-    """`welcome`: the last that it got."""
+    """`welcome`: the last that it got; `process`: whose greeting it is, the only one of its name if that is None."""
     return Hello(
         protocol_version=PROTOCOL_VERSION,
         name=name,
+        secret=hashlib.sha256((process or name).encode()).hexdigest()[:32],
         capacity=capacity,
         model_fingerprint=fingerprints[0],
         tokenizer_fingerprint=fingerprints[1],
@@ -185,9 +189,10 @@ class FakeActor:
 
     async def _take_part(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        self._process = secrets.token_hex(8)
         self._held: dict[int, asyncio.Task[None]] = {}
         async with ActorConnection(self.endpoint, self.name, 16, self.keys) as self._connection:
-            await self._send(hello(self.name, self.capacity, self.fingerprints))
+            await self._send(hello(self.name, self.capacity, self.fingerprints, process=self._process))
             welcome = await self._receive()
             if not isinstance(welcome, Welcome):
                 return
@@ -217,7 +222,9 @@ class FakeActor:
             return message
 
     async def _greet_again(self) -> None:
-        await self._send(hello(self.name, self.capacity, self.fingerprints, self.welcome, self._held))
+        await self._send(
+            hello(self.name, self.capacity, self.fingerprints, self.welcome, self._held, process=self._process)
+        )
 
     async def _beat(self) -> None:
         busy_s, before_s = 0.5, time.monotonic()

@@ -109,7 +109,7 @@ def act(endpoint: str, name: str, folder: str, *fault: Any) -> None:
 
 async def _act(endpoint: str, name: str, actor: TransferActor) -> None:
     async with ActorConnection(endpoint, name, 16) as connection:
-        await connection.send(hello(name))
+        await connection.send(hello(name, process=f"{name} {os.getpid()}"))
         assert isinstance(await connection.receive(60.0), Welcome)
         await connection.send(Ready(version=0, probe_logprobs=NO_PROBE))
         beat = asyncio.create_task(_beat(connection))

@@ -33,7 +33,7 @@ from learner.rollouts.commands import Command
 from learner.rollouts.coordinator import Coordinator
 from learner.rollouts.evaluation import Evaluation
 from learner.rollouts.prompts import PromptStream
-from learner.rollouts.reception import OWN_DATA, Reception
+from learner.rollouts.reception import LOOK_S, OWN_DATA, Reception
 from tests.support.fake_actors import FINGERPRINTS, NO_PROBE, group, heartbeat, hello, ids, progress
 
 PROMPTS = [Prompt(uid=f"p{i}", text="", reference="") for i in range(5)]
@@ -71,7 +71,7 @@ def test_there_are_no_more_members_than_there_may_be(monkeypatch: pytest.MonkeyP
     reception.undeliverable(b"0")
     reception.handle(b"x", hello("x"), 1.0)
     assert reception.num_refused == 18, "a lost one may come back"
-    reception.handle(b"y", hello("a0"), 1.0)
+    reception.handle(b"y", hello("a0", process="another"), 1.0)
     reception.handle(b"1", Bye(error=None), 1.0)
     reception.handle(b"z", hello("x"), 1.0)
     assert reception.names == ("a0", "a2", "x")
@@ -87,6 +87,7 @@ sayings: st.SearchStrategy[Any] = st.one_of(
         welcome=st.none() | st.builds(welcome, st.sampled_from(["run", "other"]), st.integers(0, 1), small),
         held=st.lists(small, max_size=3),
         finished=st.lists(small, max_size=3),
+        process=st.sampled_from("xy"),
     ),
     st.builds(Ready, version=small, probe_logprobs=st.just(NO_PROBE)),
     st.builds(group, small, st.lists(small, min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 3)),
@@ -166,6 +167,7 @@ def test_any_order_of_events_is_survived(history: list[tuple[str, Any, Any]]) ->
         assert {identity for identity, _ in reception.outgoing()} <= set(IDENTITIES)
         assert set(coordinator.members()) <= set(reception.names)
         assert reception._names == {identity: name for name, identity in reception._identities.items()}
+        assert reception._secrets.keys() == reception._identities.keys()
     reception.begin_stop("over")
     assert all(isinstance(message, Stop) for _, message in reception.outgoing())
     for identity in IDENTITIES:
@@ -237,7 +239,7 @@ def test_who_is_not_there_when_the_learner_has_loaded_is_judged_all_the_same(way
     else:
         reception.undeliverable(b"wrong")
     if way == "replaced":
-        reception.handle(b"2", hello("wrong"), 0.0)
+        reception.handle(b"2", hello("wrong", process="another"), 0.0)
         reception.handle(b"2", Ready(version=0, probe_logprobs=RIGHT), 0.0)
     reception.outgoing()
     assert coordinator.stats()["buffered_groups"] == 1
@@ -439,11 +441,11 @@ def test_a_member_that_takes_part_without_having_said_that_it_is_ready_is_asked_
 def test_a_greeting_that_is_repeated_on_its_connection_is_no_other_process() -> None:
     """The learner may have asked for it twice."""
     _, reception = make_reception()
-    for number in (1, 2):
+    for _ in range(2):
         reception.handle(b"1", hello("a", welcome=welcome("earlier", 7, 3), held=[5]), 0.0)
         answers = replies(reception, b"1")
         assert [type(answer) for answer in answers] == [Welcome, Cancel]
-        assert answers[0].number == number
+        assert answers[0].number == 1
     assert reception.names == ("a",)
 
 
@@ -475,7 +477,7 @@ def test_of_two_claims_to_a_name_the_later_one_stands() -> None:
     _, reception = make_reception()
     welcomed(reception, "a", b"1")
     for identity in (b"2", b"3"):
-        reception.handle(identity, hello("a"), 1.0)
+        reception.handle(identity, hello("a", process=identity.decode()), 1.0)
     assert [message.fatal for message in replies(reception, b"2")] == [True]
     reception.undeliverable(b"1")
     reception.tick(1.1)
@@ -488,9 +490,9 @@ def test_a_connection_that_claims_a_name_and_then_greets_under_another_has_only_
     for name in ("a", "c"):
         welcomed(reception, name, name.encode())
     for name in ("a", "b"):
-        reception.handle(b"2", hello(name), 1.0)
+        reception.handle(b"2", hello(name, process="2"), 1.0)
     for name in ("a", "c"):
-        reception.handle(b"3", hello(name), 1.0)
+        reception.handle(b"3", hello(name, process="3"), 1.0)
     reception.undeliverable(b"a")
     reception.undeliverable(b"c")
     reception.tick(1.1)
@@ -555,8 +557,92 @@ def test_a_member_that_is_dismissed_for_what_it_says_is_told_so_however_long_tha
 def test_a_claim_goes_with_its_connection() -> None:
     _, reception = make_reception()
     welcomed(reception, "a", b"1")
-    reception.handle(b"2", hello("a"), 1.0)
+    reception.handle(b"2", hello("a", process="2"), 1.0)
     reception.handle(b"2", Bye(error="it has waited for too long"), 2.0)
     reception.undeliverable(b"1")
     reception.tick(3.0)
     assert replies(reception, b"2") == []
+
+
+# ---- which process it is that greets
+
+
+def settled(reception: Reception, identity: bytes, closed: set[bytes], now: float) -> list[Any]:
+    """What this connection is sent until a claim that was made at `now` is settled; those of `closed` turn out
+    to be closed a moment later."""
+    got, tick = [], 0
+
+    def send(to: bytes, message: LearnerMessage) -> bool:
+        got.extend([message] if to == identity else [])
+        return to not in closed or not tick
+
+    for tick in range(25):
+        reception.tick(now + tick * LOOK_S)
+        reception.deliver(send)
+    return got
+
+
+def test_a_starting_actor_whose_welcome_got_lost_is_welcomed_on_its_next_connection() -> None:
+    """The learner takes the one before for open; what the engine has is the model folder's still."""
+    coordinator, reception = make_reception()
+    reception.handle(b"old", hello("a"), 0.0)
+    reception.outgoing()
+    reception.handle(b"new", hello("a"), 40.0)
+    assert [type(message) for message in settled(reception, b"new", {b"old"}, 40.0)] == [Welcome]
+    reception.handle(b"new", Ready(version=0, probe_logprobs=NO_PROBE), 50.0)
+    assert coordinator.members() == ("a",) and coordinator.waiting_for_weights() == ()
+
+
+def test_an_actor_that_was_another_learners_is_welcomed_on_each_connection_that_it_greets_on() -> None:
+    """Its greetings name that learner until a Welcome has come."""
+    coordinator, reception = make_reception()
+    for identity in (b"1", b"2"):
+        reception.handle(identity, hello("a", welcome=welcome("earlier", 7, 3), held=[5]), 0.0)
+        answers = replies(reception, identity)
+        assert [type(answer) for answer in answers] == [Welcome, Cancel]
+        assert answers[0].number == 1
+    reception.handle(b"2", Ready(version=0, probe_logprobs=NO_PROBE), 1.0)
+    assert coordinator.waiting_for_weights() == ("a",)
+
+
+def test_a_greeting_of_a_member_that_comes_late_costs_it_nothing() -> None:
+    """From a connection before that on which it is ready: the learner reads each of them at its own pace."""
+    coordinator, reception = make_reception()
+    welcomed(reception, "a", b"new")
+    coordinator.dispatch(0.0)
+    held = [message.lease_id for message in replies(reception, b"new")]
+    reception.handle(b"old", hello("a"), 1.0)
+    assert replies(reception, b"old") == []
+    reception.undeliverable(b"old")
+    reception.handle(b"new", heartbeat(dict.fromkeys(held, 1)), 1.5)
+    assert replies(reception, b"new") == [Pulse(version=0)]
+    assert coordinator.members() == ("a",) and not coordinator.drops
+
+
+@pytest.mark.parametrize("is_ready", [True, False], ids=["ready", "joining"])
+def test_who_knows_all_of_a_member_but_its_secret_is_another_process(is_ready: bool) -> None:
+    """Run and incarnation are in every Welcome, and numbers are counted."""
+    coordinator, reception = make_reception()
+    reception.handle(b"a", hello("a"), 0.0)
+    if is_ready:
+        reception.handle(b"a", Ready(version=0, probe_logprobs=NO_PROBE), 0.0)
+    coordinator.dispatch(0.0)
+    welcome, *leases = replies(reception, b"a")
+    assert bool(leases) == is_ready
+    reception.handle(b"2", hello("a", welcome=welcome, process="another"), 1.0)
+    assert replies(reception, b"2") == []
+    if is_ready:
+        reception.handle(b"a", heartbeat({lease.lease_id: 0 for lease in leases}), 1.5)
+    (refusal,) = settled(reception, b"2", set(), 1.0)
+    assert refusal.fatal and "another actor named a takes part" in refusal.reason
+    assert reception.names == ("a",) and not coordinator.drops
+    reception.handle(b"2", Bye(error=None), 2.0)
+    assert reception.names == ("a",)
+
+
+def test_a_claim_finds_out_that_a_starting_actors_connection_was_closed_a_moment_later() -> None:
+    _, reception = make_reception()
+    reception.handle(b"1", hello("a"), 0.0)
+    reception.outgoing()
+    reception.handle(b"2", hello("a", process="another"), 1.0)
+    assert [type(message) for message in settled(reception, b"2", {b"1"}, 1.0)] == [Welcome]

@@ -476,7 +476,8 @@ def test_an_actor_whose_engine_starts_keeps_its_name_without_a_word(service: Lea
         async with ActorConnection(endpoint, "a", 16) as connection:
             await connection.send(hello("a"))
             assert isinstance(await connection.receive(5.0), Welcome)
-            assert await asyncio.to_thread(talk, service, hello("a")) == [Refused(reason=NAME_TAKEN, fatal=True)]
+            other = hello("a", process="another")
+            assert await asyncio.to_thread(talk, service, other) == [Refused(reason=NAME_TAKEN, fatal=True)]
 
     asyncio.run(start_and_wait())
 
@@ -693,6 +694,17 @@ def test_a_data_row_that_is_no_json_is_one_sentence() -> None:
     prompts = [replace(PROMPTS[0], row={"asked": {"on": b"bytes"}})]
     service = LearnerService(make_config(), prompts, lambda prompt: [1], FINGERPRINTS, [1])
     sentence = r"Lease\.row\['asked'\]\['on'\] holds b'bytes', which is not a JSON value"
+    with service, FakeActor(service.endpoint, "a"), pytest.raises(ConfigError, match=sentence):
+        service.take_batch(30.0)
+
+
+def test_a_lease_that_no_actor_would_take_is_one_sentence() -> None:
+    """An actor's end of the connection would refuse it, and so would that of everybody who gets it next."""
+    prompts = [replace(PROMPTS[0], row={"tests": "x" * (1 << 20)})]
+    config = make_config()
+    config = replace(config, transport=replace(config.transport, max_message_mb=1))
+    service = LearnerService(config, prompts, lambda prompt: [1], FINGERPRINTS, [1])
+    sentence = r"cannot travel: Lease of 10\d+ bytes: transport\.max_message_mb=1 holds 1048576"
     with service, FakeActor(service.endpoint, "a"), pytest.raises(ConfigError, match=sentence):
         service.take_batch(30.0)
 
