@@ -102,6 +102,9 @@ class Publisher:
     _proven: set[MemberId] = field(default_factory=set, init=False)
     _suspected: set[MemberId] = field(default_factory=set, init=False)
     _doubted: set[MemberId] = field(default_factory=set, init=False)
+    _failed_alone: set[MemberId] = field(
+        default_factory=set, init=False
+    )  # of the doubted, while nobody held the version
     _num_lost: Counter[MemberId] = field(default_factory=Counter, init=False)  # publications in a row, by member
     _channel: Channel | None = field(default=None, init=False)
     _sending: Background[None] | None = field(default=None, init=False)
@@ -154,7 +157,8 @@ class Publisher:
         Called by all ranks together, and again as long as somebody waits.
 
         A joiner to which nothing can be sent twice leaves, if others hold the version: they show whose fault that is.
-        Of several that failed together each is tried alone then. Raises PublishError where nobody holds it.
+        Of several that failed together each is tried alone then. Raises PublishError where nobody holds it and all of
+        them have failed.
         """
         assert version == self._version, f"version {version} is not the one that is held, which is {self._version}"
         joiners = self._next_joiners()
@@ -172,6 +176,7 @@ class Publisher:
         finally:
             side.close()
         self._doubted.difference_update(served.members)
+        self._failed_alone.clear()
         if served.members:
             logger.info("version %d has reached %s in %.2f s", version, names(served.members), served.seconds)
         return served
@@ -256,14 +261,18 @@ class Publisher:
     def _next_joiners(self) -> tuple[MemberId, ...]:
         """All who wait, but one at a time of those who failed together."""
         waiting = self.control.waiting_ids() if self.control is not None else ()
-        return tuple(member for member in waiting if member not in self._doubted) or waiting[:1]
+        trusted = tuple(member for member in waiting if member not in self._doubted)
+        return trusted or tuple(sorted(waiting, key=lambda member: (member in self._failed_alone, member))[:1])
 
     def _suspect(self, joiners: tuple[MemberId, ...], error: PublishError) -> _Decision:
         """After a delivery to them that failed with nobody to blame: whether the run goes on, and without whom."""
         if self.control is None:
             return _Decision.GO_ON
-        if len(joiners) == 1 and set(self.control.member_ids()) == set(self.control.waiting_ids()):
-            return _Decision.GIVE_UP
+        waiting = set(self.control.waiting_ids())
+        if set(self.control.member_ids()) == waiting:  # nobody shows that the weights can be sent
+            self._doubted.update(joiners)
+            self._failed_alone.update(joiners if len(joiners) == 1 else ())
+            return _Decision.GO_ON if waiting - self._failed_alone else _Decision.GIVE_UP
         self._accuse(joiners, self._doubted, f"others hold the weights, and they could not be sent to it: {error}")
         return _Decision.GO_ON
 

@@ -29,14 +29,19 @@ class Untrained(Protocol):
 T = TypeVar("T", bound=Untrained)
 
 
-def next_slots(slots: Slots, config: Config, pace: Pace, version: int) -> list[Slot] | None:
-    """One for each group of the next batch, in the order of staleness.batching; None when it has to wait."""
+def next_slots(slots: Slots, returned: int | None, config: Config, pace: Pace, version: int) -> list[Slot] | None:
+    """One for each group of the next batch, in the order of staleness.batching; None when it has to wait.
+
+    `returned`: the turn of the first prompt that came back and has its turn, if there is one. In admission order the
+    batch waits for it as for one that is being sampled.
+    """
     staleness, num_groups = config.staleness, config.rollout.prompts_per_step
     if len(slots.buffered) < num_groups:
         return None
     if staleness.batching is Batching.admission_order:
         oldest = list(islice(slots.train.values(), num_groups))
-        return None if any(slot.group is None for slot in oldest) else oldest
+        is_overtaking = returned is not None and returned < oldest[-1].turn
+        return None if is_overtaking or any(slot.group is None for slot in oldest) else oldest
     due: dict[int, int] = {}
     if staleness.over_age is OverAge.drop:  # of what is masked nobody has to wait
         due = dues(slots.untrained, num_groups, lambda oldest_version: pace.room(version - oldest_version))

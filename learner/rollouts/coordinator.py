@@ -94,15 +94,18 @@ class Coordinator:
         self._members.add(name, capacity, now)
         self._check_s = now
 
-    def join_again(self, name: str, held: Iterable[int], finished: Iterable[int], now: float) -> None:
+    def join_again(
+        self, name: str, held: Iterable[int], finished: Iterable[int], now: float, *, is_resent: bool = False
+    ) -> None:
         """A member has greeted again, or one that was another learner's has joined. It samples the leases `held`, and
-        keeps the groups of `finished`.
+        keeps the groups of `finished`, which it sends again if `is_resent`.
 
         What both sides know stays leased. What did not reach it is leased again, what is not wanted any more is
         cancelled.
         """
         member = self._members[name]
-        member.heard_s = member.greeted_s = now
+        self.heard(name, now)
+        member.greeted_s = now
         if member.presence is Presence.LOST:
             member.joining_s = now
         member.presence = Presence.READY if member.was_ready else Presence.JOINING
@@ -112,7 +115,7 @@ class Coordinator:
         self._revoke(member, lost)
         for lease_id in sorted({*lost, *(kept - known), *self._unwanted(member, sampled)}):
             self._send(name, Cancel(lease_id=lease_id))
-        for lease_id in kept - known:
+        for lease_id in () if is_resent else kept - known:
             if not self.ledger.counts.has_received(lease_id):
                 self.ledger.counts.drop(DropReason.UNKNOWN_LEASE, lease_id, name)
         self._check_s = NOW
@@ -133,12 +136,13 @@ class Coordinator:
 
     def heard(self, name: str, now: float) -> None:
         """Any message of a member. One that was lost has to greet before it takes part again. What it did while nothing
-        was heard is not known, so that this time does not count against its leases."""
+        was heard is not known, so that what is longer than two heartbeats does not count against its leases."""
         member = self._members[name]
         silent_s, member.heard_s = now - member.heard_s, now
-        if silent_s > 2 * self._config.transport.heartbeat_s:
-            for lease_id in member.held:
-                self.ledger.slots[lease_id].granted_s += silent_s
+        credit_s = silent_s - 2 * self._config.transport.heartbeat_s
+        for lease_id in member.held if credit_s > 0 else ():
+            slot = self.ledger.slots[lease_id]
+            slot.granted_s += min(credit_s, now - slot.granted_s)
 
     def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
         """Messages of one connection keep their order: what is neither listed nor here got lost with an earlier one."""

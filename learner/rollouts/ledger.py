@@ -243,7 +243,9 @@ class Ledger:
         return batch
 
     def _next_slots(self) -> list[Slot] | None:
-        return next_slots(self.slots, self.config, self.pace, self.version)
+        first = self.pending[0].turn if self.pending else None
+        returned = first if first is not None and self.slots.is_due(first) else None
+        return next_slots(self.slots, returned, self.config, self.pace, self.version)
 
     def _drop_what_may_not_be_trained(self, slots: list[Slot]) -> bool:
         """If that holds for one of `slots`, all that is buffered is looked through."""

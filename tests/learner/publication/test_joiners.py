@@ -155,6 +155,35 @@ def test_a_joiner_that_cannot_be_served_ends_a_run_in_which_nobody_holds_the_ver
     assert actors.dismissed == {}
 
 
+@pytest.mark.parametrize("name", ["a", "z"])
+def test_a_joiner_that_can_be_served_is_found_beside_one_that_cannot_where_nobody_holds_the_version(
+    path: str, name: str
+) -> None:
+    actors = LocalActors()
+    publisher = make_publisher(make_run(path), actors)
+    assert publisher.publish(1).members == ()
+    actors.add("k", 1, actor(path))
+    actors.add(name, 2, actor(path, BREAKS))
+    reached = [publisher.serve(1).members for _ in range(3)]
+    assert (MemberId("k", 1),) in reached
+    while actors.waiting_ids():
+        publisher.serve(1)
+    assert set(actors.dismissed) == {name} and "others hold the weights" in actors.dismissed[name]
+    publisher.shutdown()
+
+
+def test_a_run_ends_when_none_of_several_joiners_can_be_served(path: str) -> None:
+    actors = LocalActors()
+    publisher = make_publisher(make_run(path), actors)
+    assert publisher.publish(1).members == ()
+    for number, name in enumerate("abc", 1):
+        actors.add(name, number, actor(path, BREAKS))
+    with pytest.raises(PublishError, match="no actor is to blame"):
+        for _ in range(9):
+            publisher.serve(1)
+    assert actors.dismissed == {}
+
+
 def test_only_the_version_that_is_held_can_be_served(path: str) -> None:
     _, _, publisher = running(path)
     with pytest.raises(AssertionError, match="version 2 is not the one that is held, which is 1"):

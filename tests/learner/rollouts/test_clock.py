@@ -311,6 +311,48 @@ def test_time_in_which_an_actor_was_not_heard_does_not_count_against_its_leases(
     assert not coordinator.drops and lease.lease_id in coordinator.member(name).held
 
 
+@pytest.mark.parametrize("period_s", [1.0, 2.0, 2.5, 3.0])
+def test_an_actor_that_beats_late_is_found_slow_too(period_s: float) -> None:
+    """Two heartbeats may be missed; only what is longer does not count. 1 s is what is asked for."""
+    coordinator = with_history("a", "b")
+    hear(coordinator, 100.0)
+    (name, lease), *others = granted(coordinator, now=100.0)
+    for other, done in others:
+        coordinator.receive(other, group(done.lease_id, [0] * 4), 110.0)
+    for number in range(1, 40):
+        now = 100.0 + number * period_s
+        for actor in coordinator.members():
+            coordinator.heard(actor, now)
+        coordinator.heartbeat(name, heartbeat({lease.lease_id: 1}, number, busy_s=now), now)
+        coordinator.tick(now)
+    assert coordinator.drops[DropReason.STRAGGLER] == 1
+
+
+@pytest.mark.parametrize("period_s", [1.0, 2.5])
+def test_a_lease_that_did_not_reach_its_actor_is_missed_however_late_that_beats(period_s: float) -> None:
+    coordinator = make(make_config(), "a", capacity=1)
+    assert len(granted(coordinator)) == 1
+    for number in range(1, 20):
+        coordinator.heard("a", number * period_s)
+        coordinator.heartbeat("a", heartbeat({}, number), number * period_s)
+    assert coordinator.is_lost("a")
+
+
+def test_the_silence_before_a_lease_is_no_credit_for_it() -> None:
+    coordinator = make(make_config(), "a", capacity=1)
+    ((_, lease),) = granted(coordinator, now=20.0)
+    coordinator.heard("a", 21.0)
+    assert coordinator.ledger.slots[lease.lease_id].granted_s == 21.0
+
+
+def test_a_greeting_ends_a_silence_like_any_other_message() -> None:
+    coordinator = make(make_config(), "a", capacity=1)
+    ((_, lease),) = granted(coordinator)
+    coordinator.lose("a", "test")
+    coordinator.join_again("a", held=[lease.lease_id], finished=[], now=4.0)
+    assert coordinator.ledger.slots[lease.lease_id].granted_s == 2.0
+
+
 def test_a_lease_that_keeps_the_batch_waiting_on_a_slow_actor_goes_to_another() -> None:
     coordinator = with_history("a", "b")
     name, lease = slow_lease(coordinator, grown=2, now=131.0)

@@ -138,6 +138,21 @@ def test_a_prompt_that_came_back_keeps_its_turn() -> None:
     assert order == [lease.prompt_uid for _, lease in first + rest]
 
 
+def test_a_prompt_that_came_back_is_not_overtaken_while_nobody_has_room_for_it() -> None:
+    coordinator = make(make_config(max_staleness=3), "a", capacity=1)
+    ((_, first),) = granted(coordinator)
+    second, third, *rest = granted(with_another(coordinator, capacity=3))
+    finish(coordinator, [second, third])
+    assert [name for name, _ in granted(coordinator)] == ["b", "b"] and coordinator.ledger.take_batch() is None
+    coordinator.remove("a", "test")
+    assert granted(coordinator) == [] and coordinator.ledger.take_batch() is None, "it waits for the first prompt"
+    finish(coordinator, rest)
+    (again,) = granted(coordinator)
+    assert again[1].prompt_uid == first.prompt_uid
+    finish(coordinator, [again])
+    assert ids(coordinator.ledger.take_batch()) == [again[1].lease_id, second[1].lease_id]
+
+
 @pytest.mark.parametrize(("over_age", "num_kept"), [(OverAge.drop, 0), (OverAge.mask, 2)])
 def test_a_prefix_that_would_be_too_old_is_not_handed_on(over_age: OverAge, num_kept: int) -> None:
     """The second prompt is trained in the next step, the fourth in the one after it, one version later."""

@@ -13,6 +13,7 @@ from common.types import (
     Bye,
     Cancel,
     Draining,
+    DropReason,
     LearnerMessage,
     Lease,
     LeaseFailed,
@@ -75,6 +76,24 @@ def test_there_are_no_more_members_than_there_may_be(monkeypatch: pytest.MonkeyP
     reception.handle(b"1", Bye(error=None), 1.0)
     reception.handle(b"z", hello("x"), 1.0)
     assert reception.names == ("a0", "a2", "x")
+
+
+def test_a_group_that_nobody_wants_any_more_is_counted_when_it_comes_and_not_when_it_is_announced() -> None:
+    """A member sends what it keeps again as soon as it is welcomed back."""
+    config = Config()
+    coordinator = Coordinator(config, PromptStream(PROMPTS, 0), lambda prompt: [1])
+    reception = Reception(config, coordinator, FINGERPRINTS, [1])
+    reception.handle(b"1", hello("a", 1), 0.0)
+    reception.handle(b"1", Ready(version=0, probe_logprobs=NO_PROBE), 0.0)
+    coordinator.dispatch(0.0)
+    messages = [message for _, message in reception.outgoing()]
+    (last,) = (message for message in messages if isinstance(message, Welcome))
+    (lease_id,) = (message.lease_id for message in messages if isinstance(message, Lease))
+    reception.undeliverable(b"1")
+    reception.tick(10.0)
+    reception.handle(b"2", hello("a", 1, welcome=last, finished=[lease_id]), 11.0)
+    reception.handle(b"2", group(lease_id, [0], config.rollout.group_size), 11.0)
+    assert coordinator.drops == {DropReason.ACTOR_LOST: 1, DropReason.UNKNOWN_LEASE: 1}
 
 
 small, counts = st.integers(-1, 6), st.integers(0, 6)
