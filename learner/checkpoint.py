@@ -212,21 +212,33 @@ def torn(directory: Path) -> dict[str, str]:
 
 
 def damage(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Files of a checkpoint that are missing or do not hold what was written; every rank of `group` reads its share."""
-    if missing := next(iter(gather(absent(folder), group))):
+    """Files of a checkpoint that are missing or do not hold what was written; every rank of `group` reads its share.
+
+    Raises CannotWrite, on all ranks, when one of them cannot read a file now that may be whole.
+    """
+    what, names = f"checkpoint {folder} cannot be read", []
+    with all_or_none(what, group):
+        names = absent(folder)
+    if missing := next(iter(gather(names, group))):
         return list(missing)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    return [name for found in gather(changed(folder, file_names(folder)[rank::size]), group) for name in found]
+    with all_or_none(what, group):
+        names = changed(folder, file_names(folder)[rank::size])
+    return [name for found in gather(names, group) for name in found]
 
 
 def set_damaged_aside(directory: Path, group: dist.ProcessGroup | None = None) -> str | None:
     """Makes the newest intact checkpoint the newest one of all; the sentence that says what that costs, if anything.
 
     A collective before a resume. Damaged ones are renamed, so that no later save is measured by them. Raises
-    ConfigError when there are checkpoints and none is intact: then nothing is renamed.
+    ConfigError when there are checkpoints and none is intact, and CannotWrite when one cannot be read now: then nothing
+    is renamed.
     """
     found: dict[Path, list[str]] = {}
-    saves = next(iter(gather(_saves(directory), group)))
+    saves: list[tuple[int, int]] = []
+    with all_or_none(f"{directory} cannot be read", group):
+        saves = _saves(directory)
+    saves = next(iter(gather(saves, group)))
     for step, save in reversed(saves):
         folder = _save_folder(directory, step, save)
         if not (names := damage(folder, group)):
@@ -240,9 +252,10 @@ def set_damaged_aside(directory: Path, group: dist.ProcessGroup | None = None) -
             f"no checkpoint in {directory} is what was written ({words}): bring these files there from a copy, or "
             "begin anew with another name=..."
         )
-    if group is None or dist.get_rank(group) == 0:
-        for folder in found:
-            folder.rename(directory / f"{DAMAGED}{folder.name}")
+    with all_or_none(f"{directory} cannot be written", group):
+        if group is None or dist.get_rank(group) == 0:
+            for folder in found:
+                folder.rename(directory / f"{DAMAGED}{folder.name}")
     lost = saves[-1][0] - step
     return f"{directory} is damaged ({words}): the run goes on from step {step}, {lost} step(s) are done again"
 

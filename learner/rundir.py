@@ -20,6 +20,7 @@ from common.config import Config, ConfigError
 from common.loading import read_config, save_config
 from common.runlock import ENDING_S, LEARNER_LOCK, held
 from common.types import JSON
+from learner.agreement import all_or_none
 from learner.checkpoint import set_damaged_aside
 from learner.export import tying_settled, with_tying
 from learner.files import replace_synced
@@ -64,7 +65,8 @@ def agreed_standing(config: Config, world: World) -> Standing | None:
     """What `standing` says on rank 0, on all ranks, when damaged checkpoints have been set aside.
 
     Raises ConfigError, on all ranks, when rank 0 cannot go on, or when a rank does not see rank 0's RUN: it would find
-    other checkpoints there, and leave its pieces of new ones where nobody looks for them.
+    other checkpoints there, and leave its pieces of new ones where nobody looks for them. Raises CannotWrite when a
+    checkpoint cannot be read now.
     """
     group = None if world.size == 1 else dist.group.WORLD
     if group is not None:
@@ -75,7 +77,7 @@ def agreed_standing(config: Config, world: World) -> Standing | None:
     if group is None:
         return standing(config)
     found = None
-    with refusals_of_any_rank(False):
+    with all_or_none(f"{config.run_dir} cannot be read", group):
         if world.is_main:
             found = standing(config)
     numbers = torch.tensor([-1, 0, 0] if found is None else [found.step, found.policy_steps, found.is_complete])

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from common.causes import CannotWrite, disk_problem
 from common.config import Config, ConfigError, Device
+from learner import checksums
 from learner.algorithm.optimised import load_network_state, network_state
 from learner.checkpoint import (
     Checkpointer,
@@ -325,6 +326,50 @@ def test_when_every_checkpoint_is_damaged_nothing_is_renamed_and_one_sentence_na
     assert "step_00000005 lacks or has other bytes in state.json" in str(refused.value)
     assert "step_00000009 lacks or has other bytes in .metadata" in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000005", "step_00000009"]
+
+
+def answered(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """From now on who reads a file of this name, or looks for it, gets this error."""
+
+    def refuse(file: Path) -> None:
+        if file.name == name:
+            raise OSError(number, os.strerror(number), str(file))
+
+    for owner, function in ((Path, "open"), (Path, "stat"), (checksums, "_crc32")):
+        real = getattr(owner, function)
+
+        def asked(file: Path, *arguments: Any, _real: Any = real, **more: Any) -> Any:
+            refuse(file)
+            return _real(file, *arguments, **more)
+
+        monkeypatch.setattr(owner, function, asked)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "rollouts.bin", "checksums.json"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_a_file_that_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole once its server is there again, so nothing is renamed, which the next save would delete."""
+    saved(tmp_path, 5, 9)
+    with monkeypatch.context() as patch:
+        answered(patch, name, number)
+        with pytest.raises(OSError) as failed:
+            set_damaged_aside(tmp_path)
+        said = disk_problem(failed.value)
+        assert said is not None and "step_00000009 cannot be read on " in said and os.strerror(number) in said
+        with pytest.raises(OSError):
+            complete_steps(tmp_path)
+    assert complete_steps(tmp_path) == [5, 9] and set_damaged_aside(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "rollouts.bin", "checksums.json"])
+def test_a_file_that_the_disk_does_not_give_back_is_damage(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 9)
+    answered(monkeypatch, name, errno.EIO)
+    assert damage(tmp_path / "step_00000009") == [name] and complete_steps(tmp_path) == []
 
 
 # ---- saves that fail
