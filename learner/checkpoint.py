@@ -5,8 +5,8 @@
         state.json                     step, version, and the numbers of the state dict
         rollouts.bin                   what rank 0 knows besides; written by the caller of `save`
         checksums.json                 size and CRC-32 of each of these files (learner/checksums.py)
-    RUN/checkpoints/incomplete_...     being written, or left by a killed process; never read, removed by
-    the next save
+    RUN/checkpoints/incomplete_...     being written, being deleted, or left by a killed process; never read, removed
+    by the next save
     RUN/checkpoints/damaged_...        was complete once, but is not what was written; never read, removed when the
     next save is complete
 
@@ -20,7 +20,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 RNG_KEY = "rng_state"
+INCOMPLETE = "incomplete_"
 DAMAGED = "damaged_"  # begins the names of checkpoints that are not what was written
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})(?:\.([1-9][0-9]*))?")  # of a checkpoint, see _save_folder
 
@@ -100,12 +101,12 @@ class Checkpointer:
     def save(self, step: int, version: int, state: Saveable, write_extra: WriteExtra | None = None) -> None:
         """Saves `state` as of now under `step`. Rank 0's `write_extra` adds its files when the tensors are written."""
         self.wait()
-        temporary = self.directory / f"incomplete_{step:08d}"
+        temporary = self.directory / f"{INCOMPLETE}{step:08d}"
         with all_or_none(f"the checkpoint of step {step} cannot be written", self._group):
             if self._is_main:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for leftover in self.directory.glob("incomplete_*"):
-                    shutil.rmtree(leftover)
+                for leftover in self.directory.glob(f"{INCOMPLETE}*"):
+                    _delete(leftover)
                 temporary.mkdir()
         tensors, values = _split(state.state_dict())
         tensors[RNG_KEY] = torch.get_rng_state()
@@ -180,13 +181,20 @@ class Checkpointer:
         folder = _save_folder(self.directory, step, saves[-1] + 1 if saves else 0)
         temporary.rename(folder)
         logger.info("checkpoint %s is complete", folder)
+        try:
+            self._prune(step, folder)
+        except OSError as error:
+            logger.warning("which checkpoints in %s are to go is seen at the next save: %s", self.directory, error)
+
+    def _prune(self, step: int, folder: Path) -> None:
+        """Deletes what is not needed beside `folder`, the newest of `step`."""
         kept = complete_steps(self.directory)[-self.keep :]
         for saved, save in _saves(self.directory):
             old = _save_folder(self.directory, saved, save)
             if saved not in kept or (saved == step and old != folder):
-                shutil.rmtree(old)
+                _delete(old)
         for damaged in self.directory.glob(f"{DAMAGED}*"):
-            shutil.rmtree(damaged)
+            _delete(damaged)
 
     def _where(self, folder: Path) -> dict[str, Any]:
         return {"checkpoint_id": folder, "process_group": self._group, "no_dist": self._group is None}
@@ -205,9 +213,12 @@ def complete_steps(directory: Path) -> list[int]:
     return sorted({step for step, _ in _complete_saves(directory)})
 
 
-def torn(directory: Path) -> dict[str, str]:
-    """A sentence for each checkpoint that was complete once and at a glance (learner/checksums.py) is not, by name."""
-    missing = {_save_folder(directory, *save): absent(_save_folder(directory, *save)) for save in _saves(directory)}
+def torn(directory: Path, newer_than: Path | None = None) -> dict[str, str]:
+    """A sentence for each checkpoint that was complete once and at a glance (learner/checksums.py) is not, by name; of
+    those that are newer than that one, if one is given."""
+    after = [] if newer_than is None else _saves_named([newer_than])  # an empty list comes before all
+    folders = [_save_folder(directory, *save) for save in _saves(directory) if after < [save]]
+    missing = {folder: absent(folder) for folder in folders}
     return {folder.name: _damaged(folder, names) for folder, names in missing.items() if names}
 
 
@@ -260,6 +271,17 @@ def set_damaged_aside(directory: Path, group: dist.ProcessGroup | None = None) -
     return f"{directory} is damaged ({words}): the run goes on from step {step}, {lost} step(s) are done again"
 
 
+def _delete(folder: Path) -> None:
+    """Under a name that nobody reads, as this may be cut short. What cannot be deleted, because somebody has it open,
+    is left to the next save."""
+    try:
+        if not folder.name.startswith((INCOMPLETE, DAMAGED)):
+            folder = folder.rename(folder.with_name(f"{INCOMPLETE}{folder.name}"))
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be deleted, which the next save tries again: %s", folder, error)
+
+
 def _damaged(folder: Path, names: list[str]) -> str:
     return f"{folder.name} lacks or has other bytes in {', '.join(names)}"
 
@@ -276,7 +298,11 @@ def _complete_saves(directory: Path) -> list[tuple[int, int]]:
 
 def _saves(directory: Path) -> list[tuple[int, int]]:
     """(step, how many times it had been saved before), in that order."""
-    matches = (_NAME.fullmatch(path.name) for path in directory.glob("step_*"))
+    return _saves_named(directory.glob("step_*"))
+
+
+def _saves_named(folders: Iterable[Path]) -> list[tuple[int, int]]:
+    matches = (_NAME.fullmatch(folder.name) for folder in folders)
     return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
 
 

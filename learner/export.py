@@ -62,10 +62,12 @@ def checkpoint_of(run: Path, step: int | None) -> tuple[Path, int]:
     """(folder, step) of the checkpoint of `step`, or of the newest that is complete; which ones are not is printed.
     Raises ConfigError for one that is not there or is damaged."""
     checkpoints = run / "checkpoints"
-    steps, incomplete = complete_steps(checkpoints), "; ".join(torn(checkpoints).values())
+    steps = complete_steps(checkpoints)
     if not steps:
+        incomplete = _incomplete(checkpoints)
         raise ConfigError(f"{run} has no complete checkpoint{incomplete and f': {incomplete}'}")
     if step is not None and step not in steps:
+        incomplete = _incomplete(checkpoints)
         which = f" ({incomplete})" if incomplete else ""
         raise ConfigError(f"{run} has no checkpoint of step {step}{which}: {_intact_ones(checkpoints, steps)}")
     chosen = steps[-1] if step is None else step
@@ -76,9 +78,13 @@ def checkpoint_of(run: Path, step: int | None) -> tuple[Path, int]:
             f"{folder} is damaged, it has other bytes than were written in {', '.join(names)}: "
             f"{_intact_ones(checkpoints, others)}"
         )
-    if step is None and incomplete:
+    if step is None and (incomplete := _incomplete(checkpoints, folder)):
         print(f"{checkpoints} is damaged ({incomplete}): step {chosen} is taken", file=sys.stderr)
     return folder, chosen
+
+
+def _incomplete(checkpoints: Path, newer_than: Path | None = None) -> str:
+    return "; ".join(torn(checkpoints, newer_than).values())
 
 
 def _intact_ones(checkpoints: Path, steps: Sequence[int]) -> str:

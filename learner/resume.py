@@ -61,17 +61,17 @@ def standing(config: Config) -> Standing | None:
     """
     checkpoints = config.run_dir / "checkpoints"
     step = max(complete_steps(checkpoints), default=None)
-    incomplete = torn(checkpoints)
+    folder = None if step is None else step_folder(checkpoints, step)
+    incomplete = torn(checkpoints, folder)
     for sentence in incomplete.values():
         logger.warning("checkpoint %s: it is left out", checkpoints / sentence)
-    if step is None and incomplete:
+    if incomplete and folder is None:
         raise ConfigError(
             f"no checkpoint in {checkpoints} is complete ({'; '.join(incomplete.values())}): bring these files there, "
             "or begin anew with another name=..."
         )
-    if step is None:
+    if step is None or folder is None:
         return None
-    folder = step_folder(checkpoints, step)
     state = json.loads((folder / STATE).read_text())
     values = state["values"]
     missing = sorted({"warmup_steps", *(f"settings/{key}" for key in (*FIXED, WARMUP))} - values.keys())

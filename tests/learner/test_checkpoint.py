@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -370,6 +371,84 @@ def test_a_file_that_the_disk_does_not_give_back_is_damage(
     saved(tmp_path, 9)
     answered(monkeypatch, name, errno.EIO)
     assert damage(tmp_path / "step_00000009") == [name] and complete_steps(tmp_path) == []
+
+
+# ---- what becomes of the older ones
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run_and_goes_with_a_later_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As over NFS while somebody reads it. The others go at once."""
+    run, checkpointer = saved(tmp_path, 3, 5), Checkpointer(tmp_path, keep=1)
+    (tmp_path / "damaged_step_00000004").mkdir()
+    real = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        if path.name.endswith(("step_00000003", "step_00000004")):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for step in (6, 7):
+            checkpointer.save(step, step, run)
+            assert complete_steps(tmp_path) == [step] and torn(tmp_path) == {}
+            assert f"{tmp_path}/damaged_step_00000004 cannot be deleted" in caplog.text
+            assert "incomplete_step_00000003 cannot be deleted" in caplog.text
+            caplog.clear()
+    checkpointer.save(8, 8, run)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000008"]
+    assert "cannot be deleted" not in caplog.text
+
+
+def test_a_checkpoint_whose_deletion_was_cut_short_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path) -> None:
+        (path / "__0_0.distcp").unlink()
+        raise Killed
+
+    run = saved(tmp_path, 3, 5)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", half)
+        Checkpointer(tmp_path, keep=1).save(6, 6, run)
+    assert complete_steps(tmp_path)[-1] == 6 and torn(tmp_path) == {} and set_damaged_aside(tmp_path) is None
+    Checkpointer(tmp_path, keep=1).save(7, 7, run)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
+
+
+def test_an_older_checkpoint_that_cannot_be_read_now_does_not_fail_the_save_of_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which ones are to go is found out with the next one."""
+    run = saved(tmp_path, 3, 5)
+    real = checksums.absent
+
+    def stale(folder: Path) -> list[str]:
+        if folder.name == "step_00000005":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        return real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("learner.checkpoint.absent", stale)
+        Checkpointer(tmp_path, keep=1).save(6, 6, run)
+    assert "Stale file handle" in caplog.text and complete_steps(tmp_path) == [3, 5, 6]
+    Checkpointer(tmp_path, keep=1).save(7, 7, run)
+    assert complete_steps(tmp_path) == [7]
+
+
+def test_only_what_is_newer_than_the_chosen_one_is_named_as_torn(tmp_path: Path) -> None:
+    saved(tmp_path, 3, 5, 9)
+    shutil.copytree(tmp_path / "step_00000005", tmp_path / "step_00000005.1")
+    for name in ("step_00000003", "step_00000005", "step_00000009"):
+        (tmp_path / name / "__0_0.distcp").unlink()
+    assert step_folder(tmp_path, 5).name == "step_00000005.1"
+    assert list(torn(tmp_path, step_folder(tmp_path, 5))) == ["step_00000009"]
+    assert list(torn(tmp_path)) == ["step_00000003", "step_00000005", "step_00000009"]
 
 
 # ---- saves that fail

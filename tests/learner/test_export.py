@@ -352,6 +352,15 @@ def test_an_older_step_than_the_newest_is_not_taken_without_a_word(
     assert "no complete checkpoint: step_00000002 lacks" in message and torn in message
 
 
+def test_an_older_checkpoint_that_is_torn_is_not_spoken_of(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(trained.run_dir, tmp_path / "run")
+    (run_dir / "checkpoints" / "step_00000002" / "__0_0.distcp").unlink()
+    assert run.main(["export", str(run_dir), "--out", str(tmp_path / "out")]) == 0
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_a_run_without_checkpoints_is_one_sentence(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

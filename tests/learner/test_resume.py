@@ -154,6 +154,15 @@ def test_a_state_that_was_damaged_is_not_believed_and_the_checkpoint_before_is_t
         standing(configured(tmp_path))
 
 
+def test_an_older_checkpoint_that_is_torn_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run goes on from a newer one in any case."""
+    run_dir = begun(tmp_path, step=5)
+    Checkpointer(run_dir / "checkpoints", keep=2).save(7, 0, State(configured(tmp_path), 4))
+    (run_dir / "checkpoints" / "step_00000005" / "__0_0.distcp").unlink()
+    assert standing(configured(tmp_path)) == Standing(step=7, policy_steps=3, is_complete=False)
+    assert "left out" not in caplog.text
+
+
 def test_a_run_whose_checkpoints_are_elsewhere_is_refused_and_nothing_is_touched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
