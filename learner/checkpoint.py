@@ -20,8 +20,9 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +32,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from common.config import ConfigError
+from common.stopping import Interrupted
 from common.types import JSON
 from learner.agreement import all_or_none, gather
 from learner.algorithm.optimised import StateDict
@@ -132,12 +135,15 @@ class Checkpointer:
         return complete_steps(self.directory)
 
     def load(self, step: int, state: Saveable) -> Resumed:
-        """Restores `state`, on any number of ranks. Raises ValueError when it is of another model."""
-        folder = step_folder(self.directory, step)
+        """Restores `state`, on any number of ranks. Raises ValueError when it is of another model, and CannotWrite, on
+        all ranks, when one cannot read it."""
         tensors, values = _split(state.state_dict())
         tensors[RNG_KEY] = torch.get_rng_state()
+        folder, info = self.directory, {}
+        with all_or_none(f"a checkpoint in {folder} cannot be read", self._group):
+            folder = step_folder(self.directory, step)
+            info = json.loads((folder / STATE).read_text())
         _read_tensors(folder, tensors, self._group)
-        info = json.loads((folder / STATE).read_text())
         missing = sorted(values.keys() - info["values"].keys())
         if missing:
             raise ValueError(f"checkpoint {folder} lacks {missing}, it was made by another version or setup")
@@ -344,7 +350,9 @@ def _join(flat: Mapping[str, Any]) -> StateDict:
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    what, saved = f"checkpoint {folder} cannot be read", {}
+    with all_or_none(what, group):
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         size = getattr(saved.get(name), "size", None)
         if size != tensor.shape:
@@ -352,4 +360,19 @@ def _read_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
             raise ValueError(
                 f"checkpoint {folder} is of another model: tensor {name} {found}, expected {tuple(tensor.shape)}"
             )
-    dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    with all_or_none(what, group), _failure_of_torch(f"checkpoint {folder} cannot be loaded"):
+        dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
+
+
+@contextmanager
+def _failure_of_torch(what: str) -> Iterator[None]:
+    """torch's CheckpointException, which is no Exception, as what it holds: an interrupt, an error of the file system,
+    or else a RuntimeError. It is raised with the same content on all ranks, whichever of them failed."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+        for failure in failures:
+            if isinstance(failure, (OSError, Interrupted, KeyboardInterrupt)):
+                raise failure from None
+        raise RuntimeError(f"{what}: {failures[0]!r}") from error

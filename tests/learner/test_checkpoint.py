@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from common.causes import CannotWrite, disk_problem
 from common.config import Config, ConfigError, Device
+from common.stopping import Interrupted, is_crash
 from learner import checksums
 from learner.algorithm.optimised import load_network_state, network_state
 from learner.checkpoint import (
@@ -535,3 +538,97 @@ def test_when_one_rank_cannot_write_all_leave_together_with_the_same_words(
     assert all("the checkpoint of step 6 cannot be written on" in line for line in said[0]), said[0]
     assert all("File too large" in line or "when the disk is full" in line for line in said[0]), said[0]
     assert complete_steps(tmp_path / "c") == [7]
+
+
+# ---- loads that fail
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """From now on what torch reads of a checkpoint's tensors is this error."""
+
+    def read(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", read)
+
+
+def test_a_file_that_cannot_be_read_while_tensors_are_loaded_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own exception is none that anybody would catch."""
+    run = saved(tmp_path, 5)
+    for number in (errno.ESTALE, errno.ENOENT):
+        fails(monkeypatch, OSError(number, os.strerror(number), "of/a/piece"))
+        with pytest.raises(CannotWrite) as failed:
+            Checkpointer(tmp_path, keep=1).load(5, run)
+        said = str(failed.value)
+        assert f"{tmp_path}/step_00000005 cannot be read on {socket.gethostname()}: " in said and "of/a/piece" in said
+        assert not is_crash(failed.value)
+
+
+def test_what_torch_cannot_make_of_a_checkpoint_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it met, so that no text of a library is told as the user's mistake."""
+    run = saved(tmp_path, 5)
+    for error in (ValueError("no such storage"), MemoryError("4 GiB")):
+        fails(monkeypatch, error)
+        with pytest.raises(RuntimeError) as failed:
+            Checkpointer(tmp_path, keep=1).load(5, run)
+        assert str(failed.value) == f"checkpoint {tmp_path}/step_00000005 cannot be loaded: {error!r}"
+        assert is_crash(failed.value) and type(failed.value) is RuntimeError
+
+
+def test_a_load_that_a_signal_has_ended_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved(tmp_path, 5)
+    for error in (Interrupted(signal.SIGTERM), KeyboardInterrupt()):
+        fails(monkeypatch, error)
+        with pytest.raises(type(error)):
+            Checkpointer(tmp_path, keep=1).load(5, run)
+
+
+def test_a_state_that_cannot_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved(tmp_path, 5)
+    answered(monkeypatch, "state.json", errno.ESTALE)
+    with pytest.raises(CannotWrite, match=r"cannot be read on .*Stale file handle: .*state\.json"):
+        Checkpointer(tmp_path, keep=1).load(5, run)
+
+
+def _where_one_rank_cannot_read(rank: int, folder: Path, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    said = []
+    with process_group(Device.cpu, timeout_s=60), Checkpointer(folder, keep=1) as checkpointer:
+        shares = Shares(rank)
+        checkpointer.save(7, 7, shares)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                fails(patch, OSError(errno.ESTALE, os.strerror(errno.ESTALE), "of/a/piece"))
+            with pytest.raises(CannotWrite) as refused:
+                checkpointer.load(7, shares)
+            said.append(str(refused.value))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                fails(patch, ValueError("no such storage"))
+            with pytest.raises(RuntimeError) as crashed:
+                checkpointer.load(7, shares)
+            said.append(str(crashed.value))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                answered(patch, ".metadata", errno.ESTALE)
+            for ask in (lambda: checkpointer.load(7, shares), lambda: set_damaged_aside(folder, dist.group.WORLD)):
+                with pytest.raises(CannotWrite) as refused:
+                    ask()
+                said.append(str(refused.value))
+    (out / f"said {rank}").write_text("\n".join(said))
+
+
+def test_when_one_rank_cannot_read_all_leave_together_with_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    run_two_ranks(_where_one_rank_cannot_read, tmp_path / "c", tmp_path)
+    said = [(tmp_path / f"said {rank}").read_text().splitlines() for rank in (0, 1)]
+    assert said[0] == said[1] and len(said[0]) == 4
+    assert all("Stale file handle" in said[0][i] for i in (0, 2, 3)), said[0]
+    assert "cannot be loaded: ValueError('no such storage')" in said[0][1]
