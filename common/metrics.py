@@ -176,6 +176,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, JSON]]:
             yield row
 
 
+def is_evaluated(run_dir: Path, version: int) -> bool:
+    """Whether the held-out accuracy of this version is logged."""
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.is_file() and any(row.get("accuracy/version") == version for row in read_jsonl(metrics))
+
+
 def is_step(value: JSON) -> TypeGuard[int]:
     """Whether a row that has it as its step is one that a run has written."""
     return isinstance(value, int) and not isinstance(value, bool)

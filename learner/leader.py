@@ -13,7 +13,7 @@ import numpy as np
 
 from common import control
 from common.config import Config, ConfigError
-from common.metrics import RunLog, Value
+from common.metrics import RunLog, Value, is_evaluated
 from common.types import JSON, Prompt, TrajectoryGroup
 from learner.rollouts.evaluation import Begun, EvalResult
 from learner.rollouts.history import History
@@ -91,11 +91,14 @@ class Leader:
         return partial(_write, self.service.snapshot(), about)
 
     def resume(self, snapshot: Snapshot, about: JSON) -> None:
-        """Goes on with the counters and the evaluation of a checkpoint, which the service has restored."""
-        self._trained_tokens = about["trained_tokens"]
-        if snapshot.evaluation is not None:
-            self._start_evaluation(about["evaluated_version"], snapshot.evaluation)
-        self._evaluated_version = about["evaluated_version"]
+        """Goes on with the counters and the evaluation of a checkpoint, which the service has restored.
+
+        But not with one whose result is logged: at the end of a run it comes after the last checkpoint, under its step.
+        """
+        self._trained_tokens, version = about["trained_tokens"], about["evaluated_version"]
+        if snapshot.evaluation is not None and not is_evaluated(self._config.run_dir, version):
+            self._start_evaluation(version, snapshot.evaluation)
+        self._evaluated_version = version
 
     def evaluate(self, version: int) -> None:
         """Starts a held-out evaluation, unless one is still running or was of this version. Training goes on."""

@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 
 from common.config import Config, ConfigError
-from common.metrics import read_jsonl
+from common.metrics import is_evaluated
 from common.model_folder import weights_fingerprint
 from common.types import JSON
 from learner.checkpoint import complete_steps, step_folder, torn
@@ -128,7 +128,5 @@ def _check_warmup(config: Config, step: int, values: dict[str, JSON]) -> int:
 
 def _is_delivered(config: Config, version: int) -> bool:
     """Whether the policy was exported and its version evaluated, which follows the last checkpoint."""
-    metrics = config.run_dir / "metrics.jsonl"
-    if not (config.run_dir / "checkpoints" / "final" / "config.json").is_file() or not metrics.is_file():
-        return False
-    return any(row.get("accuracy/version") == version for row in read_jsonl(metrics))
+    is_exported = (config.run_dir / "checkpoints" / "final" / "config.json").is_file()
+    return is_exported and is_evaluated(config.run_dir, version)

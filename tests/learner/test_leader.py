@@ -1,7 +1,8 @@
 """What rank 0 asks of the service and writes of its answers."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -86,6 +87,46 @@ def test_an_evaluation_is_logged_with_what_is_missing_from_it(
     assert line.startswith("done ") and "accuracy 0.250  of version 3  from 0.100  to 0.500  of 8" in line
     assert "publications during the evaluation 1" in line
     assert "PROMPTS FAILED 1" in line and "ERRORS IN EVALUATION 2" in line
+
+
+def resumed(folder: Path, service: AskedService, version: int, step: int) -> Leader:
+    """With the checkpoint of `step`, in which the evaluation of `version` is under way."""
+    snapshot: Any = SimpleNamespace(evaluation=Begun(asked={}, sampled=(), groups=(), failed=(), seconds=0.0))
+    eval_config, model = EvalConfig(num_prompts=8), ModelConfig(path="none")
+    config = Config(runs_dir=str(folder.parent), name=folder.name, model=model, eval=eval_config)
+    leader = Leader(config, cast(Any, service), RunLog(folder, step), HELDOUT)
+    leader.resume(snapshot, {"trained_tokens": 0, "evaluated_version": version})
+    return leader
+
+
+def test_an_evaluation_that_ended_after_the_last_checkpoint_is_not_logged_again_by_a_resume(tmp_path: Path) -> None:
+    """Its row has the step of that checkpoint, which holds it as under way: the run was killed in the last one."""
+    leader = make(tmp_path, AskedService())
+    leader.evaluate(version=3)
+    leader.finish_evaluation(step=5, version=4)
+    service = AskedService()
+    leader = resumed(tmp_path, service, version=3, step=5)
+    leader.finish_evaluation(step=5, version=4)
+    assert service.asked == []
+    leader.evaluate(version=3)
+    assert service.asked == [], "its turn is over"
+    leader.evaluate(version=4)
+    assert len(service.asked) == 1
+    assert [row["accuracy/version"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [3]
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_an_evaluation_whose_row_is_of_a_step_that_is_done_again_goes_on_and_so_does_one_without(
+    tmp_path: Path, step: int
+) -> None:
+    leader = make(tmp_path, AskedService())
+    leader.evaluate(version=3)
+    leader.finish_evaluation(step=5, version=3)
+    service = AskedService()
+    leader = resumed(tmp_path, service, version=3 if step == 4 else 2, step=step)
+    assert len(service.asked) == 1
+    leader.finish_evaluation(step=6, version=4)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == ([6] if step == 4 else [5, 6])
 
 
 # ---- nobody there
