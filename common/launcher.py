@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -106,28 +106,31 @@ def _train(config: Config, earlier: EarlierRun, settle: Callable[[Config], Confi
     config = placement.settle(config, gpus)  # refuses what has no room, before anything is deleted
     specs = role_specs(config, port, [gpu.name for gpu in gpus])
     sweep_staging(config)
-    with TemporaryDirectory(prefix=f".{config.name}.{STAGING}", dir=config.runs_dir) as staging:
-        is_resumed = earlier is EarlierRun.RESUME
-        needs_data = config.learner.replay is None
-        data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
-        if needs_data and (refusal := check(config, Path(staging), data, cores)) is not None:
-            return refusal  # and nothing has been made or deleted
-        prepare_run_dir(config, earlier)
-        if needs_data and not is_resumed:
-            data.replace(config.run_dir / "data")
-    is_interrupted = False
-    try:
-        config = settle(config)
-        save_config(config, config.run_dir / "config.yaml")
-        outcome = _supervise(config, specs, Room(config, tuple(cores), tuple(gpu.name for gpu in gpus)))
-        is_interrupted = outcome.exit_code in INTERRUPTED
-        return outcome
-    except (Interrupted, KeyboardInterrupt):
-        is_interrupted = True
-        raise
-    finally:
-        if not is_interrupted:
-            lastsettings.put_back(config.run_dir)
+    with ExitStack() as lock:
+        with TemporaryDirectory(prefix=f".{config.name}.{STAGING}", dir=config.runs_dir) as staging:
+            is_resumed = earlier is EarlierRun.RESUME
+            needs_data = config.learner.replay is None
+            data = config.run_dir / "data" if is_resumed else Path(staging) / "data"
+            if needs_data and (refusal := check(config, Path(staging), data, cores)) is not None:
+                return refusal  # and nothing has been made or deleted
+            lock.enter_context(lock_out_learners(config))  # one may have been started since, as that took its time
+            prepare_run_dir(config, earlier)
+            if needs_data and not is_resumed:
+                data.replace(config.run_dir / "data")
+        is_interrupted = False
+        try:
+            config = settle(config)
+            save_config(config, config.run_dir / "config.yaml")
+            lock.close()  # rank 0 takes it
+            outcome = _supervise(config, specs, Room(config, tuple(cores), tuple(gpu.name for gpu in gpus)))
+            is_interrupted = outcome.exit_code in INTERRUPTED
+            return outcome
+        except (Interrupted, KeyboardInterrupt):
+            is_interrupted = True
+            raise
+        finally:
+            if not is_interrupted:
+                lastsettings.put_back(config.run_dir)
 
 
 def _supervise(config: Config, specs: Sequence[ChildSpec], room: "Room") -> Outcome:
@@ -253,11 +256,16 @@ def _sources(config: Config) -> Iterator[tuple[str, Path]]:
 def lock_run(config: Config) -> Iterator[None]:
     """One `train` per run directory at a time, and none beside a learner that was started alone."""
     with held(Path(config.runs_dir) / f".{config.name}.lock", config.run_dir):
-        learner = config.run_dir / LEARNER_LOCK
-        if learner.is_file():
-            with held(learner, config.run_dir, ENDING_S):
-                """Free; rank 0 takes it when it is started."""
+        if (config.run_dir / LEARNER_LOCK).is_file():
+            with lock_out_learners(config):
+                """Free; it is taken again before RUN is changed."""
         yield
+
+
+def lock_out_learners(config: Config) -> AbstractContextManager[None]:
+    """While this is held no learner trains in RUN, nor does one that is started alone begin to. Raises ConfigError when
+    one is there."""
+    return held(config.run_dir / LEARNER_LOCK, config.run_dir, ENDING_S)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from common.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LEARNER_LOCK = "learner.lock"  # in RUN; held by the learner's rank 0
+LEARNER_LOCK = "learner.lock"  # in RUN; held by the learner's rank 0, and by `train` while it changes RUN
 ENDING_S = 5.0  # that a killed learner may take until the kernel has released its lock
 POLL_S = 0.1
 # What file systems answer that know no locks, such as Lustre without its mount option `flock`.

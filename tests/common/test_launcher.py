@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from common import launcher
+from common import lastsettings, launcher
 from common.child import ChildSpec
 from common.config import Config, ConfigError, Device, TrainFile, TransferBackend
 from common.launcher import (
@@ -38,6 +39,8 @@ from common.launcher import (
 from common.loading import RECIPES, load_config, read_config
 from common.memory import GIB
 from common.placement import Gpu
+from common.processes import Outcome
+from common.runlock import LEARNER_LOCK, held
 
 
 @pytest.fixture
@@ -248,6 +251,50 @@ def test_a_run_directory_has_one_train_at_a_time(config: Config) -> None:
         pass
     with lock_run(config):
         pass
+
+
+@pytest.mark.parametrize("earlier", [EarlierRun.OVERWRITE, EarlierRun.RESUME])
+@pytest.mark.parametrize("is_there", [True, False], ids=["an earlier run", "no run yet"])
+def test_a_learner_that_is_started_during_the_check_of_the_data_keeps_its_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch, earlier: EarlierRun, is_there: bool
+) -> None:
+    """The check takes as long as reading the data does."""
+    monkeypatch.setattr(launcher, "ENDING_S", 0.1)
+    run_dir, trained = config.run_dir, ExitStack()
+    if is_there:
+        prepare_run_dir(config, EarlierRun.REFUSE)
+
+    def start_learner(*_: object) -> None:
+        trained.enter_context(held(run_dir / LEARNER_LOCK, run_dir))
+        for name in ("config.yaml", "endpoint", "metrics.jsonl"):
+            (run_dir / name).write_text("the learner's")
+
+    monkeypatch.setattr(launcher, "check", start_learner)
+    with trained:
+        with pytest.raises(ConfigError, match=rf"trial is being trained now by process {os.getpid()} on "):
+            train(config, earlier, lambda config: config)
+        for name in ("config.yaml", "endpoint", "metrics.jsonl"):
+            assert (run_dir / name).read_text() == "the learner's"
+        assert not (run_dir / lastsettings.BEFORE).exists()
+
+
+def test_no_learner_can_be_started_while_the_run_is_made_and_its_own_can_be_when_it_is(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settle(config: Config) -> Config:
+        with pytest.raises(ConfigError, match="is being trained now"), held(lock, config.run_dir):
+            pass
+        return config
+
+    def supervise(config: Config, specs: object, room: object) -> Outcome:
+        with held(lock, config.run_dir):
+            return Outcome(exit_code=0, message=None)
+
+    lock = config.run_dir / LEARNER_LOCK
+    monkeypatch.setattr(launcher, "check", lambda config, staging, data, cores: data.mkdir())
+    monkeypatch.setattr(launcher, "_supervise", supervise)
+    for _ in range(2):
+        assert train(config, EarlierRun.OVERWRITE, settle).exit_code == 0
 
 
 def test_a_place_where_no_run_directory_can_be_is_one_sentence(config: Config, tmp_path: Path) -> None:
