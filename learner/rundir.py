@@ -29,6 +29,8 @@ from learner.resume import Standing, standing
 
 SHARED_S = 10.0  # a network file system may show a new file on other hosts a little later
 POLL_S = 0.05
+PLACE = {"name", "runs_dir"}
+OWN = "learner.stop_timeout_s"  # of a learner that is started alone, whose script knows how long it has
 
 
 @contextmanager
@@ -89,7 +91,8 @@ def agreed_standing(config: Config, world: World) -> Standing | None:
 def settle(config: Config, world: World) -> Config:
     """The configuration as `train` would settle it, which then is in RUN/config.yaml, for actors, resumes and exports.
 
-    Raises ConfigError, on all ranks, when that file holds another one: it is what the run's other processes read.
+    Raises ConfigError, on all ranks, when that file holds another one: it is what the run's other processes read. Only
+    of how long this learner may take to stop they read nothing, and another job may give it more.
     """
     settled = tying_settled(config)
     with refusals_of_any_rank(world.size == 1):
@@ -106,13 +109,13 @@ def _is_missing(config: Config) -> bool:
         return True
     there = read_config(path)
     before, now = dict(_flat(asdict(there))), dict(_flat(asdict(config)))
-    for key in sorted((before.keys() | now.keys()) - {"name", "runs_dir"}):
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{path} has {key}={before.get(key)}, not {now.get(key)}: give --config {path}, changed there if that "
-                "is meant, or another name=..."
-            )
-    return there != config
+    other = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - {OWN}
+    for key in sorted(other - PLACE):
+        raise ConfigError(
+            f"{path} has {key}={before.get(key)}, not {now.get(key)}: give --config {path}, changed there if that "
+            "is meant, or another name=..."
+        )
+    return bool(other)
 
 
 def _flat(settings: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

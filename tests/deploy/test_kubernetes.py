@@ -210,8 +210,8 @@ def test_actors_read_the_learners_configuration_and_have_names_of_their_own(
 
 
 def test_the_grace_period_lets_the_learner_save(learner: Learner) -> None:
-    (timeout,) = [word for word in container("Job")["args"] if word.startswith("--shutdown-timeout=")]
-    assert pod("Job")["terminationGracePeriodSeconds"] > int(timeout.partition("=")[2])
+    assert learner.shutdown_s == learner.config.learner.stop_timeout_s
+    assert pod("Job")["terminationGracePeriodSeconds"] > learner.shutdown_s
 
 
 def test_the_image_has_what_is_copied_into_it() -> None:

@@ -66,6 +66,7 @@ def test_learner_and_actors_fit_each_other(programs: Programs, tmp_path: Path) -
     assert learner.nodes == LEARNER["num_nodes"]
     assert learner.config.learner.ranks == learner.nodes * learner.ranks_per_node
     assert learner.config.runs_dir in LEARNER["volumes"]
+    assert learner.shutdown_s == learner.config.learner.stop_timeout_s == 120
     actors = [actor_of(call) for call in programs.calls(".venv/bin/python")]
     assert {actor.connect for actor in actors} == {f"tcp://{head}:{learner.config.transport.port}"}
     assert len({actor.name for actor in actors}) == ACTORS["num_nodes"]

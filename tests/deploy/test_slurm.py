@@ -1,6 +1,7 @@
 """The Slurm scripts, run by bash without a Slurm; deploy/slurm/try_locally.sh runs them with one."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -65,6 +66,18 @@ def test_the_learners_ranks_are_those_of_all_nodes(programs: Programs) -> None:
     assert first.config.run_dir == run
     assert first.config.learner.steps == 7
     assert first.config.transport.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("stop_s", [None, "600"])
+def test_torchrun_and_the_learner_have_the_same_time_to_stop(programs: Programs, stop_s: str | None) -> None:
+    """The shorter of the two would be what counts."""
+    programs.add("torchrun")
+    given = {} if stop_s is None else {"STOP_S": stop_s}
+    assert finish(programs.start(LEARNER, "runs/trial", "demo", SLURM_NODEID="0", **NODES, **given)) == (0, "")
+    (learner,) = (learner_of(call) for call in programs.calls("torchrun"))
+    assert learner.shutdown_s == learner.config.learner.stop_timeout_s == int(stop_s or 120)
+    (warning,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", LEARNER.read_text(), re.MULTILINE)
+    assert int(warning) >= 120 + 60, "time is left to queue it again"
 
 
 def test_a_learner_whose_time_is_up_stops_and_is_queued_again(programs: Programs, run_dir: Path) -> None:

@@ -123,6 +123,18 @@ def test_another_configuration_in_the_folder_is_not_replaced(tmp_path: Path) -> 
     assert (config.run_dir / "config.yaml").read_bytes() == before
 
 
+def test_how_long_a_learner_may_take_to_stop_is_its_own_and_no_setting_of_the_run(tmp_path: Path) -> None:
+    """A job's script says it, and another script of the same run says something else."""
+    config = configured(tmp_path)
+    settle(config, ALONE)
+    before = (config.run_dir / "config.yaml").read_bytes()
+    other = configured(tmp_path, "learner.stop_timeout_s=120")
+    assert settle(other, ALONE) == other
+    assert (config.run_dir / "config.yaml").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"config\.yaml has learner\.steps=6, not 9: give --config"):
+        settle(configured(tmp_path, "learner.steps=9", "learner.stop_timeout_s=120"), ALONE)
+
+
 def test_a_folder_that_was_moved_gets_a_configuration_that_says_so(tmp_path: Path) -> None:
     config = configured(tmp_path)
     settle(config, ALONE)

@@ -68,6 +68,7 @@ class Learner:
     ranks_per_node: int
     master: str
     master_port: int
+    shutdown_s: int  # that torchrun gives its ranks to stop
     config: Config
 
 
@@ -84,6 +85,7 @@ def learner_of(call: list[str], files: dict[str, Path] | None = None) -> Learner
         ranks_per_node=int(torchrun.nproc_per_node),
         master=torchrun.master_addr,
         master_port=torchrun.master_port,
+        shutdown_s=torchrun.shutdown_timeout,
         config=load_config([str((files or {}).get(arguments.config, arguments.config))], arguments.overrides),
     )
 
