@@ -33,6 +33,10 @@ class Interrupted(Exception):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:
+        """torch sends what it is raised with to the other ranks."""
+        return Interrupted, (self.number,)
+
 
 class RunEnds(Exception):
     """All ranks have agreed to end before the last step; `reason` is None on ranks that leave saying it to rank 0."""

@@ -1,6 +1,7 @@
 """Signals to a role, in processes of their own; the main thread is where no Python handler can run."""
 
 import errno
+import pickle
 import signal
 import subprocess
 import sys
@@ -122,6 +123,11 @@ def test_what_was_foreseen_is_no_crash(error: Exception) -> None:
     assert not is_crash(error)
     assert not is_crash(None) and not is_crash(KeyboardInterrupt())
     assert is_crash(RuntimeError("a tensor"))
+
+
+def test_an_interrupt_travels_between_ranks() -> None:
+    there = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert isinstance(there, Interrupted) and (there.number, str(there)) == (15, "interrupted by SIGTERM")
 
 
 def test_a_lost_terminal_asks_to_stop_unless_that_is_ignored_as_under_nohup() -> None:
