@@ -160,7 +160,7 @@ class Supervisor:
             return
         if child.exit_code == 0:  # the leaders have sent it home
             if self._was_sent_home_by_the_lost(child, now):
-                self._start_follower(child)
+                child.start_again_at = now + FAREWELL_S  # unless it was by those of today, which end then
             return
         how = child.how_it_ended()
         if not child.was_ready and not child.is_ready and child.started_at > self._leaders_lost_at:
@@ -170,7 +170,7 @@ class Supervisor:
 
     def _was_sent_home_by_the_lost(self, child: Child, now: float) -> bool:
         """By leaders that thought that the run was over and then crashed, and it took its time: the others are at work
-        by now."""
+        by now, and wait for it."""
         is_over = self._leaders_start_at is not None or not any(leader.is_running for leader in self._leaders)
         is_recent = now < self._leaders_lost_at + child.spec.leave_timeout_s
         return not is_over and is_recent and child.started_at < self._leaders_lost_at

@@ -107,7 +107,7 @@ class LearnerSocket:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to nobody is an error, not a silent drop
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who connects again does not wait for a dead connection's end
-        _limit(self._socket, self._max_bytes, RCV_QUEUE, SND_QUEUE)
+        _limit(self._socket, self._max_bytes, RCV_QUEUE, SND_QUEUE, is_encrypted=keys is not None)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         if keys is not None:
             _require_keys(self._socket, keys)
@@ -353,7 +353,7 @@ def open_dealer(
     channel.setsockopt(zmq.IDENTITY, f"{name[:200]}#{secrets.token_hex(12)}".encode()[-255:])
     channel.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
     channel.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
-    _limit(channel, max_bytes, 0, 0)
+    _limit(channel, max_bytes, 0, 0, is_encrypted=keys is not None)
     channel.setsockopt(zmq.IPV6, int("[" in endpoint))
     if keys is not None:
         channel.setsockopt(zmq.CURVE_SERVERKEY, keys.learner)
@@ -394,8 +394,10 @@ def _packed(message: Message, max_bytes: int) -> bytes:
     return packed
 
 
-def _limit(channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int, receive: int, send: int) -> None:
-    channel.setsockopt(zmq.MAXMSGSIZE, max_bytes + ENCRYPTION_BYTES)
+def _limit(
+    channel: zmq.Socket[Any] | zmq.asyncio.Socket, max_bytes: int, receive: int, send: int, *, is_encrypted: bool
+) -> None:
+    channel.setsockopt(zmq.MAXMSGSIZE, max_bytes + (ENCRYPTION_BYTES if is_encrypted else 0))
     channel.setsockopt(zmq.RCVHWM, receive)
     channel.setsockopt(zmq.SNDHWM, send)
     channel.setsockopt(zmq.LINGER, LINGER_MS)  # a connection that is ending when the socket closes keeps this one

@@ -9,6 +9,8 @@
     by the next save
     RUN/checkpoints/damaged_...        was complete once, but is not what was written; never read, removed when the
     next save is complete
+    RUN/checkpoints/kept_...           was set aside as damaged, and is whole after all: its disk did not give it back
+    for a while; for the user to take
 
 What is saved is any object with `state_dict()` and `load_state_dict()` whose state is a nested dict of
 tensors, DTensors and JSON values. Tensors are read back INTO those of `state_dict()`, in place, whatever
@@ -50,6 +52,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 RNG_KEY = "rng_state"
 INCOMPLETE = "incomplete_"
 DAMAGED = "damaged_"  # begins the names of checkpoints that are not what was written
+KEPT = "kept_"
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})(?:\.([1-9][0-9]*))?")  # of a checkpoint, see _save_folder
 
 
@@ -197,10 +200,10 @@ class Checkpointer:
         kept = complete_steps(self.directory)[-self.keep :]
         for saved, save in _saves(self.directory):
             old = _save_folder(self.directory, saved, save)
-            if saved not in kept or (saved == step and old != folder):
+            if (saved not in kept or (saved == step and old != folder)) and _is_readable(old):
                 _delete(old)
         for damaged in self.directory.glob(f"{DAMAGED}*"):
-            _delete(damaged)
+            _delete_damaged(damaged)
 
     def _where(self, folder: Path) -> dict[str, Any]:
         return {"checkpoint_id": folder, "process_group": self._group, "no_dist": self._group is None}
@@ -288,6 +291,28 @@ def _delete(folder: Path) -> None:
         logger.warning("%s cannot be deleted, which the next save tries again: %s", folder, error)
 
 
+def _is_readable(folder: Path) -> bool:
+    """Else it stays: nothing is known of it now."""
+    try:
+        absent(folder)
+    except OSError as error:
+        logger.warning("%s stays, as it cannot be read now: %s", folder, error)
+        return False
+    return True
+
+
+def _delete_damaged(folder: Path) -> None:
+    """Unless it is whole now: nothing that was written is lost to a disk that did not give it back for a while."""
+    try:
+        if damage(folder):
+            _delete(folder)
+            return
+    except OSError:
+        """As good as whole."""
+    kept = folder.rename(folder.with_name(KEPT + folder.name.removeprefix(DAMAGED)))
+    logger.warning("%s was set aside as damaged, and is whole or cannot be read now: it stays as %s", folder, kept)
+
+
 def _damaged(folder: Path, names: list[str]) -> str:
     return f"{folder.name} lacks or has other bytes in {', '.join(names)}"
 
@@ -298,8 +323,19 @@ def _save_folder(directory: Path, step: int, save: int) -> Path:
 
 
 def _complete_saves(directory: Path) -> list[tuple[int, int]]:
-    """Those of `_saves` that have all their pieces."""
-    return [save for save in _saves(directory) if not absent(_save_folder(directory, *save))]
+    """Those of `_saves` that have all their pieces. Raises OSError when that is not known of one that is newer than all
+    of these; an older one counts as one that has not."""
+    found: list[tuple[int, int]] = []
+    for save in reversed(_saves(directory)):
+        try:
+            missing = absent(_save_folder(directory, *save))
+        except OSError:
+            if not found:
+                raise
+            continue
+        if not missing:
+            found.append(save)
+    return found[::-1]
 
 
 def _saves(directory: Path) -> list[tuple[int, int]]:

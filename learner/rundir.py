@@ -81,7 +81,10 @@ def agreed_standing(config: Config, world: World) -> Standing | None:
     found = None
     with all_or_none(f"{config.run_dir} cannot be read", group):
         if world.is_main:
-            found = standing(config)
+            try:
+                found = standing(config)
+            except FileNotFoundError as error:  # of the model: not of RUN
+                raise ConfigError(f"{error.filename} does not exist") from error
     numbers = torch.tensor([-1, 0, 0] if found is None else [found.step, found.policy_steps, found.is_complete])
     dist.broadcast(numbers, src=0)
     step, policy_steps, is_complete = numbers.tolist()

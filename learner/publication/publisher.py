@@ -158,7 +158,7 @@ class Publisher:
 
         A joiner to which nothing can be sent twice leaves, if others hold the version: they show whose fault that is.
         Of several that failed together each is tried alone then. Raises PublishError where nobody holds it and all of
-        them have failed.
+        them have failed, or one has twice and nobody was served in between.
         """
         assert version == self._version, f"version {version} is not the one that is held, which is {self._version}"
         joiners = self._next_joiners()
@@ -176,7 +176,8 @@ class Publisher:
         finally:
             side.close()
         self._doubted.difference_update(served.members)
-        self._failed_alone.clear()
+        if served.members:
+            self._failed_alone.clear()
         if served.members:
             logger.info("version %d has reached %s in %.2f s", version, names(served.members), served.seconds)
         return served
@@ -270,9 +271,10 @@ class Publisher:
             return _Decision.GO_ON
         waiting = set(self.control.waiting_ids())
         if set(self.control.member_ids()) == waiting:  # nobody shows that the weights can be sent
+            is_hopeless = len(joiners) == 1 and joiners[0] in self._failed_alone
             self._doubted.update(joiners)
             self._failed_alone.update(joiners if len(joiners) == 1 else ())
-            return _Decision.GO_ON if waiting - self._failed_alone else _Decision.GIVE_UP
+            return _Decision.GO_ON if waiting - self._failed_alone and not is_hopeless else _Decision.GIVE_UP
         self._accuse(joiners, self._doubted, f"others hold the weights, and they could not be sent to it: {error}")
         return _Decision.GO_ON
 

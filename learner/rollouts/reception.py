@@ -203,7 +203,7 @@ class Reception:
         self._secrets[hello.name] = hello.secret
         self._coordinator.join(hello.name, hello.capacity, now)
         if hello.incarnation is not None:
-            self._join_again(hello, now)
+            self._join_again(hello, now, is_resent=hello.incarnation == self._incarnation)
         self._welcome(identity, hello.name)
         logger.info("actor %s joins with room for %d groups", hello.name, hello.capacity)
 
@@ -214,15 +214,14 @@ class Reception:
         self._identities[name] = identity
         self._names[identity] = name
         self._claims.pop(name, None)
-        self._join_again(hello, now)
+        self._join_again(hello, now, is_resent=True)  # or has been counted when it joined
         self._welcome(identity, name)
         for command in self._commands.values():
             self._direct += [(identity, command.message(m)) for m in command.missing() if m.name == name]
         logger.info("actor %s is back, with %d leases and %d groups", name, len(hello.held), len(hello.finished))
 
-    def _join_again(self, hello: Hello, now: float) -> None:
+    def _join_again(self, hello: Hello, now: float, *, is_resent: bool) -> None:
         """Only who knows this learner by the Welcome of today sends the groups again that it keeps."""
-        is_resent = hello.incarnation == self._incarnation
         held, finished = hello.held.tolist(), hello.finished.tolist()
         self._coordinator.join_again(hello.name, held, finished, now, is_resent=is_resent)
 

@@ -277,6 +277,20 @@ def test_a_follower_that_lost_leaders_have_sent_home_is_started_again_also_when_
     assert finish(start(log_dir, rows))[0] == 0
 
 
+def test_who_is_sent_home_by_leaders_that_were_started_again_and_are_done_stays_at_home(
+    log_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    again = tmp_path / "again"
+    wait = f"[time.sleep(0.02) for _ in range(1500) if not Path({str(again)!r}).exists()]; "
+    rows = [
+        leader(lives(tmp_path, KILLED, f"Path({str(again)!r}).touch(); time.sleep(1.5)"), restarts=1),
+        follower(lives(tmp_path / "one", READY + wait, READY + SLEEP)),
+    ]
+    assert finish(start(log_dir, rows, stop_s=30.0))[0] == 0
+    assert (tmp_path / "one" / "lives").read_text() == "x"
+
+
 def test_a_leader_that_cannot_be_started_again_ends_the_run_with_a_sentence(log_dir: Path, tmp_path: Path) -> None:
     blocks = "import pathlib; log = pathlib.Path(sys.argv[1], 'learner-0.log'); log.unlink(); log.mkdir(); "
     code, message, _ = finish(start(log_dir, [leader(lives(tmp_path, blocks + KILLED), restarts=1), follower(SLEEP)]))

@@ -379,6 +379,28 @@ def test_a_file_that_the_disk_does_not_give_back_is_damage(
 # ---- what becomes of the older ones
 
 
+def test_what_was_set_aside_and_is_whole_again_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A soft mount answers EIO while its server restarts."""
+    run = saved(tmp_path, 5, 9)
+    with monkeypatch.context() as patch:
+        real = checksums._crc32
+
+        def refused(file: Path) -> int:
+            if file.parent.name == "step_00000009" and file.suffix == ".distcp":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+            return real(file)
+
+        patch.setattr(checksums, "_crc32", refused)
+        assert "the run goes on from step 5" in (set_damaged_aside(tmp_path) or "")
+    Checkpointer(tmp_path, keep=9).save(6, 6, run)
+    assert damage(tmp_path / "kept_step_00000009") == [] and complete_steps(tmp_path) == [5, 6]
+    assert "it stays as" in caplog.text
+    Checkpointer(tmp_path, keep=9).save(7, 7, run)
+    assert (tmp_path / "kept_step_00000009").is_dir()
+
+
 def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run_and_goes_with_a_later_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -427,7 +449,7 @@ def test_a_checkpoint_whose_deletion_was_cut_short_is_not_taken_for_a_damaged_on
 def test_an_older_checkpoint_that_cannot_be_read_now_does_not_fail_the_save_of_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Which ones are to go is found out with the next one."""
+    """It stays until it can be read."""
     run = saved(tmp_path, 3, 5)
     real = checksums.absent
 
@@ -439,7 +461,10 @@ def test_an_older_checkpoint_that_cannot_be_read_now_does_not_fail_the_save_of_a
     with monkeypatch.context() as patch:
         patch.setattr("learner.checkpoint.absent", stale)
         Checkpointer(tmp_path, keep=1).save(6, 6, run)
-    assert "Stale file handle" in caplog.text and complete_steps(tmp_path) == [3, 5, 6]
+        assert complete_steps(tmp_path) == [6] and step_folder(tmp_path, 6).name == "step_00000006"
+        assert torn(tmp_path, step_folder(tmp_path, 6)) == {}
+        assert Checkpointer(tmp_path, keep=9).load(6, Counter()).version == 6
+    assert "Stale file handle" in caplog.text and complete_steps(tmp_path) == [5, 6]
     Checkpointer(tmp_path, keep=1).save(7, 7, run)
     assert complete_steps(tmp_path) == [7]
 

@@ -172,6 +172,19 @@ def test_a_joiner_that_can_be_served_is_found_beside_one_that_cannot_where_nobod
     publisher.shutdown()
 
 
+def test_a_joiner_that_fails_alone_twice_ends_the_run_also_when_another_is_started_again_and_again(path: str) -> None:
+    actors = LocalActors()
+    publisher = make_publisher(make_run(path), actors)
+    assert publisher.publish(1).members == ()
+    actors.add("breaks", 1, actor(path, BREAKS))
+    with pytest.raises(PublishError, match="no actor is to blame"):
+        for number in range(2, 12):
+            if number % 2:  # a new process of that name, as long as it takes to start
+                actors.add("dies", number, actor(path, KILLED, WeightsPhase.PAUSE))
+            publisher.serve(1)
+    assert actors.dismissed == {}
+
+
 def test_a_run_ends_when_none_of_several_joiners_can_be_served(path: str) -> None:
     actors = LocalActors()
     publisher = make_publisher(make_run(path), actors)

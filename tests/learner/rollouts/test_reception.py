@@ -96,6 +96,16 @@ def test_a_group_that_nobody_wants_any_more_is_counted_when_it_comes_and_not_whe
     assert coordinator.drops == {DropReason.ACTOR_LOST: 1, DropReason.UNKNOWN_LEASE: 1}
 
 
+def test_groups_for_an_earlier_learner_are_counted_once_however_often_their_actor_greets() -> None:
+    config = Config()
+    coordinator = Coordinator(config, PromptStream(PROMPTS, 0), lambda prompt: [1])
+    reception = Reception(config, coordinator, FINGERPRINTS, [1], run_id="run", incarnation=2)
+    for number in range(4):
+        greeting = hello("a", 1, welcome=welcome("run", 1, 7), finished=[5, 6, 7])
+        reception.handle(str(number).encode(), greeting, float(number))
+    assert coordinator.drops == {DropReason.UNKNOWN_LEASE: 3}
+
+
 small, counts = st.integers(-1, 6), st.integers(0, 6)
 phases = st.sampled_from(WeightsPhase)
 sayings: st.SearchStrategy[Any] = st.one_of(
