@@ -1,6 +1,6 @@
 # make demo         train the demo (installs the CPU build first when nothing is installed)
 # make test         lint, type check and run every test
-# make test-long    the tests of four hosts, of a very long response and of real engines that die: about twelve minutes
+# make test-long    the tests of four hosts, of a very long response and of real engines that die: about nine minutes
 # make lint         only lint and type check
 # make install-gpu  install the CUDA build instead
 # make gpu-check    does everything that needs a GPU work on this one? Six minutes at most

@@ -43,6 +43,14 @@ CPU = torch.device("cpu")
 INPUTS = packed([7, 12, 5])
 
 
+def let_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
 class Run:
     """A stand-in for the trainer: a policy, AdamW and a learning-rate schedule."""
 
@@ -224,10 +232,7 @@ def test_resuming_on_two_ranks_and_back_on_one(tmp_path: Path, config: Config, m
     checkpointer.save(2, 2, run)
     expected = Run(config)
     checkpointer.load(2, expected)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    let_ranks_meet(monkeypatch)
     gradients_doubled(expected)
     run_two_ranks(_two_ranks, config, tmp_path / "c", expected.weights())
 
@@ -553,10 +558,7 @@ class Shares:
 def test_when_one_rank_cannot_write_all_leave_together_with_the_same_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    let_ranks_meet(monkeypatch)
     run_two_ranks(_where_one_rank_cannot_write, tmp_path / "c", tmp_path)
     said = [(tmp_path / f"said {rank}").read_text().splitlines() for rank in (0, 1)]
     assert said[0] == said[1] and len(said[0]) == 3
@@ -648,10 +650,7 @@ def _where_one_rank_cannot_read(rank: int, folder: Path, out: Path) -> None:
 def test_when_one_rank_cannot_read_all_leave_together_with_the_same_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    let_ranks_meet(monkeypatch)
     run_two_ranks(_where_one_rank_cannot_read, tmp_path / "c", tmp_path)
     said = [(tmp_path / f"said {rank}").read_text().splitlines() for rank in (0, 1)]
     assert said[0] == said[1] and len(said[0]) == 4
